@@ -1,0 +1,187 @@
+"""`compile`: the stages in a straight line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locc import registry
+from locc.capture import capture, marker_ancestors
+from locc.errors import LoccError, MethodError
+from locc.ir import Inputs, Phase, Root, TrainingGraph
+from locc.losses import Loss
+from locc.partition import TiedPolicy, opened_by, partition, resolve
+from locc.rewrite import Method, apply, configure
+from locc.runtime import Built, Executor, Program, Settings
+from locc.verify import Certificate, prove
+
+Splits = int | str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything `compile` was asked for, checked as far as possible without example inputs."""
+
+    root: Root
+    method: Method
+    name: str
+    splits: Splits
+    loss: Loss
+    tied: str
+    settings: Settings
+    verify: bool
+
+
+def compile(
+    model: nn.Module,
+    method: str | Method = "bp",
+    splits: Splits = (),
+    *,
+    loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
+    example_inputs: Any = None,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    schedule: str = "lockstep",
+    backend: str = "eager",
+    tied: str = "error",
+    scheduler: Any = None,
+    clip: float | None = None,
+    accumulate: int = 1,
+    autocast: torch.dtype | str | None = None,
+    seed: int | None = None,
+    atomic: bool = False,
+    verify: bool = True,
+    **method_options: Any,
+) -> Program:
+    """Compile a model for local learning.
+
+    Args:
+        model: any module; its own parameters are trained in place.
+        method: the id of a registered method (`locc.methods()`), or a configured one (`locc.method`).
+        splits: submodules after which to cut, by name or glob; or K for K modules of balanced cost
+            (counted operations and parameters). Markers (`locc.split`) in the forward are used as well.
+        loss: "cross_entropy", "mse", "bce", "l1", or a callable(output, target) that returns a 0-d tensor.
+        example_inputs: a batch as `step` takes it. Without one, the first step completes the compilation.
+        optimizer: callable(params) -> Optimizer, called for each owner; the default is Adam(lr=1e-3).
+        schedule: "lockstep", or "sequential" (each module is trained to the end, then frozen).
+        backend: "eager".
+        tied: policy for a parameter that two modules use: "error", "owner" or "copy".
+        scheduler: callable(optimizer) -> learning-rate scheduler, or a dict of them by module.
+        clip: largest gradient norm of each owner.
+        accumulate: number of steps whose mean gradient makes one update.
+        autocast: "bfloat16" or "float16": run the forward under autocast.
+        seed: of auxiliaries, dropout and noise; the default is `torch.initial_seed()`.
+        atomic: undo a whole step when an objective is not finite, earlier modules' updates included;
+            keeps a copy of all parameters and optimizer state during the step.
+        verify: prove locality before returning.
+        **method_options: hyper-parameters of the method.
+
+    Returns:
+        The program.
+
+    Raises:
+        LoccError: one of its subclasses; the model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise LoccError(f"model must be a torch.nn.Module; found {type(model).__name__}")
+    chosen, name = _method(method, method_options)
+    settings = Settings(optimizer, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic)
+    request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify)
+    TiedPolicy(tied)
+    program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
+    if example_inputs is not None:
+        program.complete(example_inputs)
+    return program
+
+
+def build(request: Request, program: Program, inputs: Inputs) -> Built:
+    """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
+    seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
+    inputs = _on_device(inputs, program.device)
+    policy = TiedPolicy(request.tied)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            ir = rewrite(request, inputs, policy)
+            program.root.to(program.device)
+            phases = _phases(request, ir)
+            learners = request.settings.learners(ir)
+            certificate = prove(ir, request.name, learners, inputs) if request.verify else None
+            schedulers = request.settings.schedulers(learners)
+        except BaseException:
+            policy.undo()
+            program.root.aux.clear()
+            raise
+    executor = Executor(
+        learners,
+        seed,
+        {name: i for i, name in enumerate(ir.owners)},
+        request.settings.accumulate,
+        request.settings.dtype,
+        program.device,
+    )
+    return Built(ir, certificate, learners, schedulers, executor, phases)
+
+
+def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
+    """Capture and cut the model, and apply the method."""
+    root = request.root
+    marked, markers = marker_ancestors(root, inputs)
+    cuts = resolve(root, request.splits, markers, inputs)
+    layers = [f"model.{name}" for name, m in root.model.named_modules() if name and isinstance(m, request.method.opens)]
+    opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
+    captured = capture(root, inputs, opened)
+    ir = partition(captured, cuts, request.loss, policy)
+    apply(request.method, request.name, ir)
+    return ir
+
+
+def _method(method: str | Method, given: dict[str, Any]) -> tuple[Method, str]:
+    if isinstance(method, Method):
+        if given:
+            raise MethodError(
+                f"the method is configured already; give {', '.join(given)} to locc.method(...) instead of compile"
+            )
+        return method, registry.name_of(method)
+    if not isinstance(method, str):
+        raise MethodError(f"method must be an id or a Method; found {type(method).__name__}")
+    return configure(method, registry.load(method), given), method
+
+
+def _on_device(inputs: Inputs, device: torch.device) -> Inputs:
+    def move(item: Any) -> Any:
+        return item.to(device) if isinstance(item, Tensor) else item
+
+    args, kwargs = torch.utils._pytree.tree_map(move, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
+
+
+def _phases(request: Request, ir: TrainingGraph) -> tuple[Phase, ...]:
+    if request.settings.schedule != "sequential":
+        return ir.phases
+    _check_upward(request.name, ir)
+    stages = []
+    for module in ir.modules:
+        trains = tuple(o.name for o in ir.owners.values() if o.index == module.index)
+        stages.append(Phase(module.name, trains))
+    return tuple(stages)
+
+
+def _check_upward(name: str, ir: TrainingGraph) -> None:
+    """Refuse the sequential schedule where a module's objective needs a later module."""
+    from locc.lower.tasks import analyse
+
+    for module in ir.modules:
+        trains = frozenset(o.name for o in ir.owners.values() if o.index == module.index)
+        if not any(ir.objectives(owner) for owner in trains):
+            raise MethodError(f"schedule='sequential': method '{name}' gives module '{module.name}' no objective")
+        for node in analyse(ir, trains).needed:
+            owner = ir.owners.get(node.meta.get("owner", ""))
+            if owner is not None and owner.index > module.index:
+                raise MethodError(
+                    f"schedule='sequential' trains one module after the other, but method '{name}' needs "
+                    f"'{owner.name}' to train '{module.name}'; use schedule='lockstep'"
+                )

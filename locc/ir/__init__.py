@@ -1,0 +1,27 @@
+"""The training graph: nodes, ownership, the four ops, printer, invariants. Imports no other stage."""
+
+from locc.ir.captured import BatchGuard, Captured, Inputs, Root, Signature
+from locc.ir.graph import Boundary, Owner, Phase, Repeat, TrainingGraph, carry
+from locc.ir.ops import assign, gradient, inner, objective, stop_gradient
+from locc.ir.spec import BatchDim, TensorSpec
+
+__all__ = [
+    "BatchDim",
+    "BatchGuard",
+    "Boundary",
+    "Captured",
+    "Inputs",
+    "Owner",
+    "Phase",
+    "Repeat",
+    "Root",
+    "Signature",
+    "TensorSpec",
+    "TrainingGraph",
+    "assign",
+    "carry",
+    "gradient",
+    "inner",
+    "objective",
+    "stop_gradient",
+]

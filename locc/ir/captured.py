@@ -1,0 +1,164 @@
+"""What capture hands on: two graphs of the model's forward, and how its inputs and outputs look.
+
+Both graphs are rooted at a `Root`, so every target starts with `model.`. Metadata of a node:
+
+- `spec`: its TensorSpec (nested for structured values, None for what is no tensor)
+- `stack`: the calls that enclose it, outermost first, as pairs (dotted path under `Root`, number of
+  that call); a leaf module's own call is the last pair
+- `mutates`: the nodes whose storage it changes in place (absent when there are none)
+- `random`: True when it draws random numbers (absent otherwise)
+- `line`: `file:line` of the user's code, where known
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from locc.errors import LoccError, RunError
+from locc.ir.ops import Rebuild
+from locc.ir.spec import TensorSpec
+
+
+class Root(nn.Module):
+    """Holds the user's model as `model` and every auxiliary network under `aux`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.aux = nn.ModuleDict()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the user's model."""
+        return self.model(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch of model inputs, normalised to a call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, x: Any) -> Inputs:
+        """Read `x` as a call of `model`: a tensor, a tuple of arguments, or a dict of keywords.
+
+        A dict is taken as keywords when the forward has parameters of these names, and as one
+        positional argument otherwise.
+        """
+        if isinstance(x, Inputs):
+            return x
+        if isinstance(x, Mapping) and _takes_keywords(model, x):
+            return cls((), dict(x))
+        if isinstance(x, (tuple, list)):
+            return cls(tuple(x), {})
+        return cls((x,), {})
+
+
+def _takes_keywords(model: nn.Module, x: Mapping[Any, Any]) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return all(isinstance(key, str) for key in x)
+    return all(key in parameters for key in x)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a call becomes the graph's placeholders.
+
+    `names` and `specs` describe the tensors of a call in the order of the placeholders; `flatten`
+    returns them, or raises ValueError when the call has another structure or other constants.
+    """
+
+    names: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+    flatten: Callable[[Inputs], list[Tensor]]
+    guards: tuple[BatchGuard, ...] = ()
+
+    def bind(self, inputs: Inputs) -> list[Tensor]:
+        """Return the tensors of a call, in placeholder order.
+
+        Raises:
+            RunError: the call has another structure, dtype or shape than the captured one (the batch
+                size may differ), or a batch size that the model's own code treats differently.
+        """
+        try:
+            tensors = self.flatten(inputs)
+        except ValueError as error:
+            raise RunError(f"the inputs differ from the example inputs: {error}") from error
+        batch = self.batch_of(tensors)
+        for name, spec, tensor in zip(self.names, self.specs, tensors, strict=True):
+            if tuple(tensor.shape) != spec.concrete(batch) or tensor.dtype != spec.dtype:
+                found = TensorSpec(tuple(tensor.shape), tensor.dtype)
+                raise RunError(
+                    f"input '{name}' was compiled as {spec} and now is {found}; only the batch size B "
+                    "may change. Compile again with example_inputs of the new shape"
+                )
+        for guard in self.guards:
+            if not guard.holds(batch):
+                raise RunError(
+                    f"the model branches on the batch size ({guard.text}); the captured branch does not "
+                    f"cover a batch of {batch}. Compile again with example_inputs of that size"
+                )
+        return tensors
+
+    def batch_of(self, tensors: Sequence[Tensor]) -> int:
+        """Return the batch size of a call's tensors, or 1 when no input has a batch dimension."""
+        for spec, tensor in zip(self.specs, tensors, strict=True):
+            dim = spec.batch_dim
+            if dim is not None and tensor.dim() == len(spec.shape):
+                return int(tensor.shape[dim])
+        return 1
+
+
+@dataclass(frozen=True)
+class BatchGuard:
+    """A condition on the batch size that the captured branch of the user's code depends on."""
+
+    text: str
+    holds: Callable[[int], bool]
+
+
+@dataclass
+class Captured:
+    """A model as two flat graphs.
+
+    The output node of each graph holds a tuple of flat values; `output` rebuilds the user's
+    structure from them, and `inference_output` does where eval mode returns another one.
+    """
+
+    root: Root
+    training: fx.Graph
+    inference: fx.Graph
+    signature: Signature
+    output: Rebuild
+    origin: str
+    opened: frozenset[str] = frozenset()
+    example: Inputs | None = None
+    notes: list[str] = field(default_factory=list)
+    inference_output: Rebuild | None = None
+
+
+def strip(path: str) -> str:
+    """Return a path under `Root` in the user's own words."""
+    return path.removeprefix("model.") if path != "model" else "the model"
+
+
+def owned_tensor(root: nn.Module, path: str) -> Tensor | nn.Module | None:
+    """Return the parameter, buffer or module at a dotted path, or None."""
+    target: Any = root
+    for atom in path.split("."):
+        target = getattr(target, atom, None)
+        if target is None:
+            return None
+    if isinstance(target, (Tensor, nn.Module)):
+        return target
+    raise LoccError(f"'{path}' is neither a tensor nor a module")
+
+
+

@@ -1,0 +1,104 @@
+"""What holds of a training graph after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from locc.errors import GraphError
+from locc.ir import ops
+from locc.ir.captured import strip
+from locc.ir.graph import DATA, TrainingGraph, node_parameters
+from locc.ir.ops import Rebuild
+from locc.ir.order import dependencies
+from locc.ir.structure import fingerprint
+
+
+def check(ir: TrainingGraph, after: str) -> None:
+    """Check every invariant.
+
+    Raises:
+        GraphError: names the pass `after` which the graph is wrong, and every violation.
+    """
+    found = [problem for rule in RULES for problem in rule(ir)]
+    if found:
+        raise GraphError(f"after '{after}' the training graph is invalid: " + "; ".join(found))
+
+
+def _owned(ir: TrainingGraph) -> Iterator[str]:
+    for node in ir.graph.nodes:
+        owner = node.meta.get("owner")
+        if node.op != "output" and owner != DATA and owner not in ir.owners:
+            yield f"node '{node.name}' has no owner"
+
+
+def _one_owner_each(ir: TrainingGraph) -> Iterator[str]:
+    first: dict[int, tuple[str, str]] = {}
+    for node in ir.graph.nodes:
+        for path, parameter in node_parameters(ir.root, node):
+            owner, where = first.setdefault(id(parameter), (node.meta["owner"], path))
+            if owner != node.meta["owner"] and parameter.requires_grad:
+                yield f"parameter '{strip(where)}' has two owners, '{owner}' and '{node.meta['owner']}'"
+
+
+def _edges_cut(ir: TrainingGraph) -> Iterator[str]:
+    for node in ir.graph.nodes:
+        if node.op == "output" or node.target is ops.stop_gradient:
+            continue
+        for source in node.all_input_nodes:
+            foreign = source.meta.get("owner") not in (node.meta["owner"], DATA)
+            if foreign and source.target is not ops.gradient:
+                yield (
+                    f"'{node.name}' of '{node.meta['owner']}' reads '{source.name}' of "
+                    f"'{source.meta.get('owner')}' without stop_gradient"
+                )
+
+
+def _gradients_local(ir: TrainingGraph) -> Iterator[str]:
+    for node in ir.gradients():
+        scalar, wrt = node.args
+        assert isinstance(scalar, fx.Node) and isinstance(wrt, fx.Node)
+        if not scalar.meta["owner"] == wrt.meta["owner"] == node.meta["owner"]:
+            yield f"gradient '{node.name}' mixes owners: '{scalar.name}' with respect to '{wrt.name}'"
+        if not is_leaf(wrt):
+            yield f"gradient '{node.name}' is taken with respect to '{wrt.name}', which is not a leaf"
+
+
+def _assigns_own(ir: TrainingGraph) -> Iterator[str]:
+    for node in ir.graph.nodes:
+        if node.target is ops.assign:
+            state = node.args[0]
+            if not isinstance(state, fx.Node) or state.op != "get_attr" or state.meta["owner"] != node.meta["owner"]:
+                yield f"assign '{node.name}' sets something that is not a state of '{node.meta['owner']}'"
+
+
+def _acyclic(ir: TrainingGraph) -> Iterator[str]:
+    graph = dependencies(ir)
+    if not nx.is_directed_acyclic_graph(graph):
+        cycle = " -> ".join(u.name for u, _ in nx.find_cycle(graph))
+        yield f"the values have no valid order: {cycle}"
+
+
+def _inference_kept(ir: TrainingGraph) -> Iterator[str]:
+    if ir.folded:
+        return
+    values = ir.output.args if isinstance(ir.output.target, Rebuild) else (ir.output,)
+    for graph, found in ((ir.captured.training, list(values)), (ir.captured.inference, _results(ir.inference))):
+        if fingerprint(_results(graph)) != fingerprint(found):
+            yield "the inference path no longer computes the captured model"
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    end = next(iter(reversed(graph.nodes)))
+    return list(end.args[0]) if isinstance(end.args[0], (tuple, list)) else [end.args[0]]
+
+
+def is_leaf(node: fx.Node) -> bool:
+    """Whether a gradient can be taken with respect to this node: it starts a tape."""
+    return node.target is ops.stop_gradient or node.op in ("get_attr", "placeholder")
+
+
+RULES = (_owned, _one_owner_each, _edges_cut, _gradients_local, _assigns_own, _acyclic, _inference_kept)

@@ -1,0 +1,112 @@
+"""The training graph as readable Python, grouped by owner."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from locc.ir import ops
+from locc.ir.captured import strip
+
+if TYPE_CHECKING:
+    from locc.ir.graph import TrainingGraph
+
+_METHODS = {
+    "add": "{} + {}",
+    "sub": "{} - {}",
+    "mul": "{} * {}",
+    "truediv": "{} / {}",
+    "iadd": "{} += {}",
+    "matmul": "{} @ {}",
+    "getitem": "{}[{}]",
+}
+
+
+def render(ir: TrainingGraph) -> str:
+    """Return the graph as text: a header, then one block of assignments for each stretch of an owner."""
+    lines = _header(ir)
+    names = ", ".join(n.name for n in (*ir.inputs, ir.target))
+    lines.append(f"def step(self, {names}):")
+    current = None
+    for node in ir.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        owner = node.meta.get("owner", "")
+        if owner != current:
+            lines.append(f"    # {_title(ir, owner)}")
+            current = owner
+        lines.append("    " + _statement(node))
+    lines.append(f"    return {ir.output.name}")
+    return "\n".join(lines) + "\n"
+
+
+def _header(ir: TrainingGraph) -> list[str]:
+    lines = [f"# {len(ir.modules)} modules: " + ", ".join(o.name for o in ir.modules)]
+    for phase in ir.phases:
+        when = "before the first epoch" if phase.warmup else "in each epoch"
+        lines.append(f"# phase '{phase.name}', {phase.epochs} pass(es) {when}, trains: {', '.join(phase.trains)}")
+    for region in ir.repeats.values():
+        carried = ", ".join(f"{a.name} <- {b.name}" for a, b in region.carried)
+        lines.append(f"# region '{region.name}' runs {region.times} times, carrying {carried}")
+    return lines
+
+
+def _title(ir: TrainingGraph, owner: str) -> str:
+    found = ir.owners.get(owner)
+    if found is None:
+        return f"---- {owner}"
+    kind = "auxiliary" if found.auxiliary else f"module {found.index}"
+    scale = f", learning rate x{found.lr_scale:g}" if found.lr_scale != 1.0 else ""
+    return f"---- {kind}: {owner}{scale}"
+
+
+def _statement(node: fx.Node) -> str:
+    call = _call(node)
+    note = []
+    if node.meta.get("spec") is not None and not isinstance(node.meta["spec"], (tuple, list, dict)):
+        note.append(str(node.meta["spec"]))
+    if node.target is ops.objective:
+        return f"{call}  # {node.meta.get('objective')}"
+    if node.meta.get("repeat"):
+        note.append(f"in {node.meta['repeat']}")
+    text = f"{node.name} = {call}"
+    return f"{text}  # {', '.join(note)}" if note else text
+
+
+def _call(node: fx.Node) -> str:
+    args = [_value(a) for a in node.args]
+    args += [f"{k}={_value(v)}" for k, v in node.kwargs.items()]
+    if node.op == "get_attr":
+        return f"self{_path(str(node.target))}"
+    if node.op == "call_module":
+        return f"self{_path(str(node.target))}({', '.join(args)})"
+    if node.op == "call_method":
+        return f"{args[0]}.{node.target}({', '.join(args[1:])})"
+    name = str(getattr(node.target, "__name__", node.target))
+    form = _METHODS.get(name)
+    if form and not node.kwargs and form.count("{}") == len(args):
+        return form.format(*args)
+    return f"{name}({', '.join(args)})"
+
+
+def _path(target: str) -> str:
+    """Return a dotted path as Python: `.blocks[0].fc`."""
+    atoms = [] if target == "model" else strip(target).split(".")
+    return "".join(f"[{a}]" if a.isdigit() else f".{a}" for a in atoms)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, (tuple, list)):
+        inside = ", ".join(_value(v) for v in value)
+        if isinstance(value, list):
+            return f"[{inside}]"
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, slice):
+        parts = [value.start, value.stop] + ([value.step] if value.step is not None else [])
+        return ":".join("" if p is None else _value(p) for p in parts)
+    return str(value) if str(value).startswith("torch.") else repr(value)

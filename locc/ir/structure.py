@@ -1,0 +1,85 @@
+"""Whether two graphs compute the same thing, node by node.
+
+Looks through what never changes a value: `stop_gradient`, split markers and the copy that a consumer
+makes of a boundary value. A node that a pass put in the place of another (a feedback layer for a
+linear layer) says so in `meta["stands_for"]`, the (op, target) of the node it replaces; its first
+argument is then that node's argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from torch import fx
+
+from locc.ir import ops
+from locc.markers import split
+
+
+def fingerprint(results: Sequence[Any]) -> tuple[Hashable, ...]:
+    """Return a value that is equal for two lists of results exactly if they are computed alike."""
+    known: dict[Hashable, int] = {}
+    return tuple(_key(result, {}, known) for result in results) + tuple(known)
+
+
+def _key(value: Any, seen: dict[fx.Node, Hashable], known: dict[Hashable, int]) -> Hashable:
+    if isinstance(value, fx.Node):
+        return _node_key(value, seen, known)
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, tuple(_key(v, seen, known) for v in value))
+    if isinstance(value, dict):
+        return ("dict", tuple((k, _key(v, seen, known)) for k, v in value.items()))
+    if isinstance(value, slice):
+        return ("slice", tuple(_key(v, seen, known) for v in (value.start, value.stop, value.step)))
+    return (type(value).__name__, repr(value))
+
+
+def _node_key(start: fx.Node, seen: dict[fx.Node, Hashable], known: dict[Hashable, int]) -> Hashable:
+    """Number the nodes by what they compute, inputs first; a loop, since models are deep."""
+    todo = [start]
+    while todo:
+        node = todo[-1]
+        waiting = [n for n in _inputs(node) if n not in seen]
+        if waiting:
+            todo.extend(waiting)
+            continue
+        todo.pop()
+        if node not in seen:
+            key = _one(node, seen, known)
+            seen[node] = key if _transparent(node) else ("node", known.setdefault(key, len(known)))
+    return seen[start]
+
+
+def _transparent(node: fx.Node) -> bool:
+    return node.target in (ops.stop_gradient, split) or node.meta.get("role") == "copy"
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    if node.meta.get("stands_for") or node.target is ops.call_with or _transparent(node):
+        kept: list[fx.Node] = []
+        fx.map_arg(_call_of(node)[2:], kept.append)
+        return kept
+    return node.all_input_nodes
+
+
+def _call_of(node: fx.Node) -> tuple[str, Any, Any, Any]:
+    if node.meta.get("stands_for"):
+        op, target = node.meta["stands_for"]
+        return op, target, (node.args[0],), {}
+    if node.target is ops.call_with:
+        module = node.args[0]
+        assert isinstance(module, fx.Node)
+        return "call_module", module.target, node.args[2], node.args[3]
+    if _transparent(node):
+        return node.op, node.target, (node.args[0],), {}
+    return node.op, node.target, node.args, node.kwargs
+
+
+def _one(node: fx.Node, seen: dict[fx.Node, Hashable], known: dict[Hashable, int]) -> Hashable:
+    op, target, args, kwargs = _call_of(node)
+    if _transparent(node):
+        return seen[args[0]]
+    if op == "placeholder":
+        return (op, node.target)
+    return (op, target if isinstance(target, Hashable) else repr(target), _key(args, seen, known), _key(kwargs, seen, known))

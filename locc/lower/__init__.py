@@ -1,0 +1,5 @@
+"""Training graph -> one program per owner, and the order in which they run."""
+
+from locc.lower.plan import Backward, Instruction, Loop, Plan, Segment, Update, lower
+
+__all__ = ["Backward", "Instruction", "Loop", "Plan", "Segment", "Update", "lower"]

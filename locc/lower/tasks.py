@@ -1,0 +1,215 @@
+"""The training graph as tasks, and the order in which they run.
+
+A task is a node of the graph, the backward pass of one scalar, or the update of one owner. Backward
+passes and updates go first as soon as they can, so that activations and gradients of an owner are
+released before the next owner needs memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from locc.errors import GraphError
+from locc.ir import ops
+from locc.ir.graph import TrainingGraph, node_parameters
+from locc.ir.order import dependencies
+
+
+@dataclass(frozen=True)
+class BackwardTask:
+    """Back-propagates `scalar` through its owner: for its parameters if `trains`, and for `gradients`."""
+
+    owner: str
+    scalar: fx.Node
+    trains: bool
+    gradients: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class UpdateTask:
+    """One optimizer step of an owner."""
+
+    owner: str
+
+
+@dataclass(frozen=True)
+class RegionTask:
+    """A repeated region."""
+
+    name: str
+
+
+Task = fx.Node | BackwardTask | UpdateTask | RegionTask
+
+
+@dataclass
+class Analysis:
+    """What a phase needs: its nodes, which of them carry a tape, and its backward passes."""
+
+    needed: set[fx.Node]
+    taped: set[fx.Node]
+    leaves: set[fx.Node]
+    backwards: list[BackwardTask]
+    tapes: dict[BackwardTask, set[fx.Node]]
+    trains: tuple[str, ...]
+
+
+def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
+    """Find what a step needs in which only the owners `active` train (None: all of them)."""
+    chosen = frozenset(ir.owners) if active is None else active
+    objectives = [n for n in ir.objectives() if n.meta["owner"] in chosen]
+    assigns = [n for n in ir.graph.nodes if n.target is ops.assign and n.meta["owner"] in chosen]
+    needed = _ancestors([*objectives, *assigns])
+    if ir.loss is not None and all(n in needed for n in ir.loss.all_input_nodes):
+        needed.add(ir.loss)
+    scalars: dict[fx.Node, tuple[bool, list[fx.Node]]] = {}
+    for node in ir.graph.nodes:
+        if node in needed and node.target in (ops.objective, ops.gradient):
+            scalar = _scalar(node)
+            learns, gradients = scalars.get(scalar, (False, []))
+            if node.target is ops.gradient:
+                scalars[scalar] = (learns, [*gradients, node])
+            else:
+                scalars[scalar] = (True, gradients)
+    backwards = [
+        BackwardTask(str(s.meta["owner"]), s, learns, tuple(g)) for s, (learns, g) in scalars.items()
+    ]
+    tapes = {b: tape_of(b.scalar) for b in backwards}
+    leaves = {g.args[1] for b in backwards for g in b.gradients if isinstance(g.args[1], fx.Node)}
+    taped = {n for tape in tapes.values() for n in tape}
+    trains = tuple(o for o in ir.owners if any(b.owner == o and b.trains for b in backwards))
+    return Analysis(needed, taped, leaves, backwards, tapes, trains)
+
+
+def _scalar(node: fx.Node) -> fx.Node:
+    scalar = node.args[0]
+    assert isinstance(scalar, fx.Node)
+    return scalar
+
+
+def _ancestors(roots: list[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(node.all_input_nodes)
+    return seen
+
+
+def tape_of(scalar: fx.Node) -> set[fx.Node]:
+    """Return the nodes through which a gradient of `scalar` can flow."""
+    seen: set[fx.Node] = set()
+    todo = [scalar]
+    while todo:
+        node = todo.pop()
+        if node in seen or node.target is ops.gradient:
+            continue
+        seen.add(node)
+        if node.target is not ops.stop_gradient:
+            todo.extend(node.all_input_nodes)
+    return seen
+
+
+def order(ir: TrainingGraph, found: Analysis, scope: set[fx.Node], inside: str | None = None) -> list[Task]:
+    """Return the tasks of `scope` (a phase, or the nodes of one region) in the order in which they run."""
+    position = {node: i for i, node in enumerate(ir.graph.nodes)}
+    region = {n: RegionTask(n.meta["repeat"]) for n in scope if n.meta.get("repeat") not in (None, inside)}
+
+    def task(node: fx.Node) -> Task:
+        return region.get(node, node)
+
+    graph: nx.DiGraph[Task] = nx.DiGraph()
+    first: dict[Task, int] = {}
+    for node in sorted(scope, key=position.__getitem__):
+        graph.add_node(task(node))
+        first.setdefault(task(node), position[node])
+    for source, node in dependencies(ir).edges:
+        if source in scope and node in scope and task(source) != task(node):
+            graph.add_edge(task(source), task(node))
+    backwards = [b for b in found.backwards if b.scalar in scope and b.scalar not in region]
+    for backward in backwards:
+        graph.add_edge(backward.scalar, backward)
+        for gradient in backward.gradients:
+            graph.add_edge(backward, gradient)
+            leaf = gradient.args[1]
+            if leaf in scope:
+                graph.add_edge(task(leaf), backward)  # type: ignore[arg-type]
+    if inside is None:
+        _add_writes(ir, found, graph, task)
+
+    def key(item: Task) -> tuple[int, int, int, int]:
+        if isinstance(item, UpdateTask):
+            return (0, ir.owners[item.owner].index, 0, 0)
+        if isinstance(item, BackwardTask):
+            return (1, ir.owners[item.owner].index, 0, position[item.scalar])
+        node = item if isinstance(item, fx.Node) else next(n for n in region if region[n] == item)
+        owner = ir.owners.get(node.meta["owner"])
+        return (2, owner.index if owner else -1, int(owner.auxiliary) if owner else 0, first[item])
+
+    if not nx.is_directed_acyclic_graph(graph):
+        cycle = " -> ".join(getattr(u, "name", type(u).__name__) for u, _ in nx.find_cycle(graph))
+        raise GraphError(f"the step has no valid order: {cycle}")
+    return list(nx.lexicographical_topological_sort(graph, key=key))
+
+
+def _add_writes(ir: TrainingGraph, found: Analysis, graph: nx.DiGraph[Task], task: Callable[[fx.Node], Task]) -> None:
+    """Order every write of a parameter after everything in the step that reads the old value."""
+    readers = _readers(ir, found.needed)
+    for owner in found.trains:
+        update = UpdateTask(owner)
+        for backward in found.backwards:
+            if backward.owner == owner and backward.trains:
+                graph.add_edge(backward, update)
+        for parameter in ir.parameters(owner).values():
+            _after(graph, found, task, readers.get(id(parameter), set()), update)
+    for node in found.needed:
+        if node.target is ops.assign:
+            state = node.args[0]
+            assert isinstance(state, fx.Node)
+            reading = {
+                u
+                for other in found.needed
+                if other.op == "get_attr" and other.target == state.target
+                for u in _through(other)
+                if u in found.needed and u is not node
+            }
+            _after(graph, found, task, reading, node)
+
+
+def _after(
+    graph: nx.DiGraph[Task],
+    found: Analysis,
+    task: Callable[[fx.Node], Task],
+    reading: set[fx.Node],
+    write: Task,
+) -> None:
+    for node in reading:
+        graph.add_edge(task(node), write)
+    for backward, tape in found.tapes.items():
+        if reading & tape and graph.has_node(backward):
+            graph.add_edge(backward, write)
+
+
+def _readers(ir: TrainingGraph, needed: set[fx.Node]) -> dict[int, set[fx.Node]]:
+    result: dict[int, set[fx.Node]] = {}
+    for node in needed:
+        for _, parameter in node_parameters(ir.root, node):
+            using = {node} if node.op == "call_module" else set(_through(node))
+            result.setdefault(id(parameter), set()).update(u for u in using if u in needed)
+    return result
+
+
+def _through(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that use a value, looking through `stop_gradient`, which shares its storage."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found.append(user)
+        if user.target is ops.stop_gradient:
+            found.extend(_through(user))
+    return found

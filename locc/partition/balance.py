@@ -1,0 +1,137 @@
+"""K modules of about equal cost, by counted (not timed) work, so that the cuts are the same in every run."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from locc.errors import SplitError
+from locc.ir.captured import Inputs
+
+
+@dataclass
+class _Unit:
+    path: str
+    module: nn.Module
+    cost: float
+    calls: int = 0
+    order: int = -1
+    children: list[str] = field(default_factory=list)
+
+
+def balanced_cuts(model: nn.Module, inputs: Inputs, count: int) -> list[str]:
+    """Return the submodules after which to cut for `count` modules of balanced cost.
+
+    The cost of a submodule is the number of floating-point operations of its forward on the example
+    inputs (matrix products and convolutions), plus its parameters, which cost an update each.
+
+    Raises:
+        SplitError: the model has fewer than `count` submodules that could stand alone.
+    """
+    if count == 1:
+        return []
+    units = _profile(model, inputs)
+    chosen = _expand(units, count)
+    groups = [u for u in chosen if u.calls == 1]
+    weights = [u.cost for u in groups]
+    trains = [any(p.requires_grad for p in u.module.parameters()) for u in groups]
+    if sum(trains) < count:
+        raise SplitError(
+            f"splits={count}: the model has only {sum(trains)} submodules with parameters that are called "
+            "once and could become a module; give fewer, or names"
+        )
+    return [groups[i].path for i in _partition(weights, trains, count)]
+
+
+def _profile(model: nn.Module, inputs: Inputs) -> dict[str, _Unit]:
+    # A copy, so that neither buffers nor hooks of the user's model see the run.
+    model = copy.deepcopy(model)
+    names = {module: name for name, module in model.named_modules()}
+    units = {name: _Unit(name, module, 0.0) for module, name in names.items()}
+    order = 0
+
+    def entered(module: nn.Module, *_: object) -> None:
+        nonlocal order
+        unit = units[names[module]]
+        unit.calls += 1
+        unit.order = order
+        order += 1
+
+    handles = [m.register_forward_pre_hook(entered) for m in names]
+    state = torch.random.get_rng_state()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs.args, **inputs.kwargs)
+    torch.random.set_rng_state(state)
+    for handle in handles:
+        handle.remove()
+    counts = counter.get_flop_counts()
+    kind = type(model).__name__
+    for name, unit in units.items():
+        flops = sum(counts.get(f"{kind}.{name}" if name else kind, {}).values())
+        unit.cost = float(flops + sum(p.numel() for p in unit.module.parameters()))
+    for name, unit in units.items():
+        prefix = f"{name}." if name else ""
+        unit.children = [c for c in units if c.startswith(prefix) and c != name and units[c].calls]
+    return units
+
+
+def _expand(units: dict[str, _Unit], count: int) -> list[_Unit]:
+    """Open the root, then the largest unit, until there are enough of small enough cost."""
+    total = units[""].cost
+    chosen = _direct(units, "")
+    while True:
+        parametric = sum(1 for u in chosen if u.cost and any(True for _ in u.module.parameters()))
+        large = [u for u in chosen if u.children and u.calls == 1]
+        chains = [u for u in large if _is_chain(u.module) and u.cost * count > total]
+        candidates = chains or (large if parametric < count else [])
+        if not candidates:
+            return sorted(chosen, key=lambda u: u.order)
+        largest = max(candidates, key=lambda u: u.cost)
+        inside = _direct(units, largest.path)
+        chosen = [u for u in chosen if u is not largest] + inside
+
+
+def _direct(units: dict[str, _Unit], path: str) -> list[_Unit]:
+    """Return the nearest called descendants: containers such as ModuleList are not called."""
+    below = units[path].children
+    return [units[c] for c in below if not any(c.startswith(f"{other}.") for other in below if other != c)]
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether a module is made of blocks in a row, so that a cut between them is a natural one."""
+    if isinstance(module, nn.Sequential):
+        return True
+    for part in module.modules():
+        if isinstance(part, (nn.ModuleList, nn.Sequential)):
+            blocks = [b for b in part if any(True for _ in b.children())]
+            if len(blocks) >= 2:
+                return True
+    return False
+
+
+def _partition(weights: list[float], trains: list[bool], count: int) -> list[int]:
+    """Return the last index of each group but the last, minimising the largest group's weight."""
+    size = len(weights)
+    sums = [0.0]
+    for weight in weights:
+        sums.append(sums[-1] + weight)
+    best = [[float("inf")] * (size + 1) for _ in range(count + 1)]
+    cut = [[0] * (size + 1) for _ in range(count + 1)]
+    best[0][0] = 0.0
+    for k in range(1, count + 1):
+        for end in range(k, size + 1):
+            for start in range(k - 1, end):
+                if not any(trains[start:end]):
+                    continue
+                worst = max(best[k - 1][start], sums[end] - sums[start])
+                if worst < best[k][end]:
+                    best[k][end], cut[k][end] = worst, start
+    ends, end = [], size
+    for k in range(count, 0, -1):
+        end = cut[k][end]
+        ends.append(end - 1)
+    return ends[-2::-1]

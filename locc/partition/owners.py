@@ -1,0 +1,127 @@
+"""Which module of the partition each node of a captured forward belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx, nn
+
+from locc.errors import SplitError, nearest
+from locc.ir.captured import strip
+from locc.ir.graph import node_parameters
+from locc.markers import split as marker
+from locc.partition.splits import Cut
+
+
+def assign(
+    root: nn.Module, graph: fx.Graph, cuts: Sequence[Cut], free: set[fx.Node]
+) -> tuple[dict[fx.Node, int], list[Cut]]:
+    """Return each node's module index, and the cuts in forward order.
+
+    A cut falls after the last node of its submodule, and everything up to it belongs to the modules
+    before it. Where fewer values cross a little later, before anything with parameters runs (after
+    the addition that ends a residual block), the cut falls there. Where submodules take turns (recurrent cells in a loop over time), each split
+    submodule is a module of its own, and what lies between them goes to the later one.
+
+    Raises:
+        SplitError: a cut is unreachable, a module would be empty or have nothing to train, or
+            information flows back from a later module.
+    """
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    inside = {cut: [n for n in nodes if _belongs(n, cut)] for cut in cuts}
+    for cut, found in inside.items():
+        if not found:
+            raise SplitError(_unreached(cut, nodes))
+    position = {node: i for i, node in enumerate(nodes)}
+    ordered = sorted(cuts, key=lambda c: position[inside[c][-1]])
+    if _take_turns(inside, position):
+        ordered = sorted(cuts, key=lambda c: position[inside[c][0]])
+        owners = _by_level(nodes, [inside[c] for c in ordered])
+    else:
+        ends = [_settle(root, nodes, position[inside[c][-1]], c, free) for c in ordered]
+        owners = {n: sum(end < i for end in ends) for i, n in enumerate(nodes)}
+    _reject_empty(root, owners, ordered)
+    return owners, ordered
+
+
+def _settle(root: nn.Module, nodes: Sequence[fx.Node], end: int, cut: Cut, free: set[fx.Node]) -> int:
+    """Return where a cut at position `end` falls: there, or later where fewer values cross."""
+    if cut.marker:
+        return end
+    best, fewest = end, _crossing(nodes, end, free)
+    for later in range(end + 1, len(nodes) - 1):
+        if node_parameters(root, nodes[later]) or nodes[later].op == "call_module":
+            break
+        count = _crossing(nodes, later, free)
+        if count < fewest:
+            best, fewest = later, count
+    return best
+
+
+def _crossing(nodes: Sequence[fx.Node], end: int, free: set[fx.Node]) -> int:
+    before = set(nodes[: end + 1])
+    return sum(n.op != "get_attr" and n not in free and any(u not in before for u in n.users) for n in before)
+
+
+def _belongs(node: fx.Node, cut: Cut) -> bool:
+    if cut.marker:
+        return node.target is marker and node.args[1] == cut.name
+    return any(path == cut.path for path, _ in node.meta.get("stack", ()))
+
+
+def _unreached(cut: Cut, nodes: Sequence[fx.Node]) -> str:
+    for node in nodes:
+        if node.op == "call_module" and cut.path.startswith(f"{node.target}."):
+            return (
+                f"split '{cut.name}' lies inside '{strip(str(node.target))}', which cannot be opened "
+                "here; split after that module instead"
+            )
+    called = [strip(path) for n in nodes for path, _ in n.meta.get("stack", ())]
+    return (
+        f"split '{cut.name}' is a submodule that the forward does not call; "
+        f"{nearest(cut.name, dict.fromkeys(c for c in called if c != 'model'))}"
+    )
+
+
+def _take_turns(inside: dict[Cut, list[fx.Node]], position: dict[fx.Node, int]) -> bool:
+    spans = [(position[nodes[0]], position[nodes[-1]]) for cut, nodes in inside.items() if not cut.marker]
+    return any(a[0] < b[0] < a[1] < b[1] for a in spans for b in spans)
+
+
+def _by_level(nodes: Sequence[fx.Node], inside: Sequence[list[fx.Node]]) -> dict[fx.Node, int]:
+    rank = {node: k for k, found in enumerate(inside) for node in found}
+    level: dict[fx.Node, int] = {}
+    for node in nodes:
+        reached = [
+            rank[n] + 1 if n in rank and rank.get(node) != rank[n] else level[n]
+            for n in node.all_input_nodes
+            if n in level
+        ]
+        level[node] = rank.get(node, max(reached, default=0))
+        for source in node.all_input_nodes:
+            if source in level and level[source] > level[node]:
+                raise SplitError(
+                    f"'{node.name}' needs '{source.name}', which a later module computes: information "
+                    "flows back between these splits, so no cut separates them; split elsewhere"
+                )
+    return level
+
+
+def _reject_empty(root: nn.Module, owners: dict[fx.Node, int], cuts: Sequence[Cut]) -> None:
+    names = [cut.name for cut in cuts]
+    for k in range(len(names) + 1):
+        nodes = [n for n, owner in owners.items() if owner == k and n.target is not marker]
+        trains = any(p.requires_grad for n in nodes for _, p in node_parameters(root, n))
+        work = [n for n in nodes if n.op != "get_attr"]
+        if not work or not trains:
+            raise SplitError(_empty(names, k, bool(work)))
+
+
+def _empty(names: Sequence[str], k: int, has_work: bool) -> str:
+    if k == len(names):
+        what = "nothing" if not has_work else "nothing that has parameters to train"
+        return f"split '{names[-1]}' lies after the output: {what} follows it; leave it out"
+    where = f"between splits '{names[k - 1]}' and '{names[k]}'" if k else f"before split '{names[0]}'"
+    if not has_work:
+        return f"the module {where} is empty: both cuts fall on the same place; leave one out"
+    return f"the module {where} has no parameters to train; leave one of the splits out"

@@ -1,0 +1,124 @@
+"""A pass does one rewrite; a method is a sequence of passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from locc.errors import GraphError, MethodError, nearest
+from locc.ir.graph import TrainingGraph
+from locc.ir.invariants import check
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One rewrite of the training graph. The fields of the dataclass are its hyper-parameters."""
+
+    @property
+    def label(self) -> str:
+        """The name in dumps and in the metadata of the nodes that the pass creates."""
+        name = type(self).__name__
+        return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).strip("_")
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        """Yield a sentence for each reason why the pass is undefined on this graph."""
+        yield from ()
+
+    @abstractmethod
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Change the graph in place."""
+
+    def ensures(self, ir: TrainingGraph) -> Iterator[str]:
+        """Yield a sentence for each way in which the result is not what the pass promises."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A local-learning method: a declared sequence of passes.
+
+    The fields of the dataclass are the method's hyper-parameters, and its options on the command
+    line; `field(metadata={"help": ...})` documents one. A field that holds a callable or a network is
+    left out of the command line.
+    """
+
+    family: ClassVar[str]
+    reference: ClassVar[str]
+    opens: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Layers that the method rewrites one by one: capture opens every module around them."""
+
+    @abstractmethod
+    def passes(self) -> Sequence[Pass]:
+        """Return the passes, in the order in which they run."""
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        """Yield a sentence for each reason why the method is undefined on this partition."""
+        yield from ()
+
+
+def options(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
+    """Return the options of a method by name."""
+    return {f.name: f for f in dataclasses.fields(method) if f.init}
+
+
+def configure(name: str, method: type[Method], given: dict[str, Any]) -> Method:
+    """Build a method from its options.
+
+    Raises:
+        MethodError: an option is unknown, missing or has an unusable value.
+    """
+    known = options(method)
+    for option in given:
+        if option not in known:
+            raise MethodError(
+                f"method '{name}' has no option '{option}'; "
+                + (nearest(option, known) if known else "it takes no options")
+            )
+    try:
+        return method(**given)
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"method '{name}': {error}") from error
+
+
+def apply(method: Method, name: str, ir: TrainingGraph) -> None:
+    """Run the passes of a method, checking the invariants after each.
+
+    With `LOCC_DUMP=dir` in the environment, the graph is written to `dir` after each pass.
+
+    Raises:
+        MethodError: the method, or a pass, is undefined on this graph.
+        GraphError: a pass broke an invariant, or did not do what it promises.
+    """
+    _refuse(name, list(method.requires(ir)))
+    _dump(ir, 0, "partition")
+    check(ir, "partition")
+    for number, step in enumerate(method.passes(), start=1):
+        _refuse(name, list(step.requires(ir)))
+        with ir.making(step.label):
+            step.rewrite(ir)
+        check(ir, step.label)
+        ir.tidy()
+        _dump(ir, number, step.label)
+        broken = list(step.ensures(ir))
+        if broken:
+            raise GraphError(f"pass '{step.label}' did not do what it promises: {'; '.join(broken)}")
+
+
+def _refuse(name: str, reasons: list[str]) -> None:
+    if reasons:
+        raise MethodError(f"method '{name}' is undefined on this model: {'; '.join(reasons)}")
+
+
+def _dump(ir: TrainingGraph, number: int, label: str) -> None:
+    folder = os.environ.get("LOCC_DUMP")
+    if folder:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f"{number:03d}_{label}.py").write_text(str(ir))

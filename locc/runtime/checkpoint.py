@@ -1,0 +1,209 @@
+"""Saving and resuming, bit for bit: safetensors, with JSON in its header.
+
+One file holds the parameters and buffers of the model and of the auxiliaries, the optimizers, the
+schedulers, gradients of an accumulation under way, the counters and the random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from locc.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from locc.runtime.program import Program
+
+FORMAT = 1
+
+
+def save(program: Program, path: Path) -> None:
+    """Write the program's state; the previous file at `path` stays whole until the new one is complete.
+
+    Raises:
+        CheckpointError: the folder does not exist, or a scheduler's state is not JSON.
+    """
+    if not path.parent.is_dir():
+        raise CheckpointError(f"cannot save to '{path}': the folder '{path.parent}' does not exist")
+    tensors, header = _state(program)
+    header["digest"] = _digest(tensors)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, name, metadata={"locc": json.dumps(header)})
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load(program: Program, path: Path) -> None:
+    """Read a state that `save` wrote into a program compiled in the same way.
+
+    Raises:
+        CheckpointError: the file is missing, torn, foreign or of another program; the program then
+            stays as it was.
+    """
+    tensors, header = _read(path)
+    graph = graph_hash(program)
+    if header["graph"] != graph:
+        raise CheckpointError(
+            f"'{path}' was saved by another program (method '{header['method']}', modules "
+            f"{', '.join(header['owners'])}); this one is method '{program.method}', modules "
+            f"{', '.join(program.ir.owners)}. Compile with the same model, splits and options"
+        )
+    own, _ = _state(program)
+    for name in {n for n in own if not n.startswith(("optimizer/", "grad/"))} | {
+        n for n in tensors if not n.startswith(("optimizer/", "grad/"))
+    }:
+        if name not in own or name not in tensors or (own[name].shape != tensors[name].shape):
+            raise CheckpointError(f"'{path}' does not fit this program: tensor '{name}' is missing or has another shape")
+    _apply(program, tensors, header)
+
+
+def graph_hash(program: Program) -> str:
+    """Return a digest of the printed training graph."""
+    return hashlib.blake2b(str(program.ir).encode(), digest_size=16).hexdigest()
+
+
+def _state(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _own(program).items():
+        tensors[f"state/{name}"] = tensor
+    groups: dict[str, Any] = {}
+    for owner, learner in program.built.learners.items():
+        state = learner.optimizer.state_dict()
+        groups[owner] = {"groups": _plain(state["param_groups"], f"optimizer of '{owner}'"), "plain": {}}
+        for index, values in state["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{owner}/{index}/{key}"] = value
+                else:
+                    groups[owner]["plain"].setdefault(str(index), {})[key] = _plain(value, f"optimizer of '{owner}'")
+        groups[owner]["pending"] = learner.pending
+        for i, parameter in enumerate(learner.parameters):
+            if learner.pending and parameter.grad is not None:
+                tensors[f"grad/{owner}/{i}"] = parameter.grad
+    tensors["random/cpu"] = torch.get_rng_state()
+    if program.device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(program.device)
+    header = {
+        "format": FORMAT,
+        "graph": graph_hash(program),
+        "method": program.method,
+        "owners": list(program.ir.owners),
+        "steps": program.steps,
+        "epochs": program.epochs,
+        "phase": program.phase,
+        "seed": program.built.executor.seed,
+        "optimizers": groups,
+        "schedulers": {n: _plain(s.state_dict(), f"scheduler of '{n}'") for n, s in program.schedulers.items()},
+    }
+    # safetensors refuses shared or strided storage; a checkpoint is a snapshot in any case.
+    return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, header
+
+
+def _own(program: Program) -> dict[str, Tensor]:
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in (*program.root.named_parameters(), *program.root.named_buffers()):
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def _plain(value: Any, what: str) -> Any:
+    """Return a value as JSON keeps it, tensors of one element included."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return {"__tensor__": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, Mapping):
+        return {"__dict__": [[_plain(k, what), _plain(v, what)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"__tuple__": [_plain(v, what) for v in value]}
+    if isinstance(value, list):
+        return [_plain(v, what) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(f"the {what} holds a {type(value).__name__}, which a checkpoint without pickle cannot keep")
+
+
+def _restore(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_restore(v) for v in value]
+    if isinstance(value, dict):
+        if "__tensor__" in value:
+            return torch.tensor(value["__tensor__"], dtype=getattr(torch, value["dtype"]))
+        if "__tuple__" in value:
+            return tuple(_restore(v) for v in value["__tuple__"])
+        return {_restore(k): _restore(v) for k, v in value["__dict__"]}
+    return value
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at '{path}'")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("locc")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is torn or no safetensors file: {error}") from error
+    if text is None:
+        raise CheckpointError(f"'{path}' is a safetensors file, but locc did not write it: its header has no 'locc'")
+    try:
+        header = json.loads(text)
+        known = header["format"] == FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the header of '{path}' is damaged: {error}") from error
+    if not known:
+        raise CheckpointError(f"'{path}' has format {header['format']}; this locc reads format {FORMAT}")
+    if _digest(tensors) != header.get("digest"):
+        raise CheckpointError(f"the tensors in '{path}' are damaged: their digest differs from the one saved")
+    return tensors, header
+
+
+def _apply(program: Program, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for name, tensor in _own(program).items():
+            tensor.copy_(tensors[f"state/{name}"])
+    for owner, learner in program.built.learners.items():
+        saved = header["optimizers"][owner]
+        state: dict[int, dict[str, Any]] = {}
+        for index, plain in saved["plain"].items():
+            state[int(index)] = {k: _restore(v) for k, v in plain.items()}
+        prefix = f"optimizer/{owner}/"
+        for name, tensor in tensors.items():
+            if name.startswith(prefix):
+                index, key = name.removeprefix(prefix).split("/")
+                state.setdefault(int(index), {})[key] = tensor
+        learner.optimizer.load_state_dict({"state": state, "param_groups": _restore(saved["groups"])})
+        learner.clear()
+        learner.pending = saved["pending"]
+        for i, parameter in enumerate(learner.parameters):
+            if f"grad/{owner}/{i}" in tensors:
+                parameter.grad = tensors[f"grad/{owner}/{i}"].to(parameter.device)
+    for name, scheduler in program.schedulers.items():
+        scheduler.load_state_dict(_restore(header["schedulers"][name]))
+    program.steps, program.epochs, program.phase = header["steps"], header["epochs"], header["phase"]
+    program.built.executor.seed = header["seed"]
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors and program.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random/cuda"], program.device)

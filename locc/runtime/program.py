@@ -1,0 +1,306 @@
+"""The compiled program: steps, inference, and everything a user does with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from locc.errors import LoccError, RunError, nearest
+from locc.ir import Inputs, Phase, Root, TrainingGraph
+from locc.lower import Plan, lower
+from locc.runtime.executor import Executor, Learner
+from locc.runtime.settings import Settings
+
+if TYPE_CHECKING:
+    from locc.runtime.fit import Evaluation, History
+    from locc.verify import Certificate
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step computed; reading a tensor's value is what synchronises the device.
+
+    Attributes:
+        objectives: the local objectives by name, 0-d tensors.
+        loss: the user's loss of this step before the update, 0-d; the sum of the objectives for a
+            method that does not compute the loss.
+    """
+
+    objectives: dict[str, Tensor]
+    network_loss: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """The user's loss, or the sum of the objectives where a method has none."""
+        if self.network_loss is not None:
+            return self.network_loss
+        return torch.stack([o.float() for o in self.objectives.values()]).sum()
+
+
+@dataclass
+class Built:
+    """What compilation yields once example inputs are known."""
+
+    ir: TrainingGraph
+    certificate: Certificate | None
+    learners: dict[str, Learner]
+    schedulers: dict[str, Any]
+    executor: Executor
+    phases: tuple[Phase, ...]
+    plans: dict[str | None, Plan] = field(default_factory=dict)
+
+
+class Program(nn.Module):
+    """A model with one training program per module.
+
+    Calling it runs the inference path; `train()`, `eval()` and `to()` work as for any module. The
+    model's own parameters are trained in place.
+    """
+
+    def __init__(self, root: Root, method: str, settings: Settings, build: Callable[[Program, Inputs], Built]) -> None:
+        super().__init__()
+        self.root = root
+        self.method = method
+        self.settings = settings
+        self.steps = 0
+        self.epochs = 0
+        self.phase: str | None = None
+        self._build = build
+        self._built: Built | None = None
+        self._folded: fx.GraphModule | None = None
+
+    # ---- compilation ------------------------------------------------------------------------
+
+    @property
+    def built(self) -> Built:
+        """What compilation yielded.
+
+        Raises:
+            RunError: there were no example inputs and no step yet.
+        """
+        if self._built is None:
+            raise RunError("the program is not complete yet: pass example_inputs to compile, or run a step first")
+        return self._built
+
+    def complete(self, x: Any) -> None:
+        """Finish the compilation with example inputs, if that has not happened yet."""
+        if self._built is None:
+            self._built = self._build(self, Inputs.of(self.model, x))
+            if self.settings.schedule == "sequential":
+                self.phase = self._built.phases[0].name
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model."""
+        return self.root.model
+
+    @property
+    def ir(self) -> TrainingGraph:
+        """The training graph; prints as readable Python."""
+        return self.built.ir
+
+    @property
+    def certificate(self) -> Certificate:
+        """What was proved of the program.
+
+        Raises:
+            RunError: the program was compiled with verify=False.
+        """
+        if self.built.certificate is None:
+            raise RunError("the program was compiled with verify=False; call locc.verify(program)")
+        return self.built.certificate
+
+    @property
+    def loss_function(self) -> Callable[[Any, Any], Tensor]:
+        """The user's loss, of (output, target)."""
+        return self.ir.loss_function
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases that `fit` runs; empty when all owners train in every step."""
+        return self.built.phases
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizer of each owner that trains."""
+        return {name: learner.optimizer for name, learner in self.built.learners.items()}
+
+    @property
+    def schedulers(self) -> dict[str, Any]:
+        """The learning-rate scheduler of each owner that has one."""
+        return self.built.schedulers
+
+    # ---- training ---------------------------------------------------------------------------
+
+    def step(self, x: Any, y: Any = None) -> StepReport:
+        """Train on one batch.
+
+        Args:
+            x: a tensor, a tuple of arguments, or a dict of keyword arguments of the model.
+            y: the target, as the loss takes it.
+
+        Raises:
+            RunError: an objective is not finite, or the inputs have another shape than compiled for.
+        """
+        self.complete(x)
+        built = self.built
+        if not (self.training and self.model.training):
+            raise RunError("the program is in eval mode; call program.train() before a step")
+        inputs = Inputs.of(self.model, self._move(x))
+        tensors = built.ir.captured.signature.bind(inputs)
+        plan = self.plan(self.phase)
+        backup = self._backup() if self.settings.atomic else None
+        frozen = self._freeze(plan)
+        try:
+            objectives, loss = built.executor.run(plan, [*tensors, self._move(y)], self.steps)
+        except BaseException:
+            if backup is not None:
+                self._restore(backup)
+            raise
+        finally:
+            for module in frozen:
+                module.training = True
+        self.steps += 1
+        return StepReport(objectives, loss)
+
+    def plan(self, phase: str | None = None) -> Plan:
+        """Return the instructions of a step in a phase; without one, of a step in which all train."""
+        built = self.built
+        if phase not in built.plans:
+            if phase is None:
+                built.plans[None] = lower(built.ir)
+            else:
+                found = {p.name: p for p in built.phases}
+                if phase not in found:
+                    raise RunError(f"there is no phase '{phase}'; {nearest(phase, found)}")
+                built.plans[phase] = lower(built.ir, frozenset(found[phase].trains))
+        return built.plans[phase]
+
+    def _freeze(self, plan: Plan) -> list[nn.Module]:
+        """Put the modules that earlier sequential stages have trained into eval mode for a step."""
+        if self.settings.schedule != "sequential" or self.phase is None:
+            return []
+        frozen = self._modules_of(o for o in plan.runs if o not in plan.trains)
+        changed = [m for m in frozen if m.training]
+        for module in changed:
+            module.training = False
+        return changed
+
+    def _modules_of(self, owners: Iterable[str]) -> set[nn.Module]:
+        ir = self.ir
+        return {
+            part
+            for owner in owners
+            for node in ir.nodes(owner)
+            if node.op == "call_module"
+            for part in self.root.get_submodule(str(node.target)).modules()
+        }
+
+    def _move(self, value: Any) -> Any:
+        device = self.device
+
+        def move(item: Any) -> Any:
+            return item.to(device, non_blocking=True) if isinstance(item, Tensor) and item.device != device else item
+
+        return torch.utils._pytree.tree_map(move, value)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter is."""
+        found = next(self.root.model.parameters(), None)
+        return torch.device("cpu") if found is None else found.device
+
+    def _backup(self) -> list[tuple[Tensor, Tensor]]:
+        tensors = [*self.root.parameters(), *self.root.buffers()]
+        for optimizer in self.optimizers.values():
+            tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return [(t, t.detach().clone()) for t in tensors]
+
+    @staticmethod
+    def _restore(backup: list[tuple[Tensor, Tensor]]) -> None:
+        with torch.no_grad():
+            for tensor, value in backup:
+                tensor.copy_(value)
+
+    # ---- inference --------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the inference path."""
+        if self._built is not None and self._built.ir.folded:
+            captured = self._built.ir.captured
+            tensors = captured.signature.bind(Inputs(args, kwargs))
+            if self._folded is None:
+                object.__setattr__(self, "_folded", fx.GraphModule(self.root, self._built.ir.inference))
+            assert self._folded is not None
+            return self._folded(*tensors)
+        return self.root.model(*args, **kwargs)
+
+    def predict(self, x: Any) -> Any:
+        """Run the inference path on a batch as `step` takes it."""
+        inputs = Inputs.of(self.model, self._move(x))
+        return self(*inputs.args, **inputs.kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Program:
+        before = {id(p): p for p in self.root.parameters()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._built is not None:
+            self._built.executor.device = self.device
+            _move_optimizer_state(self.optimizers.values())
+            if {id(p) for p in self.root.parameters()} != set(before):
+                raise LoccError("moving the program replaced its parameters; move the model before compiling it")
+        return self
+
+    # ---- the rest of the contract, in rooms of its own ----------------------------------------
+
+    def fit(self, loader: Iterable[Any], epochs: int = 1, **options: Any) -> History:
+        """Train for some epochs; see `locc.runtime.fit.fit`."""
+        from locc.runtime.fit import fit
+
+        return fit(self, loader, epochs, **options)
+
+    def evaluate(self, loader: Iterable[Any]) -> Evaluation:
+        """Return loss and accuracy of the inference path; see `locc.runtime.fit.evaluate`."""
+        from locc.runtime.fit import evaluate
+
+        return evaluate(self, loader)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything that training needs to go on bit for bit; see `locc.runtime.checkpoint`."""
+        from locc.runtime.checkpoint import save
+
+        save(self, Path(path))
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a saved state; see `locc.runtime.checkpoint`."""
+        from locc.runtime.checkpoint import load
+
+        load(self, Path(path))
+
+    def export_onnx(self, path: str | Path, **options: Any) -> Path:
+        """Write the inference path as one ONNX file; see `locc.export`."""
+        from locc.export import export_onnx
+
+        return export_onnx(self, Path(path), **options)
+
+    def export_onnx_modules(self, folder: str | Path, **options: Any) -> Path:
+        """Write one ONNX file per module and a manifest; see `locc.export`."""
+        from locc.export import export_onnx_modules
+
+        return export_onnx_modules(self, Path(folder), **options)
+
+    def extra_repr(self) -> str:
+        """Name the method and the modules."""
+        if self._built is None:
+            return f"method={self.method}, not complete: no example inputs yet"
+        return f"method={self.method}, modules={[o.name for o in self.ir.modules]}"
+
+
+def _move_optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -1,0 +1,99 @@
+"""What the user asked for in `compile`, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from locc.errors import LoccError, MethodError, nearest
+from locc.ir import TrainingGraph
+from locc.runtime.executor import Learner
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+
+SCHEDULES = ("lockstep", "sequential")
+BACKENDS = ("eager",)
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Training settings that do not change the graph."""
+
+    optimizer: OptimizerFactory | None = None
+    schedule: str = "lockstep"
+    backend: str = "eager"
+    clip: float | None = None
+    accumulate: int = 1
+    scheduler: SchedulerFactory | Mapping[str, SchedulerFactory] | None = None
+    autocast: torch.dtype | str | None = None
+    seed: int | None = None
+    atomic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise LoccError(f"schedule={self.schedule!r} is not available; {nearest(str(self.schedule), SCHEDULES)}")
+        if self.backend not in BACKENDS:
+            raise LoccError(f"backend={self.backend!r} is not available; {nearest(str(self.backend), BACKENDS)}")
+        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+            raise LoccError(f"accumulate={self.accumulate!r}: give the number of steps per update, at least 1")
+        if self.clip is not None and not self.clip > 0:
+            raise LoccError(f"clip={self.clip!r}: give the largest gradient norm of a module, above 0")
+        if isinstance(self.autocast, str) and self.autocast not in PRECISIONS:
+            raise LoccError(f"autocast={self.autocast!r} is unknown; {nearest(self.autocast, PRECISIONS)}")
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise LoccError(
+                "optimizer must be a callable that builds one from parameters, such as "
+                "lambda params: torch.optim.SGD(params, lr=0.1); found " + type(self.optimizer).__name__
+            )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The autocast dtype, or None."""
+        return PRECISIONS[self.autocast] if isinstance(self.autocast, str) else self.autocast
+
+    def learners(self, ir: TrainingGraph) -> dict[str, Learner]:
+        """Build one optimizer for each owner that has an objective.
+
+        Raises:
+            MethodError: the factory fails, or returns an optimizer of other parameters.
+        """
+        found = {}
+        for name, owner in ir.owners.items():
+            parameters = [p for p in ir.parameters(name).values() if p.requires_grad]
+            if ir.objectives(name) and parameters:
+                optimizer = self._optimizer(name, parameters)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * owner.lr_scale
+                found[name] = Learner(name, parameters, optimizer, self.clip)
+        return found
+
+    def _optimizer(self, owner: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            return torch.optim.Adam(parameters, lr=1e-3)
+        optimizer = self.optimizer(parameters)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise MethodError(f"optimizer(params) returned a {type(optimizer).__name__} for '{owner}', not an Optimizer")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held != {id(p) for p in parameters}:
+            raise MethodError(
+                f"optimizer(params) for '{owner}' does not hold exactly the parameters it was given; "
+                "build it from its argument, not from model.parameters()"
+            )
+        return optimizer
+
+    def schedulers(self, learners: Mapping[str, Learner]) -> dict[str, Any]:
+        """Build the learning-rate schedulers, one for each optimizer that has one."""
+        if self.scheduler is None:
+            return {}
+        if isinstance(self.scheduler, Mapping):
+            for name in self.scheduler:
+                if name not in learners:
+                    raise LoccError(f"scheduler for '{name}', which is no module that trains; {nearest(name, learners)}")
+            return {name: make(learners[name].optimizer) for name, make in self.scheduler.items()}
+        return {name: self.scheduler(learner.optimizer) for name, learner in learners.items()}

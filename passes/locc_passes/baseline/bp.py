@@ -1,0 +1,26 @@
+"""`bp`: end-to-end backpropagation, written in the IR of local learning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from locc.rewrite import Method, Pass
+from locc_passes.chain import GradientChain, OutputLoss
+
+
+@dataclass(frozen=True)
+class BP(Method):
+    """End-to-end backpropagation: the baseline, and the test of the compiler.
+
+    Each module receives the gradient of the loss from its readers and applies it as the objective
+    <h, gradient>, which is the chain rule; every gradient equals that of `loss.backward()`.
+    """
+
+    family: ClassVar[str] = "baseline"
+    reference: ClassVar[str] = "Rumelhart, Hinton & Williams 1986"
+
+    def passes(self) -> Sequence[Pass]:
+        """Return the loss and the chain."""
+        return (OutputLoss(), GradientChain())
