@@ -106,6 +106,7 @@ class TrainingGraph:
         output: the node that holds what the user's forward returns.
         prediction: the tensor that named losses and metrics read.
         loss: the user's loss on `output`, or None for a method without one.
+        initial: (parameter, value) pairs that a method starts from; written when compilation has succeeded.
     """
 
     root: Root
@@ -123,6 +124,7 @@ class TrainingGraph:
     repeats: dict[str, Repeat] = field(default_factory=dict)
     folded: bool = False
     couplings: list[str] = field(default_factory=list)
+    initial: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _making: str = "partition"
 
     # ---- reading ----------------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""Small models and programs that many tests share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import locc
+from locc.runtime.program import Program
+
+
+class Residual(nn.Module):
+    """Blocks with the residual addition in the outer forward, and a skip from the input to the end."""
+
+    def __init__(self, blocks: int = 3, width: int = 6) -> None:
+        super().__init__()
+        self.inp = nn.Linear(4, width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(blocks))
+        self.out = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x = self.inp(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x + first)
+
+
+class Tied(nn.Module):
+    """A language model whose head shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 5)
+        self.mid = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mid(self.embed(tokens))))
+
+
+def mlp(dropout: float = 0.0) -> nn.Sequential:
+    """Three linear layers, with names."""
+    model = nn.Sequential()
+    model.add_module("first", nn.Linear(4, 8))
+    model.add_module("relu1", nn.ReLU())
+    model.add_module("drop", nn.Dropout(dropout))
+    model.add_module("second", nn.Linear(8, 8))
+    model.add_module("relu2", nn.ReLU())
+    model.add_module("third", nn.Linear(8, 3))
+    return model
+
+
+def batch(size: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A batch for `mlp` and `Residual`."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(size, 4, generator=generator).to(dtype), torch.randint(3, (size,), generator=generator)
+
+
+def sgd(rate: float = 0.1) -> Callable[[Any], torch.optim.Optimizer]:
+    """A factory of plain SGD."""
+    return lambda params: torch.optim.SGD(params, lr=rate)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state of a model."""
+    return copy.deepcopy(model.state_dict())
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two states are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def compiled(model: nn.Module, method: Any = "bp", splits: Any = (), **options: Any) -> Program:
+    """Compile for `batch()` unless example inputs are given."""
+    options.setdefault("example_inputs", batch(dtype=next(model.parameters()).dtype)[0])
+    return locc.compile(model, method, splits, **options)
