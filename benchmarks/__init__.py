@@ -1,0 +1,1 @@
+"""What locc costs and saves, measured: `make bench`."""

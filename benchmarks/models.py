@@ -1,0 +1,241 @@
+"""Three chains of twelve blocks, each a `stem`, `blocks` and a `head`, and the local heads for them.
+
+The sizes make one block cost some milliseconds on two cores: enough that the arithmetic shows and not
+the bookkeeping, little enough that all of `make bench` takes a couple of minutes.
+
+A local module needs no gradient with respect to its input. Where a block is one matrix product or one
+convolution (`mlp`, `resnet`), that is a third of the arithmetic, and K = 12 saves time; where it is two
+(`resnet-basic`) or six (`gpt`), it is a small share, and the local heads may cost more than it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BLOCKS = 12
+CLASSES = 10
+
+
+class Chain(nn.Module):
+    """`stem`, then `blocks` in order, then `head`."""
+
+    def __init__(self, stem: nn.Module, blocks: Sequence[nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a batch to logits."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class MLPBlock(nn.Module):
+    """Linear, ReLU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, width] to [B, width]."""
+        return F.relu(self.linear(x))
+
+
+class ResidualBlock(nn.Module):
+    """One 3x3 convolution with BatchNorm and a skip."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, width, H, W] to the same shape."""
+        return F.relu(x + self.norm(self.conv(x)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a skip; a projection where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.skip(x))
+
+
+class GPTBlock(nn.Module):
+    """Pre-norm causal self-attention and a four times wider MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, T, width] to [B, T, width]."""
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Embedding(nn.Module):
+    """Token plus position."""
+
+    def __init__(self, vocabulary: int, length: int, width: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.randn(length, width) * 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map [B, T] token ids to [B, T, width]."""
+        return self.token(tokens) + self.position
+
+
+def linear_head(width: int, classes: int = CLASSES) -> nn.Module:
+    """Map [B, width] to logits."""
+    return nn.Linear(width, classes)
+
+
+def pooled_head(width: int, classes: int = CLASSES) -> nn.Module:
+    """Average over the image, then map to logits."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def vocabulary_head(width: int, vocabulary: int) -> nn.Module:
+    """Map [B, T, width] to next-token logits."""
+    return nn.Linear(width, vocabulary)
+
+
+def mlp(width: int = 1024) -> Chain:
+    """Twelve linear layers of one width."""
+    return Chain(nn.Identity(), [MLPBlock(width) for _ in range(BLOCKS)], linear_head(width))
+
+
+def resnet(width: int = 128) -> Chain:
+    """Twelve single-convolution residual blocks at half the image's resolution."""
+    stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
+    return Chain(stem, [ResidualBlock(width) for _ in range(BLOCKS)], pooled_head(width))
+
+
+def resnet_basic(width: int = 32) -> Chain:
+    """Three stages of four basic blocks; resolution halves and width doubles between stages."""
+    widths = [width] * 4 + [2 * width] * 4 + [4 * width] * 4
+    blocks = [
+        BasicBlock(before, after, stride=after // before)
+        for before, after in zip([width, *widths], widths, strict=False)
+    ]
+    stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    return Chain(stem, blocks, pooled_head(4 * width))
+
+
+def gpt(width: int = 256, vocabulary: int = 384, length: int = 64) -> Chain:
+    """Twelve pre-norm decoder blocks with an untied vocabulary head."""
+    blocks = [GPTBlock(width, heads=4) for _ in range(BLOCKS)]
+    return Chain(Embedding(vocabulary, length, width), blocks, vocabulary_head(width, vocabulary))
+
+
+def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the mean cross-entropy over a batch of sequences, or of single labels."""
+    return F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, a batch for it, its loss, and the local head for a boundary of a given width."""
+
+    name: str
+    model: Callable[[], Chain]
+    batch: Callable[[], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    head: Callable[[int], nn.Module]
+    feature_axis: int
+    """The axis of a boundary that holds its width."""
+
+
+WORKLOADS = {
+    "mlp": Workload(
+        "mlp",
+        mlp,
+        lambda: (torch.randn(480, 1024), torch.randint(0, CLASSES, (480,))),
+        F.cross_entropy,
+        linear_head,
+        feature_axis=-1,
+    ),
+    "resnet": Workload(
+        "resnet",
+        resnet,
+        lambda: (torch.randn(16, 3, 32, 32), torch.randint(0, CLASSES, (16,))),
+        F.cross_entropy,
+        pooled_head,
+        feature_axis=1,
+    ),
+    "gpt": Workload(
+        "gpt",
+        gpt,
+        lambda: (torch.randint(0, 384, (8, 64)), torch.randint(0, 384, (8, 64))),
+        token_loss,
+        lambda width: vocabulary_head(width, 384),
+        feature_axis=-1,
+    ),
+    "resnet-basic": Workload(
+        "resnet-basic",
+        resnet_basic,
+        lambda: (torch.randn(16, 3, 32, 32), torch.randint(0, CLASSES, (16,))),
+        F.cross_entropy,
+        pooled_head,
+        feature_axis=1,
+    ),
+    "mlp-small": Workload(
+        "mlp-small",
+        lambda: mlp(512),
+        lambda: (torch.randn(64, 512), torch.randint(0, CLASSES, (64,))),
+        F.cross_entropy,
+        linear_head,
+        feature_axis=-1,
+    ),
+}
+"""`mlp-small` has modules of about a millisecond at K = 12: there the cost beyond arithmetic shows."""
+
+DEFAULT = ("mlp", "resnet", "gpt")
+
+
+def splits(modules: int) -> list[str]:
+    """Return the split points that cut a chain into `modules` runs of equally many blocks."""
+    return [f"blocks.{BLOCKS * k // modules - 1}" for k in range(1, modules)]
+
+
+def segments(model: Chain, modules: int) -> list[nn.Sequential]:
+    """Cut a chain where `splits` does, without locc: the stem goes first, the head last."""
+    size = BLOCKS // modules
+    runs = [list(model.blocks)[k : k + size] for k in range(0, BLOCKS, size)]
+    runs[0].insert(0, model.stem)
+    runs[-1].append(model.head)
+    return [nn.Sequential(*run) for run in runs]

@@ -1,0 +1,205 @@
+"""`make bench`: step time and peak memory of local training against end-to-end backpropagation.
+
+Three contestants train copies of one model on one batch, in turn: eager end-to-end backpropagation, a
+detach loop written by hand, and locc's `dgl` with the same heads and the same optimizers. Times are the
+median of the rounds, with the fastest and the slowest; a ratio is taken within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.handwritten import DetachLoop, EndToEnd
+from benchmarks.meter import Peak, Timing, gradients_of, interleave, peak, ratio
+from benchmarks.models import DEFAULT, WORKLOADS, Chain, Workload, segments, splits
+
+END_TO_END, HANDWRITTEN, LOCC = "end-to-end", "handwritten", "locc dgl"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one contestant at one K cost."""
+
+    model: str
+    modules: int
+    contestant: str
+    milliseconds: Timing
+    time_to_end_to_end: Timing
+    time_to_handwritten: Timing | None
+    peak: Peak
+    memory_to_end_to_end: float
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to take a training step, and the parameters whose gradients it makes."""
+
+    modules: int
+    label: str
+    step: Callable[[], object]
+    parameters: Sequence[Tensor]
+
+
+def end_to_end(workload: Workload, model: Chain, x: Tensor, y: Tensor) -> Contestant:
+    """Plain backpropagation."""
+    trainer = EndToEnd(model, workload.loss)
+    return Contestant(1, END_TO_END, lambda: trainer.step(x, y), gradients_of(model))
+
+
+def handwritten(workload: Workload, model: Chain, x: Tensor, y: Tensor, modules: int) -> Contestant:
+    """The detach loop."""
+    parts = segments(model, modules)
+    heads = [workload.head(width) for width in boundary_widths(workload, parts, x)]
+    trainer = DetachLoop(parts, heads, workload.loss)
+    return Contestant(modules, HANDWRITTEN, lambda: trainer.step(x, y), gradients_of(model, *heads))
+
+
+def compiled(workload: Workload, model: Chain, x: Tensor, y: Tensor, modules: int) -> Contestant:
+    """The same through locc."""
+    import locc  # here, so that --without-locc runs where locc does not import
+
+    def head(boundary: Any, _output: Any) -> nn.Module:
+        return workload.head(boundary.shape[workload.feature_axis])
+
+    program = locc.compile(
+        model, method="dgl", splits=splits(modules), loss=workload.loss, example_inputs=x, head=head
+    )
+    return Contestant(modules, LOCC, lambda: program.step(x, y), gradients_of(program))
+
+
+def boundary_widths(workload: Workload, parts: Sequence[nn.Module], x: Tensor) -> list[int]:
+    """Return the width of each boundary, without leaving a trace in the parts' buffers."""
+    widths = []
+    with torch.no_grad():
+        for part in copy.deepcopy(list(parts))[:-1]:
+            x = part(x)
+            widths.append(x.shape[workload.feature_axis])
+    return widths
+
+
+def contestants(workload: Workload, counts: Sequence[int], with_locc: bool) -> list[Contestant]:
+    """Build all contestants on copies of one model."""
+    torch.manual_seed(0)
+    model = workload.model()
+    x, y = workload.batch()
+    entered = [end_to_end(workload, copy.deepcopy(model), x, y)]
+    for modules in counts:
+        entered.append(handwritten(workload, copy.deepcopy(model), x, y, modules))
+        if with_locc:
+            entered.append(compiled(workload, copy.deepcopy(model), x, y, modules))
+    return entered
+
+
+def measure(workload: Workload, counts: Sequence[int], rounds: int, with_locc: bool) -> list[Row]:
+    """Run one workload and return a row for each contestant."""
+    entered = contestants(workload, counts, with_locc)
+    names = [f"{c.label} K={c.modules}" for c in entered]
+    times = interleave({name: c.step for name, c in zip(names, entered, strict=True)}, rounds)
+    peaks = [peak(c.step, c.parameters) for c in entered]
+    return [
+        Row(
+            workload.name,
+            contestant.modules,
+            contestant.label,
+            Timing.of(times[name]),
+            ratio(times, name, names[0]),
+            ratio(times, name, f"{HANDWRITTEN} K={contestant.modules}") if contestant.label == LOCC else None,
+            used,
+            used.total / peaks[0].total,
+        )
+        for contestant, name, used in zip(entered, names, peaks, strict=True)
+    ]
+
+
+def show(console: Console, rows: Sequence[Row]) -> None:
+    """Print the rows of one workload."""
+    table = Table(title=f"{rows[0].model}: 12 blocks", title_justify="left")
+    table.add_column("K", justify="right")
+    table.add_column("contestant")
+    for column in ("step, ms", "time / end-to-end", "time / handwritten", "peak, MiB", "peak / end-to-end"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.modules),
+            row.contestant,
+            spread(row.milliseconds, 1),
+            spread(row.time_to_end_to_end),
+            spread(row.time_to_handwritten) if row.time_to_handwritten else "",
+            f"{row.peak.total / 2**20:.1f}",
+            f"{row.memory_to_end_to_end:.3f}",
+        )
+    console.print(table)
+
+
+def spread(timing: Timing, digits: int = 2) -> str:
+    """Format a median with its extremes."""
+    return f"{timing.median:.{digits}f} ({timing.low:.{digits}f} to {timing.high:.{digits}f})"
+
+
+def environment() -> dict[str, object]:
+    """Describe what the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("-k", "--modules", type=int, nargs="+", default=[2, 4, 12], help="divisors of 12")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=0, help="of PyTorch; its own choice by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there as well")
+    parser.add_argument("--without-locc", action="store_true", help="compare the two references alone")
+    options = parser.parse_args(argv)
+    options.models = options.models or list(DEFAULT)
+    unknown = [name for name in options.models if name not in WORKLOADS]
+    if unknown:
+        parser.error(f"no model {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
+    if any(k < 2 or 12 % k for k in options.modules):
+        parser.error("the twelve blocks divide into 2, 3, 4, 6 or 12 modules")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    options = arguments(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    console = Console()
+    console.print(", ".join(f"{key} {value}" for key, value in environment().items()), highlight=False)
+    rows: list[Row] = []
+    for name in options.models:
+        found = measure(WORKLOADS[name], options.modules, options.rounds, not options.without_locc)
+        show(console, found)
+        rows += found
+    console.print(
+        f"Median of {options.rounds} interleaved rounds (fastest to slowest). "
+        "Peak: activations and gradients above what lives between two steps."
+    )
+    if options.json:
+        data = {"environment": environment(), "rounds": options.rounds, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(data, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
