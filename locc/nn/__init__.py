@@ -1,0 +1,82 @@
+"""Auxiliary networks, built from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from locc.ir.spec import TensorSpec
+from locc.nn.bridges import DenseSigmoid, build_bridge, build_label_decoder, build_label_encoder
+from locc.nn.building import MAX_WEIGHTS, check_shapes, orthogonal_
+from locc.nn.decoders import DenseDecoder, ImageDecoder, PositionDecoder, build_decoder
+from locc.nn.feedback import (
+    BroadcastFeedback,
+    broadcast_feedback,
+    draw_broadcast,
+    draw_feedback,
+    feedback_call,
+    feedback_conv,
+    feedback_linear,
+)
+from locc.nn.heads import FixedHead, LinearHead, MLPHead, MLPSRHead, build_head
+from locc.nn.inverses import DenseInverse, ImageInverse, PositionInverse, build_inverse
+from locc.nn.labels import one_hot
+from locc.nn.layout import Layout, check_boundary, guess_layout, layout_of, pool, positions, regrid, resize
+from locc.nn.predsim import PredHead, SimHead, build_pred_head, build_sim_head, sim_loss, similarity_matrix
+from locc.nn.readout import Readout, plan_readout
+from locc.nn.synthesisers import Synthesiser, build_synthesiser
+
+Factory = Callable[[TensorSpec, TensorSpec], nn.Module]
+"""What a user passes to replace an auxiliary network: (from, to) -> module. Every `build_*` here is one;
+the second spec is the model's output for heads and synthesisers, the target value for the others."""
+
+__all__ = [
+    "MAX_WEIGHTS",
+    "BroadcastFeedback",
+    "DenseDecoder",
+    "DenseInverse",
+    "DenseSigmoid",
+    "Factory",
+    "FixedHead",
+    "ImageDecoder",
+    "ImageInverse",
+    "Layout",
+    "LinearHead",
+    "MLPHead",
+    "MLPSRHead",
+    "PositionDecoder",
+    "PositionInverse",
+    "PredHead",
+    "Readout",
+    "SimHead",
+    "Synthesiser",
+    "broadcast_feedback",
+    "build_bridge",
+    "build_decoder",
+    "build_head",
+    "build_inverse",
+    "build_label_decoder",
+    "build_label_encoder",
+    "build_pred_head",
+    "build_sim_head",
+    "build_synthesiser",
+    "check_boundary",
+    "check_shapes",
+    "draw_broadcast",
+    "draw_feedback",
+    "feedback_call",
+    "feedback_conv",
+    "feedback_linear",
+    "guess_layout",
+    "layout_of",
+    "one_hot",
+    "orthogonal_",
+    "plan_readout",
+    "pool",
+    "positions",
+    "regrid",
+    "resize",
+    "sim_loss",
+    "similarity_matrix",
+]

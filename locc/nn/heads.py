@@ -1,0 +1,213 @@
+"""Classifier heads: from a boundary to a value of the shape of the model's output."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from locc.errors import MethodError, nearest
+from locc.ir.spec import TensorSpec
+from locc.nn.building import ADAPTIVE_POOL, BATCH_NORM, CONV, check_shapes, placement
+from locc.nn.layout import Layout, regrid
+from locc.nn.readout import plan_readout
+
+Device = torch.device | str | None
+
+
+class LinearHead(nn.Module):
+    """Pool and linear, or linear at every position: any boundary to the output's shape."""
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        output: TensorSpec,
+        *,
+        layout: Layout | str | None = None,
+        output_layout: Layout | str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.readout = plan_readout(spec, output, layout, output_layout)
+        at = placement(spec, device, dtype)
+        self.linear = nn.Linear(self.readout.in_features, self.readout.out_features, **at)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map the boundary `h` to the output's shape."""
+        return self.readout.write(self.linear(self.readout.read(h)))
+
+
+class MLPHead(nn.Module):
+    """Pool, `depth` x (linear, ReLU), linear; at every position for token-level and dense outputs."""
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        output: TensorSpec,
+        *,
+        hidden: int | None = None,
+        depth: int = 1,
+        layout: Layout | str | None = None,
+        output_layout: Layout | str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.readout = plan_readout(spec, output, layout, output_layout)
+        at = placement(spec, device, dtype)
+        width = self.readout.in_features
+        layers: list[nn.Module] = []
+        for _ in range(depth):
+            layers += [nn.Linear(width, hidden or width, **at), nn.ReLU()]
+            width = hidden or width
+        self.net = nn.Sequential(*layers, nn.Linear(width, self.readout.out_features, **at))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map the boundary `h` to the output's shape."""
+        return self.readout.write(self.net(self.readout.read(h)))
+
+
+class FixedHead(nn.Module):
+    """Random linear classifier that never trains: M ~ U(+-1/sqrt(d)), no bias, kept in a buffer.
+
+    Mostafa, Ramesh & Cauwenberghs, "Deep supervised learning using local errors".
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        output: TensorSpec,
+        *,
+        layout: Layout | str | None = None,
+        output_layout: Layout | str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.readout = plan_readout(spec, output, layout, output_layout)
+        width = self.readout.in_features
+        weight = torch.empty(self.readout.out_features, width, **placement(spec, device, dtype))
+        # A buffer reaches neither the optimiser nor weight decay, and is saved with the rest.
+        self.register_buffer("weight", weight.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width)))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map the boundary `h` to the output's shape."""
+        return self.readout.write(F.linear(self.readout.read(h), self.weight))
+
+
+class MLPSRHead(nn.Module):
+    """DGL's spatially-reduced MLP ("MLP-SR") head.
+
+    Belilovsky, Eickenberg & Oyallon, "Decoupled greedy learning of CNNs". On images: adaptive pool to
+    ceil(size/4), 3 x (conv1x1 C->C, BN, ReLU), pool to 2x2, 3 x (linear 4C->4C, BN, ReLU), linear. Elsewhere:
+      * sequences and 1-D images: the same in one dimension, pooled to 4 positions; 3-D: to 2x2x2;
+      * flat values and class tokens: 3 x (linear, BN, ReLU), linear, as there is no space to reduce;
+      * a linear layer per token: 3 x (linear, LayerNorm, ReLU), linear, unpooled: batch statistics over
+        positions would let a token see those after it;
+      * dense outputs of images: the conv1x1 part at ceil(size/4), conv1x1, resized to the output.
+    Initial values of the ImageNet code: convolutions Kaiming normal (fan-out), linear layers N(0, 0.01^2).
+    """
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        output: TensorSpec,
+        *,
+        layout: Layout | str | None = None,
+        output_layout: Layout | str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.readout = plan = plan_readout(spec, output, layout, output_layout)
+        found, width = plan.layout, plan.in_features
+        at: Any = placement(spec, device, dtype)
+        tokens = plan.per_position and found.kind == "sequence"
+        self.spatial: nn.Module | None = None
+        if found.kind != "flat" and not found.class_token and not tokens:
+            sizes = found.sizes(spec) if plan.folded_in == 1 else (plan.folded_in,)
+            rank = len(sizes)
+            layers: list[nn.Module] = [ADAPTIVE_POOL[rank](tuple(math.ceil(n / 4) for n in sizes))]
+            for _ in range(3):
+                layers += [CONV[rank](width, width, 1, **at), BATCH_NORM[rank](width, **at), nn.ReLU()]
+            if not plan.per_position:
+                grid = {1: (4,), 2: (2, 2), 3: (2, 2, 2)}[rank]
+                layers += [ADAPTIVE_POOL[rank](grid), nn.Flatten()]
+                width *= math.prod(grid)
+            self.spatial = nn.Sequential(*layers)
+        norm = nn.LayerNorm if tokens else nn.BatchNorm1d
+        dense: list[nn.Module] = []
+        for _ in range(0 if self.spatial is not None and plan.per_position else 3):
+            dense += [nn.Linear(width, width, **at), norm(width, **at), nn.ReLU()]
+        self.dense = nn.Sequential(*dense, nn.Linear(width, plan.out_features, **at))
+        self.apply(_dgl_init)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map the boundary `h` to the output's shape."""
+        plan = self.readout
+        if self.spatial is None:
+            return plan.write(self.dense(plan.read(h)))
+        x: Tensor = self.spatial(plan.layout.first(plan.unfold(h)))
+        if not plan.per_position:
+            return plan.write(self.dense(x))
+        y: Tensor = self.dense(x.movedim(1, -1)).movedim(-1, 1)
+        return plan.write(regrid(y, plan.source).movedim(1, -1))
+
+
+def _dgl_init(layer: nn.Module) -> None:
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(layer, nn.Linear):
+        nn.init.normal_(layer.weight, std=0.01)
+    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "linear": LinearHead,
+    "mlp": MLPHead,
+    "mlp-sr": MLPSRHead,
+    "fixed": FixedHead,
+}
+
+
+def build_head(
+    spec: TensorSpec,
+    output: TensorSpec,
+    kind: str = "linear",
+    layout: Layout | str | None = None,
+    *,
+    output_layout: Layout | str | None = None,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a head whose result has the shape of the model's output, so that the user's loss applies.
+
+    Args:
+        spec: the boundary.
+        output: the model's output: [B,C] or [B] (per sample), [B,T,V], [B,V,T], [T,B,V] or [T*B,V] (per
+            token), [B,C,*space] or [B,*space,C] (dense).
+        kind: "linear", "mlp" (options hidden, depth), "mlp-sr" or "fixed".
+        layout: of the boundary, where `guess_layout` guesses wrong.
+        output_layout: of the output, likewise.
+        device: of the parameters.
+        dtype: of the parameters; the boundary's unless given.
+        **options: of the head's class.
+
+    Raises:
+        MethodError: an unknown kind, or no way from `spec` to `output`.
+    """
+    if kind not in HEADS:
+        raise MethodError(f"head {kind!r} is unknown; {nearest(kind, HEADS)}")
+    head = HEADS[kind](
+        spec, output, layout=layout, output_layout=output_layout, device=device, dtype=dtype, **options
+    )
+    check_shapes(head, (spec,), output, f"the {kind} head")
+    return head

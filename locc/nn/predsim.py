@@ -1,0 +1,169 @@
+"""Local error signals: the prediction head, the similarity head and the similarity loss.
+
+Nøkland & Eidnes, "Training neural networks with local error signals" (ICML 2019), and its released code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from locc.ir.spec import TensorSpec
+from locc.nn.building import CONV, check_shapes, placement, zero_
+from locc.nn.layout import Layout, guess_layout
+from locc.nn.readout import plan_readout
+
+_AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+def pool_kernel(channels: int, sizes: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    """Double the kernel in each dimension in turn until channels * prod(ceil(size/kernel)) <= limit.
+
+    A dimension that is pooled to one position is left alone.
+    """
+    kernel = [1] * len(sizes)
+    turn = 0
+    while channels * math.prod(map(_ceil_div, sizes, kernel)) > limit:
+        open_dims = [i for i in range(len(sizes)) if kernel[i] < sizes[i]]
+        if not open_dims:
+            break
+        while turn not in open_dims:
+            turn = (turn + 1) % len(sizes)
+        kernel[turn] *= 2
+        turn = (turn + 1) % len(sizes)
+    return tuple(kernel)
+
+
+class PredHead(nn.Module):
+    """The classifier of `pred`: average pooling, flatten, linear with zero-initialised weight.
+
+    The pooling kernel is the smallest of `pool_kernel` with a flattened size <= `dim_in_decoder`. Flat
+    values, class tokens and token-level or dense outputs are not pooled.
+    """
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        output: TensorSpec,
+        *,
+        dim_in_decoder: int = 4096,
+        layout: Layout | str | None = None,
+        output_layout: Layout | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.readout = plan = plan_readout(spec, output, layout, output_layout)
+        width = plan.in_features
+        self.pool: nn.Module | None = None
+        if plan.layout.kind != "flat" and not plan.layout.class_token and not plan.per_position:
+            sizes = plan.layout.sizes(spec) if plan.folded_in == 1 else (plan.folded_in,)
+            kernel = pool_kernel(width, sizes, dim_in_decoder)
+            pool: Any = _AVG_POOL[len(sizes)]
+            # The last window may be smaller; its mean is over what it covers.
+            self.pool = pool(kernel, ceil_mode=True, count_include_pad=False)
+            width *= math.prod(map(_ceil_div, sizes, kernel))
+        self.linear = nn.Linear(width, plan.out_features, **placement(spec, device, dtype))
+        zero_(self.linear, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map the boundary `h` to the output's shape."""
+        if self.pool is None:
+            return self.readout.write(self.linear(self.readout.read(h)))
+        pooled: Tensor = self.pool(self.readout.layout.first(self.readout.unfold(h)))
+        return self.readout.write(self.linear(pooled.flatten(1)))
+
+
+class SimHead(nn.Module):
+    """The map z(h) of `sim`: linear n->n, conv 3x3 with the same channels, or linear per position; no bias.
+
+    Returns z as [B,D] or [B,D,*positions] whatever the boundary's layout: the form `similarity_matrix`
+    takes. A sequence has no kernel over time, so that a causal model stays causal.
+    """
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        *,
+        layout: Layout | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = guess_layout(spec, layout)
+        width = self.layout.channels(spec)
+        at: Any = placement(spec, device, dtype)
+        self.map: nn.Module
+        if self.layout.kind == "image":
+            self.map = CONV[len(self.layout.position_dims)](width, width, 3, padding=1, bias=False, **at)
+        else:
+            self.map = nn.Linear(width, width, bias=False, **at)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map the boundary `h` to z, [B,D] or [B,D,*positions]."""
+        if self.layout.kind == "image":
+            z: Tensor = self.map(self.layout.first(h))
+            return z
+        return torch.movedim(self.map(self.layout.last(h)), -1, 1)
+
+
+def build_pred_head(spec: TensorSpec, output: TensorSpec, **options: Any) -> nn.Module:
+    """Build a checked `PredHead`; `options` are its keywords."""
+    head = PredHead(spec, output, **options)
+    check_shapes(head, (spec,), output, "the prediction head")
+    return head
+
+
+def build_sim_head(spec: TensorSpec, output: TensorSpec | None = None, **options: Any) -> nn.Module:
+    """Build a checked `SimHead`; `options` are its keywords, `output` is not read."""
+    head = SimHead(spec, **options)
+    order = (head.layout.batch_dim, head.layout.channel_dim, *head.layout.position_dims)
+    result = TensorSpec(tuple(spec.shape[i] for i in order), spec.dtype)
+    check_shapes(head, (spec,), result, "the similarity head")
+    return head
+
+
+def similarity_matrix(v: Tensor) -> Tensor:
+    """Return the matrix S(v) [B,B] of the cosine similarities between centred samples.
+
+    Feature maps give each channel's standard deviation over its positions (flattened instead where there
+    are fewer than four channels or one position); then subtract each sample's mean feature, L2-normalise,
+    and take the Gram matrix, clamped to [-1,1]. S is invariant to v -> a v + b with a > 0 and b per sample.
+
+    Args:
+        v: [B,D] or [B,D,*positions].
+    """
+    if v.dim() > 2:
+        maps = v.flatten(2)
+        v = maps.std(2) if maps.shape[1] > 3 and maps.shape[2] > 1 else maps.flatten(1)
+    centred = v - v.mean(1, keepdim=True)
+    # max(norm, eps) rather than norm + eps: the invariance is exact.
+    unit = F.normalize(centred, dim=1, eps=1e-8)
+    return (unit @ unit.t()).clamp(-1, 1)
+
+
+def sim_loss(z: Tensor, y_onehot: Tensor) -> Tensor:
+    """Return the mean square (shape []) of S(z) - S(Y) over all B^2 entries; no gradient reaches Y.
+
+    Labels [B,*positions,C] make every labelled position a sample: an all-zero row is one to ignore. The
+    matrix then has (B*positions)^2 entries.
+
+    Args:
+        z: [B,D] or [B,D,*positions].
+        y_onehot: [B,C] or [B,*positions,C], batch first.
+    """
+    y = y_onehot.detach().to(z.dtype)
+    if y.dim() == 2:
+        return F.mse_loss(similarity_matrix(z), similarity_matrix(y))
+    z, y = z.movedim(1, -1).flatten(0, -2), y.flatten(0, -2)
+    labelled = (y != 0).any(1).to(z.dtype)
+    error = (similarity_matrix(z) - similarity_matrix(y)).square()
+    return (labelled @ error @ labelled) / labelled.sum().square().clamp_min(1)
+
+
+def _ceil_div(n: int, k: int) -> int:
+    return -(-n // k)
