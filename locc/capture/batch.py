@@ -1,0 +1,126 @@
+"""Which dimension of the inputs is the batch, and the same inputs at another batch size."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locc.capture.tree import Path, flatten, spell
+from locc.errors import CaptureError
+from locc.ir.captured import Inputs
+from locc.ir.spec import BatchDim, Dim, TensorSpec
+
+
+class Call:
+    """The example call: its tensors, their names, and how to make the call at another batch size."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.leaves, self.structure = flatten((inputs.args, inputs.kwargs))
+        self.where = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self.tensors: list[Tensor] = [self.leaves[i] for i in self.where]
+        if not self.tensors:
+            raise CaptureError(
+                "the example inputs hold no tensor; pass the model's inputs as the loader yields them"
+            )
+        paths = self.structure.paths()
+        names = _argument_names(model, inputs)
+        self.names = tuple(_name(paths[i], names) for i in self.where)
+        first = self.tensors[0]
+        self.batch: int | None = int(first.shape[0]) if first.dim() else None
+        self.batched = [t.dim() > 0 and int(t.shape[0]) == self.batch for t in self.tensors]
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The specs of the tensors."""
+        return tuple(
+            TensorSpec.of(t, self.batch if batched else None)
+            for t, batched in zip(self.tensors, self.batched, strict=True)
+        )
+
+    def at(self, batch: int | None) -> list[Tensor]:
+        """Return copies of the tensors at another batch size: repeated or sliced along the batch."""
+        if batch is None or batch == self.batch:
+            return [t.detach().clone() for t in self.tensors]
+        return [
+            _resize(t, batch) if batched else t.detach().clone()
+            for t, batched in zip(self.tensors, self.batched, strict=True)
+        ]
+
+    def inputs(self, tensors: list[Tensor]) -> Inputs:
+        """Return the call with other tensors in the place of the example's."""
+        leaves = list(self.leaves)
+        for i, tensor in zip(self.where, tensors, strict=True):
+            leaves[i] = tensor
+        args, kwargs = self.structure.build(leaves)
+        return Inputs(args, kwargs)
+
+    def flatten(self, inputs: Inputs) -> list[Tensor]:
+        """Return the tensors of a call of the same form.
+
+        Raises:
+            ValueError: the call has another structure, or other constants.
+        """
+        leaves, structure = flatten((inputs.args, inputs.kwargs))
+        if structure != self.structure:
+            raise ValueError(
+                f"the arguments are nested differently: {_count(leaves)} instead of {_count(self.leaves)}"
+            )
+        tensors: list[Tensor] = []
+        for i, (leaf, old) in enumerate(zip(leaves, self.leaves, strict=True)):
+            if isinstance(leaf, Tensor) and isinstance(old, Tensor):
+                tensors.append(leaf)
+            elif isinstance(leaf, Tensor) or isinstance(old, Tensor) or not _equal(leaf, old):
+                name = spell(self.structure.paths()[i][1:])
+                raise ValueError(f"argument '{name}' was {_show(old)} and now is {_show(leaf)}")
+        return tensors
+
+
+def merge(one: tuple[int, ...], other: tuple[int, ...], batches: tuple[int, int]) -> tuple[Dim, ...] | None:
+    """Return the dims that give `one` and `other` at two batch sizes, or None when no affine dims do."""
+    if len(one) != len(other):
+        return None
+    dims: list[Dim] = []
+    for a, b in zip(one, other, strict=True):
+        scale, rest = divmod(b - a, batches[1] - batches[0])
+        if rest or scale < 0:
+            return None
+        dims.append(BatchDim(scale, a - scale * batches[0]) if scale else a)
+    return tuple(dims)
+
+
+def _resize(tensor: Tensor, batch: int) -> Tensor:
+    index = torch.arange(batch, device=tensor.device) % tensor.shape[0]
+    return tensor.detach().index_select(0, index)
+
+
+def _argument_names(model: nn.Module, inputs: Inputs) -> list[str]:
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    names = []
+    for i in range(len(inputs.args)):
+        known = i < len(parameters) and parameters[i].kind is not inspect.Parameter.VAR_POSITIONAL
+        names.append(parameters[i].name if known else f"input{i}")
+    return names
+
+
+def _name(path: Path, names: list[str]) -> str:
+    (_, side), (_, key), *rest = path
+    return spell(tuple(rest), names[key] if side == 0 else str(key))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except Exception:
+        return False
+
+
+def _show(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)
+
+
+def _count(leaves: list[Any]) -> str:
+    tensors = sum(isinstance(leaf, Tensor) for leaf in leaves)
+    return f"{tensors} tensors among {len(leaves)} values"

@@ -1,0 +1,387 @@
+"""The second mechanism: the forward runs on fake tensors, and every call that it makes is written down."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from locc.capture import leaves
+from locc.capture.batch import Call
+from locc.capture.calls import Calls, intercepting
+from locc.capture.eager import Eager, Run
+from locc.capture.graphs import (
+    RefusalError,
+    Trace,
+    access,
+    emit_output,
+    parents_of,
+    placeholder_name,
+    tensor_paths,
+    tidy,
+)
+from locc.capture.patches import functions_patched
+from locc.capture.sizes import Sizes, is_symbolic
+from locc.capture.source import user_code, user_line
+from locc.capture.state import bindings, preserved, python_random_state, rewritten
+from locc.capture.targets import (
+    Applied,
+    Constant,
+    Hooked,
+    InRegion,
+    Region,
+    callable_of,
+    name_of,
+    printable,
+    target_of,
+)
+from locc.capture.transforms import Collecting, Transformed, transforms_patched
+from locc.capture.tree import flatten, leaves_of, map_plain
+from locc.errors import CaptureError
+from locc.ir.captured import Root, strip
+from locc.ir.ops import Rebuild, assign
+
+_READS_VALUES = {"__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__"}
+_READS_VALUES |= {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"}
+_AMBIENT = {"_set_grad_enabled", "set_grad_enabled", "_enter_autocast", "_exit_autocast"}
+_DYNAMIC = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
+
+
+def trace(
+    root: Root,
+    call: Call,
+    opened: frozenset[str],
+    training: bool,
+    eager: Eager,
+    batches: tuple[int | None, int | None],
+) -> Trace:
+    """Record the opened modules' calls on fake tensors with a symbolic batch.
+
+    Raises:
+        CaptureError: a value steers the opened code, or something cannot be written into a graph.
+    """
+    runs = tuple(eager.run(training, b) for b in (batches if batches[1] is not None else batches[:1]))
+    graph = fx.Graph()
+    sizes = Sizes(batches[0] if batches[1] is not None else None)
+    records = leaves.Records([run.calls for run in runs], batches)
+    recorder = Recorder(root, graph, Calls(root, opened), sizes, records, eager)
+    with preserved(root), torch.enable_grad():
+        root.train(training)
+        recorder.run(call, runs[0])
+    if recorder.stashed and eager.remembers(training, batches[0]):
+        raise RefusalError(
+            f"the forward sets '{strip(recorder.stashed[0])}' and its next call gives another output, so one "
+            "call feeds the next; make it a buffer (register_buffer), or take it as an input and return it"
+        )
+    tidy(graph)
+    return Trace(graph, sizes.guards(), recorder.notes)
+
+
+class Recorder(TorchFunctionMode):
+    """Executes the user's forward on fake tensors and keeps a node for each tensor it meets."""
+
+    def __init__(
+        self, root: Root, graph: fx.Graph, calls: Calls, sizes: Sizes, records: leaves.Records, eager: Eager
+    ) -> None:
+        super().__init__()
+        self.root, self.graph, self.calls, self.sizes = root, graph, calls, sizes
+        self.records, self.eager = records, eager
+        self.fake = FakeTensorMode(shape_env=sizes.env, allow_non_fake_inputs=True)
+        self.notes: list[str] = []
+        self.stashed: list[str] = []
+        self.outside = Region.now()
+        self.paths = tensor_paths(root)
+        self._nodes: dict[int, fx.Node] = {}
+        self._fakes: dict[int, Tensor] = {}
+        self._read: dict[int, Tensor] = {}
+        self._held: list[Any] = []  # so that an id names one object
+        self._paused = 0
+
+    def run(self, call: Call, eager: Run) -> None:
+        """Record the whole forward."""
+        before, drawn = bindings(self.root), python_random_state()
+        self.outside = Region.now()
+        with self.fake:
+            inputs = call.inputs([self._placeholder(n, i, call) for i, n in enumerate(call.names)])
+            with (
+                self.sizes.watching(lambda: self._paused > 0),
+                functions_patched(self._applied),
+                transforms_patched(self._transformed),
+                intercepting(self._called),
+                self,
+            ):
+                result = self._forward(inputs.args, inputs.kwargs)
+            if python_random_state() != drawn:
+                raise RefusalError(
+                    "the forward draws from Python's or NumPy's random numbers between the modules that stay "
+                    "closed; use torch's, inside a submodule"
+                )
+            self._written(before)
+            self.graph.output(emit_output(self.graph, eager, result, self._node_or_none))
+
+    def _forward(self, args: Any, kwargs: Any) -> Any:
+        try:
+            return self.root.model(*args, **kwargs)
+        except CaptureError:
+            raise
+        except Exception as error:
+            if type(error).__name__ in _DYNAMIC:
+                raise self._data_dependent("a shape or a decision") from error
+            raise CaptureError(
+                f"the forward fails on fake tensors: {type(error).__name__}: {error}"
+            ) from error
+
+    def _placeholder(self, name: str, index: int, call: Call) -> Tensor:
+        tensor, batched = call.tensors[index], call.batched[index] and self.sizes.symbol is not None
+        shape = [self.sizes.size, *tensor.shape[1:]] if batched else list(tensor.shape)
+        fake = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        node = self.graph.placeholder(placeholder_name(name))
+        return self.bind(fake, node)
+
+    # --- tensors and nodes
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Record nothing for a while."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def bind(self, fake: Tensor, node: fx.Node) -> Tensor:
+        """Let `node` stand for a fake tensor from now on."""
+        self._nodes[id(fake)] = node
+        self._held.append(fake)
+        return fake
+
+    def as_fake(self, tensor: Tensor) -> Tensor:
+        """Return the fake tensor of a parameter, buffer or constant."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self._fakes:
+            self._fakes[id(tensor)] = self.fake.from_tensor(tensor, static_shapes=True)
+            self._held += [tensor, self._fakes[id(tensor)]]
+            self._read[id(self._fakes[id(tensor)])] = tensor
+        return self._fakes[id(tensor)]
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """Return the node of a tensor, real or fake."""
+        fake = self.as_fake(tensor)
+        if id(fake) not in self._nodes:
+            real = self._read.get(id(fake))
+            if real is None:
+                raise CaptureError(f"a tensor of unknown origin is used at {user_code()}")
+            self.bind(fake, self._outside_tensor(real))
+        return self._nodes[id(fake)]
+
+    def _outside_tensor(self, real: Tensor) -> fx.Node:
+        path = self.paths.get(id(real))
+        if path is not None:
+            return self.emit("get_attr", path, (), {})
+        if isinstance(real, nn.Parameter):
+            raise RefusalError(
+                f"a parameter of shape {tuple(real.shape)} that the model does not register is used at "
+                f"{user_code()}; assign it to an attribute of its module, or put its module into a ModuleList"
+            )
+        return self.emit("call_function", Constant(real.detach()), (), {})
+
+    def _node_or_none(self, value: Any) -> fx.Node | None:
+        return self.node_of(value) if isinstance(value, Tensor) else None
+
+    def emit(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """Add a node, with the calls and the line of the moment."""
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["stack"] = self.calls.now()
+        line = user_line()
+        if line:
+            node.meta["line"] = line
+        return node
+
+    def argument(self, value: Any, near: list[Tensor]) -> Any:
+        """Return a value as a node's argument."""
+        if isinstance(value, Tensor):
+            return self.node_of(value)
+        if is_symbolic(value):
+            return self.sizes.node(value, near, self.node_of, self.emit)
+        if isinstance(value, torch.Size):
+            return tuple(self.argument(v, near) for v in value)
+        if isinstance(value, slice):
+            return slice(*(self.argument(v, near) for v in (value.start, value.stop, value.step)))
+        if type(value) in (tuple, list):
+            return type(value)(self.argument(v, near) for v in value)
+        if type(value) is dict and all(printable(k) for k in value):
+            return {k: self.argument(v, near) for k, v in value.items()}
+        values, structure = flatten(value)
+        if structure.branches is not None and any(isinstance(v, Tensor) or is_symbolic(v) for v in values):
+            kind = structure.kind.__name__ if structure.kind else "value"
+            parts = tuple(self.argument(v, near) for v in values)
+            return self.emit("call_function", Rebuild(structure.build, f"build_{kind}"), parts, {})
+        if isinstance(value, nn.Module):
+            raise CaptureError(
+                f"a module ({type(value).__name__}) is passed as an argument at {user_code()}, which hides "
+                "whose parameters are used there; call it, or pass its tensors"
+            )
+        return value if printable(value) else self.emit("call_function", Constant(value), (), {})
+
+    # --- calls of torch functions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused or name_of(func) in _AMBIENT:
+            return func(*args, **kwargs)
+        with self.pause():
+            return self._record(func, args, kwargs)
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        name = name_of(func)
+        if name == "__iter__":
+            return iter(self._record(torch.Tensor.unbind, args, kwargs))
+        if name == "__set__":
+            self._refuse_setter(func)
+        if name == "register_hook":
+            return self._hook(args[0], args[1] if len(args) > 1 else kwargs["hook"])
+        args, kwargs = map_plain((args, kwargs), self._real_to_fake)
+        given = [v for v in leaves_of((args, kwargs)) if isinstance(v, Tensor)]
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
+            raise CaptureError(
+                f"a functorch transform that was imported by name, at {user_code()}; call torch.func"
+            )
+        versions = [t._version for t in given]
+        result = self._execute(func, name, args, kwargs)
+        if name in ("size", "shape"):
+            self.sizes.seen(args[0])
+        changed = any(t._version != v for t, v in zip(given, versions, strict=True))
+        if not changed and not any(isinstance(v, Tensor) for v in leaves_of(result)):
+            return result
+        return self.result(self._call_node(func, args, kwargs, given), result, given if not changed else [])
+
+    def _real_to_fake(self, value: Any) -> Any:
+        return self.as_fake(value) if isinstance(value, Tensor) else value
+
+    def _execute(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        try:
+            return func(*args, **kwargs)
+        except Exception as error:
+            if name in _READS_VALUES:
+                raise self._data_dependent(f"the value of a tensor ({name.strip('_')})") from error
+            if type(error).__name__ in _DYNAMIC:
+                raise self._data_dependent(f"the result of '{name}', whose shape depends on data,") from error
+            raise
+
+    def _call_node(self, func: Any, args: Any, kwargs: Any, near: list[Tensor]) -> fx.Node:
+        region = Region.now()
+        if region != self.outside:
+            self._refuse_inference(region)
+            op, target, args = "call_function", InRegion(callable_of(func), region, self.outside), args
+        else:
+            op, target, args = target_of(func, args)
+        return self.emit(op, target, self.argument(tuple(args), near), self.argument(dict(kwargs), near))
+
+    def result(self, node: fx.Node, result: Any, given: list[Tensor]) -> Any:
+        """Bind the tensors of a result to nodes, and return it as the user's code gets it."""
+        values, structure = flatten(result)
+        for i, (path, value) in enumerate(zip(structure.paths(), values, strict=True)):
+            if not isinstance(value, Tensor):
+                continue
+            if any(value is t for t in given):  # `y = x.contiguous()` is no news about x
+                value = values[i] = torch.ops.aten.alias(value)
+            self.bind(value, access(self.graph, node, path))
+            self._nodes[id(value)].meta.update(node.meta)
+        return structure.build(values)
+
+    def _hook(self, tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+        fake = self.as_fake(tensor)
+        self.bind(fake, self.emit("call_function", Hooked(hook), (self.node_of(fake),), {}))
+        return RemovableHandle(OrderedDict())
+
+    def _applied(
+        self, function: type[torch.autograd.Function], call: Callable[[], Any], args: Any, kwargs: Any
+    ) -> Any:
+        if self._paused:
+            return call()
+        if function.__module__ == "torch.utils.checkpoint":  # it would hide the modules that it calls
+            self.notes.append(f"activation checkpointing at {user_line()} is not kept")
+            return args[0](*args[2:])
+        with self.pause():
+            args, kwargs = map_plain((args, kwargs), self._real_to_fake)
+            given = [v for v in leaves_of((args, kwargs)) if isinstance(v, Tensor)]
+            versions = [t._version for t in given]
+            result = function.apply(*args, **kwargs)
+            changed = any(t._version != v for t, v in zip(given, versions, strict=True))
+            node = self._call_node(Applied(function), args, kwargs, given)
+            return self.result(node, result, given if not changed else [])
+
+    def _transformed(self, function: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+        if self._paused:
+            return function(*args, **kwargs)
+        with self.pause():
+            args, kwargs = map_plain((args, kwargs), self._real_to_fake)
+            given = [v for v in leaves_of((args, kwargs)) if isinstance(v, Tensor)]
+            collecting = Collecting(lambda t: type(t) is nn.Parameter or id(t) in self._nodes, self.as_fake)
+            with collecting:
+                result = function(*args, **kwargs)
+            free = list(collecting.free.values())
+            node = self._call_node(Transformed(function, name, free), (*free, *args), kwargs, given)
+            return self.result(node, result, given)
+
+    # --- calls of modules
+
+    def _called(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._paused or not self.calls.knows(module):
+            return call(module, *args, **kwargs)
+        with self.calls.enter(module) as path:
+            if not self.calls.is_leaf(module):
+                return call(module, *args, **kwargs)
+            with self.pause():
+                return leaves.record(self, module, path, args, kwargs)
+
+    # --- what the forward wrote
+
+    def _written(self, before: dict[int, dict[str, Any]]) -> None:
+        for module, name, old in list(rewritten(self.root, before)):
+            path = f"{self.calls.paths[id(module)]}.{name}"
+            new = module._buffers.get(name)
+            if name not in module._buffers:
+                self._attribute_written(path)
+            elif (
+                isinstance(new, FakeTensor)
+                and isinstance(old, Tensor)
+                and new is not self._fakes.get(id(old))
+            ):
+                self.emit_assign(path, new)
+
+    def emit_assign(self, path: str, value: Tensor) -> None:
+        """Write a buffer that the forward bound to a new tensor."""
+        target = self.emit("get_attr", path, (), {})
+        node = self.emit("call_function", assign, (target, self.node_of(value)), {})
+        parents = [p for p in parents_of(path) if p in self.calls.paths.values()]
+        node.meta["stack"] = target.meta["stack"] = tuple((p, 0) for p in parents if p)
+
+    def _attribute_written(self, path: str) -> None:
+        self.stashed.append(path)
+        self.notes.append(f"the forward sets '{strip(path)}', an attribute; the captured graph does not")
+
+    # --- refusals
+
+    def _data_dependent(self, what: str) -> RefusalError:
+        return RefusalError(
+            f"{what} steers the forward between modules that stay closed, at {user_code()}\n"
+            "A graph has no such branch: move it into one submodule that no split cuts, or use torch.where"
+        )
+
+    def _refuse_setter(self, func: Any) -> None:
+        raise CaptureError(f"assignment to a tensor's '{func.__self__.__name__}' at {user_code()}")
+
+    def _refuse_inference(self, region: Region) -> None:
+        if region.inference != self.outside.inference:
+            raise RefusalError(
+                f"torch.inference_mode between closed modules, at {user_code()}; use torch.no_grad"
+            )

@@ -1,0 +1,258 @@
+"""Real runs of the user's model: the truth that a capture is compared with, and what each leaf returned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locc.capture.batch import Call
+from locc.capture.calls import Calls, intercepting
+from locc.capture.state import preserved, seed_all, values_preserved
+from locc.capture.targets import unchanging
+from locc.capture.tree import LEAF, Path, Structure, flatten, leaves_of
+from locc.errors import CaptureError
+from locc.ir.captured import Root, strip
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What one tensor that a leaf returned looked like."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    alias: Path | None = None  # the argument whose storage it shares
+    same: bool = False  # it is that argument, as an object
+
+
+@dataclass
+class LeafCall:
+    """One call of a closed module."""
+
+    path: str
+    results: list[Any] = field(default_factory=list)
+    structure: Structure = LEAF
+    mutated: set[Path] = field(default_factory=set)
+    refilled: str | None = None
+
+
+@dataclass
+class Run:
+    """One forward (and backward, in training) of the model or of a graph."""
+
+    outputs: list[Any]
+    structure: Structure
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+    calls: list[LeafCall] = field(default_factory=list)
+
+
+class Eager:
+    """Runs the model on the example call, each combination of mode and batch size once."""
+
+    def __init__(self, root: Root, call: Call, opened: frozenset[str]) -> None:
+        self.root, self.call, self.opened = root, call, opened
+        self.input_gradients, self.whole_backward = True, False
+        self._runs: dict[tuple[bool, int | None], Run] = {}
+        self._objects: list[Any] = []  # held, so that an id names one object
+        self._seen: Counter[int] = Counter()
+
+    def run(self, training: bool, batch: int | None) -> Run:
+        """Return the run in a mode at a batch size; errors are the model's own."""
+        key = (training, batch)
+        if key not in self._runs:
+            self._runs[key] = self._run(training, batch)
+        return self._runs[key]
+
+    def lasting(self, value: Any) -> bool:
+        """Whether an object that a leaf received was there in several runs, so none of them made it."""
+        return self._seen[id(value)] > 1 or unchanging(value)
+
+    def _run(self, training: bool, batch: int | None) -> Run:
+        observer = _Observer(Calls(self.root, self.opened))
+
+        def forward(tensors: list[Tensor]) -> Any:
+            observer.reset(Calls(self.root, self.opened))
+            inputs = self.call.inputs(tensors)
+            with intercepting(observer.handle):
+                return self.root(*inputs.args, **inputs.kwargs)
+
+        try:
+            run = self.measure(forward, training, batch)
+        except RuntimeError as error:
+            if not (training and self.input_gradients) or self._runs:
+                raise
+            if "use_reentrant" in str(error):  # such checkpoints know .backward() only
+                self.whole_backward = True
+            else:
+                self.input_gradients = False  # an in-place op on the input, say: users do not ask for these
+            run = self.measure(forward, training, batch)
+        run.calls = observer.calls
+        self._objects += observer.objects
+        self._seen.update({id(value) for value in observer.objects})
+        return run
+
+    def measure(self, forward: Callable[[list[Tensor]], Any], training: bool, batch: int | None) -> Run:
+        """Run `forward` on the call's tensors from a fixed seed, and leave the model as it was."""
+        tensors = self.call.at(batch)
+        with preserved(self.root), torch.set_grad_enabled(training):
+            self.root.train(training)
+            leaves = [t.requires_grad_() if training and self.input_gradients and _differentiable(t) else t
+                      for t in tensors]  # fmt: skip
+            seed_all()
+            # an in-place op on an input is legal in eager, where inputs need no gradient: hence the clone
+            result = forward([t.clone() if t.requires_grad else t for t in leaves])
+            outputs, structure = flatten(result)
+            run = Run([_detached(value) for value in outputs], structure)
+            if training:
+                run.loss = _synthetic_loss(outputs)
+                self._backward(run, leaves)
+            run.buffers = {name: b.detach().clone() for name, b in self.root.named_buffers()}
+        return run
+
+    def remembers(self, training: bool, batch: int | None) -> bool:
+        """Whether a second call from the same buffers and seed gives another output than the first."""
+        tensors = self.call.at(batch)
+        found: list[list[Any]] = []
+        with preserved(self.root), torch.set_grad_enabled(training):
+            self.root.train(training)
+            for _ in range(2):
+                with values_preserved(self.root):
+                    seed_all()
+                    inputs = self.call.inputs([t.clone() for t in tensors])
+                    found.append([_detached(v) for v in flatten(self.root(*inputs.args, **inputs.kwargs))[0]])
+        pairs = zip(*found, strict=True)
+        return any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs)
+
+    def _backward(self, run: Run, leaves: list[Tensor]) -> None:
+        if run.loss is None or not run.loss.requires_grad:
+            return
+        wanted: dict[str, Tensor] = {}
+        wanted |= {f"parameter '{strip(n)}'": p for n, p in self.root.named_parameters() if p.requires_grad}
+        wanted |= {f"input '{n}'": t for n, t in zip(self.call.names, leaves, strict=True) if t.requires_grad}
+        if not wanted:
+            return
+        if self.whole_backward:
+            for tensor in wanted.values():
+                tensor.grad = None
+            run.loss.backward()
+            found = tuple(tensor.grad for tensor in wanted.values())
+        else:
+            found = torch.autograd.grad(run.loss, list(wanted.values()), allow_unused=True)
+        run.gradients = dict(zip(wanted, found, strict=True))
+        run.loss = run.loss.detach()
+
+
+class _Observer:
+    """Writes down every call of a closed module."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.reset(calls)
+
+    def reset(self, calls: Calls) -> None:
+        self.stack = calls
+        self.calls: list[LeafCall] = []
+        self.objects: list[Any] = []
+        self.inside = False
+
+    def handle(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.inside or not self.stack.knows(module):
+            return call(module, *args, **kwargs)
+        with self.stack.enter(module) as path:
+            if not self.stack.is_leaf(module):
+                return call(module, *args, **kwargs)
+            return self._leaf(path, lambda: call(module, *args, **kwargs), (args, kwargs))
+
+    def _leaf(self, path: str, call: Callable[[], Any], given: Any) -> Any:
+        values, structure = flatten(given)
+        tensors = {
+            where: value
+            for where, value in zip(structure.paths(), values, strict=True)
+            if isinstance(value, Tensor)
+        }
+        versions = {where: t._version for where, t in tensors.items() if not t.is_inference()}
+        self.objects += {id(v): v for v in values if not isinstance(v, Tensor) and not unchanging(v)}.values()
+        seen = LeafCall(path)
+        self.calls.append(seen)
+        self.inside = True
+        try:
+            result = call()
+        finally:
+            self.inside = False
+        seen.mutated = {where for where, version in versions.items() if tensors[where]._version != version}
+        after = leaves_of(given)
+        if len(after) != len(values) or any(a is not b for a, b in zip(after, values, strict=True)):
+            seen.refilled = "an argument"
+        results, seen.structure = flatten(result)
+        seen.results = [_sight(value, tensors) if isinstance(value, Tensor) else value for value in results]
+        return result
+
+
+def _sight(tensor: Tensor, given: dict[Path, Tensor]) -> Sight:
+    alias, same = None, False
+    for where, other in given.items():
+        if other is tensor:
+            alias, same = where, True
+        elif alias is None and _storage(other) is not None and _storage(other) == _storage(tensor):
+            alias = where
+    strided = tensor.layout == torch.strided
+    return Sight(
+        tuple(tensor.shape),
+        tuple(tensor.stride()) if strided else (),
+        int(tensor.storage_offset()) if strided else 0,
+        tensor.dtype,
+        tensor.device,
+        tensor.requires_grad,
+        alias,
+        same,
+    )
+
+
+def _storage(tensor: Tensor) -> int | None:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and tensor.numel() else None
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _synthetic_loss(outputs: list[Any]) -> Tensor | None:
+    generator = torch.Generator().manual_seed(7)
+    total: Tensor | None = None
+    for value in outputs:
+        if not isinstance(value, Tensor) or not _differentiable(value):
+            continue
+        real = torch.view_as_real(value) if value.is_complex() else value
+        weight = torch.randn(real.shape, generator=generator).to(real.device, real.dtype)
+        part = (real * weight).sum()
+        total = part if total is None else total + part
+    return total
+
+
+def eager_run(eager: Eager, training: bool, batch: int | None) -> Run:
+    """Return a run that must succeed.
+
+    Raises:
+        CaptureError: the model itself fails.
+    """
+    try:
+        return eager.run(training, batch)
+    except Exception as error:
+        mode = "train" if training else "eval"
+        raise CaptureError(
+            f"the model itself fails on the example inputs, in {mode} mode and before any capture: "
+            f"{type(error).__name__}: {error}"
+        ) from error
