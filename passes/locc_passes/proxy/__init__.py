@@ -1,0 +1,1 @@
+"""Proxy objectives: each module trains on a loss of its own."""

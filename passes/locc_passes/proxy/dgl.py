@@ -1,0 +1,45 @@
+"""`dgl`: decoupled greedy learning, synchronous."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from locc.nn import Factory
+from locc.rewrite import Method, Pass
+from locc_passes.chain import OutputLoss
+from locc_passes.objectives import AttachHeads, LocalLoss, LossLike
+
+
+@dataclass(frozen=True)
+class DGL(Method):
+    """Decoupled greedy learning: each module trains on the user's loss of its own auxiliary head.
+
+    Module k minimises loss(aux_k(f_k(sg h_{k-1})), y) over its own and its head's parameters, and passes
+    sg h_k on; the last module's head is the network's own. Belilovsky, Eickenberg & Oyallon, "Decoupled
+    greedy learning of CNNs" (2020), with the MLP-SR heads of the released code.
+    """
+
+    family: ClassVar[str] = "proxy"
+    reference: ClassVar[str] = "Belilovsky, Eickenberg & Oyallon 2020, Decoupled greedy learning of CNNs"
+
+    head: str | Factory = field(
+        default="mlp-sr",
+        metadata={
+            "help": "mlp-sr, mlp or linear; each adapts to flat, sequence and image boundaries. From Python "
+            "also a factory (boundary spec, output spec) -> module"
+        },
+    )
+    layout: str | None = field(
+        default=None,
+        metadata={"help": "where the dimensions of boundaries are, if the guess from shapes is wrong"},
+    )
+    local_loss: LossLike | None = field(
+        default=None,
+        metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
+    )
+
+    def passes(self) -> Sequence[Pass]:
+        """Return heads, their losses, and the loss at the output."""
+        return (AttachHeads(self.head, self.layout), LocalLoss(self.local_loss), OutputLoss())

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import locc
+from support import Residual, Tied, batch, mlp, sgd
+from zoo import find
+
+BEFORE = """\
+# 3 modules: first, second, third
+def step(self, input_1, target):
+    # ---- module 0: first
+    first = self.first(input_1)  # f32[B,8]
+    # ---- module 1: second
+    first_at_second = stop_gradient(first)  # f32[B,8]
+    relu1 = self.relu1(first_at_second)  # f32[B,8]
+    drop = self.drop(relu1)  # f32[B,8]
+    second = self.second(drop)  # f32[B,8]
+    # ---- module 2: third
+    second_at_third = stop_gradient(second)  # f32[B,8]
+    relu2 = self.relu2(second_at_third)  # f32[B,8]
+    third = self.third(relu2)  # f32[B,3]
+    return third
+"""
+
+AFTER = """\
+# 3 modules: first, second, third
+def step(self, input_1, target):
+    # ---- module 0: first
+    first = self.first(input_1)  # f32[B,8]
+    aux_first_head_first = self.aux.first_head_first(first)  # f32[B,3]
+    head_loss = cross_entropy(aux_first_head_first, target)  # f32[]
+    objective(head_loss)  # first.loss
+    # ---- module 1: second
+    first_at_second = stop_gradient(first)  # f32[B,8]
+    relu1 = self.relu1(first_at_second)  # f32[B,8]
+    drop = self.drop(relu1)  # f32[B,8]
+    second = self.second(drop)  # f32[B,8]
+    aux_second_head_second = self.aux.second_head_second(second)  # f32[B,3]
+    head_loss_1 = cross_entropy(aux_second_head_second, target)  # f32[]
+    objective(head_loss_1)  # second.loss
+    # ---- module 2: third
+    second_at_third = stop_gradient(second)  # f32[B,8]
+    relu2 = self.relu2(second_at_third)  # f32[B,8]
+    third = self.third(relu2)  # f32[B,3]
+    loss = cross_entropy(third, target)  # f32[]
+    objective(loss)  # third.loss
+    return third
+"""
+
+
+def dumps(folder: Path) -> list[str]:
+    return [path.read_text() for path in sorted(folder.iterdir())]
+
+
+def test_the_printed_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCC_DUMP", str(tmp_path))
+    program = locc.compile(mlp(), "dgl", ["first", "second"], example_inputs=batch()[0])
+    assert dumps(tmp_path)[0] == BEFORE
+    assert str(program.ir) == dumps(tmp_path)[-1] == AFTER
+
+
+def conv(width: int = 4, classes: int = 3) -> nn.Sequential:
+    first = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+    second = nn.Sequential(nn.Conv2d(width, 6, 3, stride=2, padding=1), nn.ReLU())
+    return nn.Sequential(first, second, nn.Sequential(nn.Flatten(), nn.Linear(96, classes)))
+
+
+@pytest.mark.parametrize("head", ["mlp-sr", "mlp", "linear"])
+def test_three_steps_equal_the_formulas(head: str) -> None:
+    """The oracle: one module after the other, forward, CE of the auxiliary, SGD, pass the old output on."""
+    model = conv().double()
+    x = torch.randn(8, 1, 8, 8, dtype=torch.float64)
+    y = torch.randint(3, (8,))
+    program = locc.compile(model, "dgl", ["0", "1"], example_inputs=x, optimizer=sgd(), head=head)
+    parts, heads = copy.deepcopy(list(model)), [copy.deepcopy(h) for h in program.root.aux.values()]
+    assert len(heads) == 2
+    heads.append(nn.Identity())  # the last module's head is the network's own
+    optimizers = [
+        torch.optim.SGD([*part.parameters(), *aux.parameters()], lr=0.1)
+        for part, aux in zip(parts, heads, strict=True)
+    ]
+    for _ in range(3):
+        report, h = program.step(x, y), x
+        for part, aux, optimizer, found in zip(
+            parts, heads, optimizers, report.objectives.values(), strict=True
+        ):
+            out = part(h.detach())
+            loss = F.cross_entropy(aux(out), y)
+            torch.testing.assert_close(found, loss, atol=1e-10, rtol=0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            h = out
+    for mine, theirs in (
+        (model, nn.Sequential(*parts)),
+        (nn.ModuleList(program.root.aux.values()), nn.ModuleList(heads)),
+    ):
+        wanted = theirs.state_dict()
+        for name, tensor in mine.state_dict().items():
+            torch.testing.assert_close(tensor, wanted[name], atol=1e-10, rtol=0, msg=name)
+
+
+def test_the_default_head_is_the_published_one_on_images() -> None:
+    program = locc.compile(conv(), "dgl", ["0"], example_inputs=torch.randn(4, 1, 8, 8))
+    (head,) = program.root.aux.values()
+    kinds = [type(m).__name__ for m in head.modules() if not list(m.children())]
+    convs = ["AdaptiveAvgPool2d", *["Conv2d", "BatchNorm2d", "ReLU"] * 3, "AdaptiveAvgPool2d", "Flatten"]
+    assert kinds == convs + ["Linear", "BatchNorm1d", "ReLU"] * 3 + ["Linear"]
+    pool, first = head.spatial[0], head.dense[0]
+    assert pool.output_size == (2, 2)  # ceil(8 / 4)
+    assert (first.in_features, first.out_features) == (16, 16)  # 4C -> 4C
+
+
+def test_a_factory_replaces_the_head() -> None:
+    asked = []
+
+    def factory(boundary: Any, output: Any) -> nn.Module:
+        asked.append((str(boundary), str(output)))
+        return nn.Linear(boundary.shape[-1], output.shape[-1])
+
+    model = mlp().double()
+    program = locc.compile(
+        model, "dgl", ["first"], example_inputs=batch(dtype=torch.float64)[0], head=factory
+    )
+    assert asked == [("f64[B,8]", "f64[B,3]")]
+    assert [p.dtype for p in program.root.aux.parameters()] == [torch.float64] * 2  # the boundary's
+    program.step(*batch(dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda h, o: None, r"head of module 'first': the factory returned a NoneType"),
+        (lambda h, o: nn.LazyLinear(3), r"head of module 'first'.*lazy.*f32\[B,8\]"),
+        (lambda h, o: nn.Linear(8, 4), r"head of module 'first' .*\(2, 4\).*f32\[B,3\]"),
+        ("mlpsr", r"module 'first': head 'mlpsr' is unknown; nearest: .*'mlp-sr'"),
+    ],
+)
+def test_a_wrong_head_is_refused(factory: Any, message: str) -> None:
+    model = mlp()
+    with pytest.raises(locc.MethodError, match=message):
+        locc.compile(model, "dgl", ["first"], example_inputs=batch()[0], head=factory)
+
+
+def test_a_module_that_sends_nothing_it_trains_is_refused() -> None:
+    class Detour(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(locc.split(x + self.a(x).argmax(-1, keepdim=True), "cut"))
+
+    with pytest.raises(locc.MethodError, match="'cut' sends no floating-point value that its own parameters"):
+        locc.compile(Detour(), "dgl", ["cut"], example_inputs=batch()[0])
+
+
+def test_a_value_that_contains_another_crossing_value_carries_the_head() -> None:
+    """Of the values that a residual network sends, the later one depends on the earlier: one head."""
+    model = Residual()
+    program = locc.compile(model, "dgl", ["blocks.0", "blocks.1"], example_inputs=batch()[0], optimizer=sgd())
+    assert len(program.ir.boundaries()) > 2
+    assert len(program.root.aux) == 2
+    before = copy.deepcopy(model.state_dict())
+    program.step(*batch())
+    assert not [n for n, v in model.state_dict().items() if torch.equal(v, before[n])]
+
+
+def test_each_independent_output_has_a_head_and_their_losses_add_up() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.out = nn.Linear(4, 5), nn.Linear(4, 6), nn.Linear(11, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.left(x), self.right(x)
+            return self.out(torch.cat([left, right], 1))
+
+    x, y = batch(dtype=torch.float64)
+    torch.manual_seed(1)
+    model = Two().double()
+    program = locc.compile(model, "dgl", ["right"], example_inputs=x, optimizer=sgd(), head="linear")
+    twin, heads = copy.deepcopy(model), [copy.deepcopy(h) for h in program.root.aux.values()]
+    report = program.step(x, y)
+    # One cut after both branches: cat may run before it, and then one value crosses with one head.
+    if len(heads) == 1:
+        losses = F.cross_entropy(heads[0](torch.cat([twin.left(x), twin.right(x)], 1)), y)
+    else:
+        losses = F.cross_entropy(heads[0](twin.left(x)), y) + F.cross_entropy(heads[1](twin.right(x)), y)
+    torch.testing.assert_close(report.objectives["right.loss"], losses, atol=1e-12, rtol=0)
+    losses.backward()
+    for name in ("left", "right"):
+        wanted = getattr(twin, name).weight - 0.1 * getattr(twin, name).weight.grad
+        torch.testing.assert_close(getattr(model, name).weight, wanted, atol=1e-12, rtol=0)
+
+
+def test_several_outputs_of_a_recurrent_layer() -> None:
+    case = find("lstm_state")
+    model = case.build()
+    before = copy.deepcopy(model.state_dict())
+    program = locc.compile(
+        model, "dgl", ["rnn"], loss=case.loss, example_inputs=case.inputs(), optimizer=sgd()
+    )
+    for _ in range(2):
+        program.step(case.inputs(), case.target(4))
+    assert not [n for n, v in model.state_dict().items() if torch.equal(v, before[n])]
+
+
+class Structured(nn.Module):
+    """Returns its logits in a dict, alone or with the features."""
+
+    def __init__(self, features: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.features = nn.Linear(4, 6), nn.Linear(6, 3), features
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.body(x))
+        return {"features": h, "logits": self.head(h)} if self.features else {"logits": self.head(h)}
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("loss", ["cross_entropy", lambda out, y: F.cross_entropy(out["logits"], y)])
+def test_the_users_loss_sees_the_structure_of_the_output(features: bool, loss: Any) -> None:
+    x, y = batch(dtype=torch.float64)
+    model = Structured(features).double()
+    program = locc.compile(
+        model, "dgl", ["body"], loss=loss, example_inputs=x, optimizer=sgd(), head="linear"
+    )
+    (head,) = program.root.aux.values()
+    with torch.no_grad():
+        h = model.body(x)
+        h = torch.tanh(h) if "tanh" in str(program.ir).split("head_loss")[0] else h
+        wanted = F.cross_entropy(copy.deepcopy(head)(h), y)
+    torch.testing.assert_close(program.step(x, y).objectives["body.loss"], wanted, atol=1e-12, rtol=0)
+
+
+def test_a_loss_that_reads_what_no_head_gives_is_an_error_with_a_remedy() -> None:
+    def loss(out: dict[str, Tensor], y: Tensor) -> Tensor:
+        return F.cross_entropy(out["logits"], y) + out["features"].square().mean()
+
+    options: dict[str, Any] = {"loss": loss, "example_inputs": batch()[0]}
+    with pytest.raises(locc.MethodError, match=r"reads an output .* other than its prediction.*local_loss="):
+        locc.compile(Structured(True), "dgl", ["body"], **options).step(*batch())
+    for local in ("cross_entropy", F.cross_entropy):
+        program = locc.compile(Structured(True), "dgl", ["body"], local_loss=local, **options)
+        assert program.step(*batch()).objectives["body.loss"].isfinite()
+
+
+def test_token_level_language_model_with_tied_weights() -> None:
+    tokens, y = torch.randint(11, (4, 6)), torch.randint(11, (4, 6))
+    model = Tied()
+    program = locc.compile(
+        model, "dgl", ["embed", "mid"], example_inputs=tokens, tied="owner", optimizer=sgd()
+    )
+    assert [h(torch.randn(4, 6, 5)).shape for h in program.root.aux.values()] == [(4, 6, 11)] * 2
+    before = copy.deepcopy(model.state_dict())
+    program.step(tokens, y)
+    assert not [n for n, v in model.state_dict().items() if torch.equal(v, before[n])]
+
+
+def test_channels_last_boundaries_are_recognised_by_their_layers() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.gelu(self.a(x))).mean((1, 2))
+
+    # [B,5,5,5]: the shape tells nothing, the linear layer does.
+    program = locc.compile(Last(), "dgl", ["a"], example_inputs=torch.randn(4, 5, 5, 3), head="linear")
+    (head,) = program.root.aux.values()
+    assert head.readout.layout.channel_dim == 3
+    program = locc.compile(
+        Last(), "dgl", ["a"], example_inputs=torch.randn(4, 5, 5, 3), head="linear", layout="channels_first"
+    )
+    assert next(iter(program.root.aux.values())).readout.layout.channel_dim == 1
+
+
+def test_pooling_reads_the_new_position_of_a_permuted_dimension() -> None:
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(3, 6, 1), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = locc.split(torch.relu(self.a(x)).transpose(1, 2), "cut")
+            return self.b(x).mean(1)
+
+    program = locc.compile(Permuted(), "dgl", ["cut"], example_inputs=torch.randn(4, 3, 6), head="linear")
+    (head,) = program.root.aux.values()
+    assert head.readout.layout.kind == "sequence"
+
+
+def test_saved_heads_resume(tmp_path: Path) -> None:
+    x, y = batch()
+    program = locc.compile(mlp(0.3), "dgl", ["first", "second"], example_inputs=x)
+    program.step(x, y)
+    program.save(tmp_path / "s")
+    program.step(x, y)
+    other = locc.compile(mlp(0.3), "dgl", ["first", "second"], example_inputs=x, seed=5)
+    other.load(tmp_path / "s")
+    other.step(x, y)
+    for name, value in program.root.state_dict().items():
+        assert torch.equal(other.root.state_dict()[name], value), name
+
+
+def test_sequential_and_lockstep_are_both_possible() -> None:
+    program = locc.compile(
+        conv(), "dgl", ["0", "1"], example_inputs=torch.randn(4, 1, 8, 8), schedule="sequential"
+    )
+    assert [p.name for p in program.phases] == ["0", "1", "2"]
+    program.step(torch.randn(4, 1, 8, 8), torch.randint(3, (4,)))
+
+
+def test_learns_digits() -> None:
+    x, y = load_digits(return_X_y=True)
+    inputs, target = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y)
+    model = conv(width=16, classes=10)
+    adam = partial(torch.optim.Adam, lr=5e-3)
+    program = locc.compile(model, "dgl", ["0", "1"], example_inputs=inputs[:64], seed=0, optimizer=adam)
+    data = [(inputs[i : i + 64], target[i : i + 64]) for i in range(0, 1408, 64)]
+    program.fit(data, epochs=12, progress=False)
+    assert program.evaluate([(inputs[1408:], target[1408:])]).accuracy > 0.85
+
+
+def test_options() -> None:
+    assert set(locc.methods()["dgl"].options) == {"head", "layout", "local_loss"}
+    with pytest.raises(locc.MethodError, match="no option 'heads'; nearest: 'head'"):
+        locc.compile(mlp(), "dgl", ["first"], heads="mlp")
