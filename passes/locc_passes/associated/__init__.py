@@ -1,0 +1,1 @@
+"""Associated learning: a folded network whose halves meet."""

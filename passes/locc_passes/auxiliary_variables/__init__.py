@@ -1,0 +1,1 @@
+"""Auxiliary variables: activations become variables of their own."""

@@ -1,0 +1,1 @@
+"""Feedback alignment: errors go back through fixed random matrices."""

@@ -1,0 +1,105 @@
+"""`altmin`: online alternating minimisation with codes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from locc.ir import TensorSpec, TrainingGraph
+from locc.rewrite import Method, Pass
+from locc_passes.auxiliary_variables.codes import InnerSteps, code_of, coded, mean_abs
+from locc_passes.chain import add_all
+
+_SCALAR = TensorSpec((), torch.float32)
+
+
+@dataclass(frozen=True)
+class FitCodes(Pass):
+    """Trains each module on its codes.
+
+    The last module has the user's loss, given the codes that it reads; every other module has
+    mean (f(c) - sg c')^2 + lambda_w * mean |W|, with c the codes that it reads (the data, for the first
+    one), c' those that it sends, and W each of its weights of two or more dimensions.
+    """
+
+    lambda_w: float = 0.0
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Add the objectives; all of them read the same weights, those of before the update."""
+        ir.apply_loss()  # of the plain forward: a step reports it, and it moves the last module's buffers
+        for module in ir.modules:
+            owner = module.name
+            codes = {b.entry: ir.stop_gradient(owner, code_of(b)) for b in coded(ir, consumer=owner)}
+            sent = coded(ir, producer=owner)
+            if module == ir.last:
+                output = self._run(ir, owner, codes, [ir.output])[0]
+                loss = ir.emit(owner, ir.loss_function, output, ir.target, role="loss", spec=_SCALAR)
+                ir.objective(owner, loss, "loss")
+                continue
+            found = self._run(ir, owner, codes, [b.value for b in sent])
+            terms = [
+                ir.emit(
+                    owner,
+                    functional.mse_loss,
+                    value,
+                    ir.stop_gradient(owner, code_of(b)),
+                    role="fit",
+                    spec=_SCALAR,
+                )
+                for value, b in zip(found, sent, strict=True)
+            ]
+            ir.objective(owner, add_all(ir, owner, terms + self._sparsity(ir, owner)), "codes")
+
+    @staticmethod
+    def _run(
+        ir: TrainingGraph, owner: str, codes: dict[fx.Node, fx.Node], wanted: list[fx.Node]
+    ) -> list[fx.Node]:
+        return ir.replay(owner, codes, wanted, role="replay") if codes else wanted
+
+    def _sparsity(self, ir: TrainingGraph, owner: str) -> list[fx.Node]:
+        if not self.lambda_w:
+            return []
+        terms = []
+        for path, parameter in ir.parameters(owner).items():
+            if parameter.dim() > 1 and parameter.requires_grad:
+                size = ir.emit(owner, mean_abs, ir.read(owner, path), role="sparsity", spec=_SCALAR)
+                terms.append(ir.emit(owner, operator.mul, size, self.lambda_w, role="sparsity", spec=_SCALAR))
+        return terms
+
+
+@dataclass(frozen=True)
+class AltMin(Method):
+    """Alternating minimisation: codes between the modules first, then each module on its own codes.
+
+    The codes are the modules' outputs, so cut after linear (and normalisation) layers, before the
+    nonlinearity; the last module has none. They are made anew for every batch. The settings are those of
+    the released code, tuned with BatchNorm and Adam at 0.008.
+    """
+
+    family: ClassVar[str] = "auxiliary variables"
+    reference: ClassVar[str] = "Choromanska et al. 2019"
+
+    steps: int = field(default=5, metadata={"help": "inner steps on the codes of a module"})
+    rate: float = field(default=0.3, metadata={"help": "learning rate of the inner steps"})
+    momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner steps"})
+    mu: float = field(default=0.003, metadata={"help": "weight of the codes' constraint against the loss"})
+    mu_step: float = field(default=0.0, metadata={"help": "growth of mu with each batch, up to 10 x mu"})
+    lambda_c: float = field(default=0.0, metadata={"help": "weight of the mean size of the codes"})
+    lambda_w: float = field(default=0.0, metadata={"help": "weight of the mean size of the weights"})
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: at least one inner step is needed")
+        if not self.mu > 0:
+            raise ValueError(f"mu={self.mu}: the loss is divided by it, so it must be above 0")
+
+    def passes(self) -> Sequence[Pass]:
+        """Return the inner steps and the objectives."""
+        inner = InnerSteps(self.steps, self.rate, self.momentum, self.mu, self.mu_step, self.lambda_c)
+        return (inner, FitCodes(self.lambda_w))

@@ -1,0 +1,104 @@
+"""`dfa`: direct feedback alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from locc.errors import MethodError
+from locc.ir import TensorSpec, TrainingGraph, inner, stop_gradient
+from locc.ir.ops import Rebuild
+from locc.nn import BroadcastFeedback, plan_readout
+from locc.rewrite import Method, Pass
+from locc_passes.chain import OutputLoss, add_all
+from locc_passes.crossing import LentGradients, has_rows, unreached
+from locc_passes.feedback.zero import ZeroWeights
+
+_SCALAR = TensorSpec((), torch.float32)
+
+
+@dataclass(frozen=True)
+class DirectFeedback(Pass):
+    """Gives each module but the last the objective <h, B e>, with e the error at the model's output.
+
+    e is the gradient of the user's loss with respect to the prediction (logits: before the softmax),
+    batch mean included, so a learning rate means what it means for backpropagation. B [n,C] is drawn
+    once from U(+-1/sqrt(n)) for every value that the module sends on; inside the module the rest is its
+    own backward pass.
+    """
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        """Refuse boundaries to which no matrix leads from the output."""
+        yield from unreached(ir)
+        for module in ir.modules[:-1]:
+            for value in _taught(ir, module.name):
+                try:
+                    plan_readout(value.meta["spec"], ir.prediction.meta["spec"])
+                except MethodError as error:
+                    yield f"module '{module.name}': {error}"
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Add the error at the output and each module's objective."""
+        if len(ir.modules) == 1:
+            return
+        error = output_error(ir)
+        for module in ir.modules[:-1]:
+            terms = []
+            for i, value in enumerate(_taught(ir, module.name)):
+                arriving = ir.stop_gradient(module.name, error)
+                spec, output = value.meta["spec"], ir.prediction.meta["spec"]
+                name = f"feedback_{module.name}" + (f"_{i}" if i else "")
+                matrix = ir.add_module(name, BroadcastFeedback(spec, output))
+                delta = ir.call(module.name, matrix, arriving, role="feedback", spec=spec)
+                terms.append(ir.emit(module.name, inner, value, delta, role="feedback", spec=_SCALAR))
+            if terms:
+                ir.objective(module.name, add_all(ir, module.name, terms), "feedback")
+
+
+def _taught(ir: TrainingGraph, owner: str) -> list[fx.Node]:
+    """Return the values of a module that receive the error: those with a row for each sample."""
+    return [value for value in ir.outputs(owner) if has_rows(value)]
+
+
+def output_error(ir: TrainingGraph) -> fx.Node:
+    """Add the gradient of the user's loss with respect to the prediction, a value of the last module."""
+    last = ir.last.name
+    rebuild = ir.output.target
+    flat = list(ir.output.args) if isinstance(rebuild, Rebuild) else [ir.output]
+    # The prediction is no leaf of the loss, so the loss is read once more from a copy without a tape.
+    leaves = {
+        v: ir.emit(last, stop_gradient, v, role="output", spec=v.meta.get("spec"))
+        for v in flat
+        if isinstance(v, fx.Node) and v.op != "placeholder"
+    }
+    copied = [leaves.get(v, v) if isinstance(v, fx.Node) else v for v in flat]
+    output = ir.emit(last, rebuild, *copied, role="output") if isinstance(rebuild, Rebuild) else copied[0]
+    loss = ir.emit(last, ir.loss_function, output, ir.target, role="error", spec=_SCALAR)
+    return ir.gradient(loss, leaves[ir.prediction])
+
+
+@dataclass(frozen=True)
+class DFA(Method):
+    """Direct feedback alignment: every module receives the output error through its own fixed matrix.
+
+    delta_k = (B_k e) * sigma'(a_k): injected where the module ends, so cut after the nonlinearity (and
+    pooling) of each layer that shall learn from the error directly. Once e exists, all modules update
+    independently of each other.
+    """
+
+    family: ClassVar[str] = "feedback"
+    reference: ClassVar[str] = "Nøkland 2016"
+
+    zero_init: bool = field(
+        default=False,
+        metadata={"help": "start all forward weights and biases at zero (for tanh and sigmoid networks)"},
+    )
+
+    def passes(self) -> Sequence[Pass]:
+        """Return the loss of the last module and the direct feedback of the others."""
+        start = (ZeroWeights(),) if self.zero_init else ()
+        return (*start, OutputLoss(), DirectFeedback(), LentGradients())

@@ -1,0 +1,41 @@
+"""`fa`: feedback alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from locc.rewrite import Method, Pass
+from locc_passes.chain import GradientChain, OutputLoss
+from locc_passes.feedback.layers import LAYERS, FeedbackLayers
+from locc_passes.feedback.zero import ZeroWeights
+
+
+@dataclass(frozen=True)
+class FA(Method):
+    """Feedback alignment: errors go back through fixed random matrices instead of the weights.
+
+    delta_k = (B_{k+1} delta_{k+1}) * sigma'(a_k), with B of the weight's shape, drawn once. The error at
+    the output, and the Jacobians of nonlinearities, normalisation and pooling, are exact.
+    """
+
+    family: ClassVar[str] = "feedback"
+    reference: ClassVar[str] = "Lillicrap, Cownden, Tweed & Akerman 2016"
+    opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
+
+    init: str = field(
+        default="kaiming_uniform",
+        metadata={"help": "law of the feedback matrices: kaiming_ or xavier_, uniform or normal"},
+    )
+    zero_init: bool = field(
+        default=False,
+        metadata={"help": "start all forward weights and biases at zero (for tanh and sigmoid networks)"},
+    )
+
+    def passes(self) -> Sequence[Pass]:
+        """Return the feedback layers, the loss and the chain."""
+        start = (ZeroWeights(),) if self.zero_init else ()
+        return (*start, FeedbackLayers(self.init), OutputLoss(), GradientChain())

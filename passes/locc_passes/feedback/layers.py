@@ -1,0 +1,159 @@
+"""Puts layers with fixed feedback in the place of linear and convolution layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from locc.ir import TrainingGraph
+from locc.ir.captured import owned_tensor, strip
+from locc.ir.ops import call_with
+from locc.nn import draw_feedback, feedback_call
+from locc.rewrite import Pass
+from locc_passes.reach import learned
+
+LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+# Their matrices meet no activation in a product: a table that is looked up, an elementwise scale.
+_NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_PRODUCTS = frozenset(
+    [
+        *("linear", "bilinear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "tensordot"),
+        *("einsum", "multi_head_attention_forward", "conv1d", "conv2d", "conv3d"),
+        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    ]
+)
+_VIEWS = frozenset(
+    ["t", "T", "mT", "transpose", "permute", "view", "reshape", "getattr", "getitem", "squeeze", "unsqueeze"]
+)
+
+
+class FeedbackMatrix(nn.Module):
+    """Holds one feedback matrix B: a buffer, so checkpointed, and outside of every optimizer."""
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+
+
+def feedback_layer(x: Tensor, layer: nn.Module, feedback: Tensor) -> Tensor:
+    """Call `layer` on `x`; the gradient to `x` runs through `feedback`, of the shape of its weight."""
+    return feedback_call(layer, x, feedback)
+
+
+@dataclass(frozen=True)
+class FeedbackLayers(Pass):
+    """Replaces each linear or convolution layer whose input above a gradient by a feedback layer.
+
+    Forward value, weight and bias gradient stay exact; the gradient to the input goes through a matrix
+    B of the weight's shape, drawn once. Calls of one weight share one B. A layer that reads only data or
+    frozen layers sends no gradient, so it stays as it is.
+    """
+
+    init: str = "kaiming_uniform"
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        """Refuse models in which some product with a weight would keep its exact gradient."""
+        yield from _hidden_products(ir)
+        for node in ir.graph.nodes:
+            held = owned_tensor(ir.root, str(node.target)) if node.op in ("call_module", "get_attr") else None
+            if node.op == "call_module" and isinstance(held, LAYERS):
+                yield from _odd_layer(node, held)
+            elif isinstance(held, nn.Parameter) and _in_product(node):
+                yield (
+                    f"'{strip(str(node.target))}' is multiplied with activations outside of a layer, where "
+                    "no feedback matrix can take its place; use nn.Linear or nn.Conv layers there"
+                )
+            elif node.target is call_with and isinstance(owned_tensor(ir.root, node.args[0].target), LAYERS):
+                yield (
+                    f"layer '{strip(str(node.args[0].target))}' uses a weight that another module owns; "
+                    "compile with tied='copy' to give it one of its own"
+                )
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Replace the layers in place: names, users and order of the forward stay."""
+        above = learned(ir)
+        paths: dict[int, str] = {}
+        for node in list(ir.graph.nodes):
+            layer = owned_tensor(ir.root, str(node.target)) if node.op == "call_module" else None
+            if not isinstance(layer, LAYERS) or node.args[0] not in above:
+                continue
+            owner, path = node.meta["owner"], str(node.target)
+            key = id(next(p for n, p in layer.named_parameters() if "weight" in n))
+            if key not in paths:
+                weight = layer.weight.detach()  # type: ignore[operator]
+                held = FeedbackMatrix(draw_feedback(weight, self.init))
+                paths[key] = ir.add_module(f"feedback_{strip(path)}", held)
+            holder = ir.read(owner, path, role="module")
+            matrix = ir.read(owner, f"{paths[key]}.matrix", role="feedback")
+            node.meta.update(stands_for=("call_module", path), made_by=self.label)
+            node.op, node.target = "call_function", feedback_layer
+            node.args = (node.args[0], holder, matrix)
+
+    def ensures(self, ir: TrainingGraph) -> Iterator[str]:
+        """Every layer left hands no gradient down."""
+        above = learned(ir)
+        for node in ir.graph.nodes:
+            layer = owned_tensor(ir.root, str(node.target)) if node.op == "call_module" else None
+            if isinstance(layer, LAYERS) and node.args[0] in above:
+                yield f"layer '{strip(str(node.target))}' kept its exact input gradient"
+
+
+def _odd_layer(node: fx.Node, layer: nn.Module) -> Iterator[str]:
+    """Refuse a call that does more than the layer's own formula."""
+    name = strip(str(node.target))
+    base = next(kind for kind in LAYERS if isinstance(layer, kind))
+    if type(layer).forward is not base.forward:
+        yield f"layer '{name}' is a {type(layer).__name__} with a forward of its own; use nn.{base.__name__}"
+    elif (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    ):
+        yield (
+            f"layer '{name}' has hooks (such as torch.nn.utils.weight_norm), which a feedback layer cannot "
+            "run; remove them, or use torch.nn.utils.parametrizations"
+        )
+    elif len(node.args) != 1 or node.kwargs:
+        yield f"layer '{name}' is called with more than its input; call it with one positional argument"
+
+
+def _hidden_products(ir: TrainingGraph) -> Iterator[str]:
+    """Refuse weights inside closed modules, one sentence for each kind of module."""
+    found: dict[str, list[str]] = {}
+    for node in ir.graph.nodes:
+        module = owned_tensor(ir.root, str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, nn.Module) or isinstance(module, LAYERS):
+            continue
+        for name, part in module.named_modules():
+            matrices = [p for p in part.parameters(recurse=False) if p.dim() > 1]
+            if matrices and not isinstance(part, _NO_PRODUCT):
+                where = strip(f"{node.target}.{name}" if name else str(node.target))
+                found.setdefault(type(part).__name__, []).append(where)
+    for kind, names in found.items():
+        more = f" (as are {len(names) - 1} more)" if len(names) > 1 else ""
+        yield (
+            f"'{names[0]}' is a {kind}{more}, whose weights no feedback matrix can stand in for; feedback is "
+            "defined for linear and convolution layers, so build it from these"
+        )
+
+
+def _in_product(node: fx.Node) -> bool:
+    """Whether a parameter, or a view of it, is an operand of a matrix product or a convolution."""
+    for user in node.users:
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        if user.op in ("call_function", "call_method") and name in _PRODUCTS:
+            return True
+        if name in _VIEWS and _in_product(user):
+            return True
+    return False

@@ -1,0 +1,25 @@
+"""Which values depend on what the network learns."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from locc.ir import TrainingGraph
+from locc.ir.graph import node_parameters
+
+
+def learned(ir: TrainingGraph, frozen: bool = False) -> set[fx.Node]:
+    """Return the nodes through which a gradient may reach a parameter, across boundaries too.
+
+    Args:
+        ir: the training graph, in program order.
+        frozen: whether parameters that do not train count as well.
+    """
+    found: set[fx.Node] = set()
+    for node in ir.graph.nodes:
+        if node.op == "call_method" and node.target == "detach":
+            continue  # what the model itself detaches (or computes under no_grad) learns nothing
+        own = any(frozen or p.requires_grad for _, p in node_parameters(ir.root, node))
+        if own or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found

@@ -1,0 +1,482 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import locc
+from examples.digits import digits, loaders
+from golden import stages
+from locc.errors import MethodError
+
+D = torch.float64
+
+
+def mlp(inputs=12, d=10, classes=4):
+    """The paper's MLP for MNIST, smaller: f_1 | f_2 | top bridge d -> 5d -> d | h_2 | h_1."""
+    return nn.Sequential(
+        nn.Linear(inputs, d),
+        nn.ELU(),
+        nn.Linear(d, d),
+        nn.ELU(),
+        nn.Linear(d, 5 * d),
+        nn.Sigmoid(),
+        nn.Linear(5 * d, d),
+        nn.Sigmoid(),
+        nn.Linear(d, d),
+        nn.Sigmoid(),
+        nn.Linear(d, classes),
+    )
+
+
+SPLITS = ["1", "3", "7", "9"]
+
+
+def four():
+    """Four modules: the fold needs a bridge of its own."""
+    return nn.Sequential(
+        nn.Linear(12, 10),
+        nn.ELU(),
+        nn.Linear(10, 8),
+        nn.ReLU(inplace=True),
+        nn.Linear(8, 7),
+        nn.Sigmoid(),
+        nn.Linear(7, 4),
+        nn.Sigmoid(),
+    )
+
+
+def batch(size=6):
+    return torch.randn(size, 12, dtype=D), torch.randint(0, 4, (size,))
+
+
+def adam(lr=0.01):
+    return lambda params: torch.optim.Adam(params, lr=lr)
+
+
+BEFORE = """\
+# 5 modules: 1, 3, 7, 9, 10
+def step(self, input_1, target):
+    # ---- module 0: 1
+    layer_0 = self[0](input_1)  # f32[B,10]
+    layer_1 = self[1](layer_0)  # f32[B,10]
+    # ---- module 1: 3
+    layer_1_at_3 = stop_gradient(layer_1)  # f32[B,10]
+    layer_2 = self[2](layer_1_at_3)  # f32[B,10]
+    layer_3 = self[3](layer_2)  # f32[B,10]
+    # ---- module 2: 7
+    layer_3_at_7 = stop_gradient(layer_3)  # f32[B,10]
+    layer_4 = self[4](layer_3_at_7)  # f32[B,50]
+    layer_5 = self[5](layer_4)  # f32[B,50]
+    layer_6 = self[6](layer_5)  # f32[B,10]
+    layer_7 = self[7](layer_6)  # f32[B,10]
+    # ---- module 3: 9
+    layer_7_at_9 = stop_gradient(layer_7)  # f32[B,10]
+    layer_8 = self[8](layer_7_at_9)  # f32[B,10]
+    layer_9 = self[9](layer_8)  # f32[B,10]
+    # ---- module 4: 10
+    layer_9_at_10 = stop_gradient(layer_9)  # f32[B,10]
+    layer_10 = self[10](layer_9_at_10)  # f32[B,4]
+    return layer_10
+"""
+
+AFTER = """\
+# 4 modules: 1, 3, 9, 10
+def step(self, input_1, target):
+    # ---- module 0: 1
+    layer_0 = self[0](input_1)  # f32[B,10]
+    layer_1 = self[1](layer_0)  # f32[B,10]
+    aux_bridge_1 = self.aux.bridge_1(layer_1)  # f32[B,10]
+    # ---- module 1: 3
+    layer_1_at_3 = stop_gradient(layer_1)  # f32[B,10]
+    layer_2 = self[2](layer_1_at_3)  # f32[B,10]
+    layer_3 = self[3](layer_2)  # f32[B,10]
+    layer_4 = self[4](layer_3)  # f32[B,50]
+    layer_5 = self[5](layer_4)  # f32[B,50]
+    layer_6 = self[6](layer_5)  # f32[B,10]
+    layer_7 = self[7](layer_6)  # f32[B,10]
+    # ---- module 4: 10, learning rate x2
+    t_0 = one_hot(target, 4, dtype=torch.float32)  # f32[B,4]
+    aux_encoder_10 = self.aux.encoder_10(t_0)  # f32[B,10]
+    layer_10 = self[10](aux_encoder_10)  # f32[B,4]
+    output_1 = sigmoid(layer_10)  # f32[B,4]
+    autoencoder = mse_loss(output_1, t_0)  # f32[]
+    objective(autoencoder)  # 10.autoencoder
+    # ---- module 0: 1
+    aux_encoder_10_at_1 = stop_gradient(aux_encoder_10)  # f32[B,10]
+    associate = mse_loss(aux_bridge_1, aux_encoder_10_at_1)  # f32[]
+    objective(associate)  # 1.associated
+    # ---- module 3: 9, learning rate x2
+    aux_encoder_10_at_9 = stop_gradient(aux_encoder_10)  # f32[B,10]
+    aux_encoder_9 = self.aux.encoder_9(aux_encoder_10_at_9)  # f32[B,10]
+    layer_8 = self[8](aux_encoder_9)  # f32[B,10]
+    layer_9 = self[9](layer_8)  # f32[B,10]
+    autoencoder_1 = mse_loss(layer_9, aux_encoder_10_at_9)  # f32[]
+    objective(autoencoder_1)  # 9.autoencoder
+    # ---- module 1: 3
+    aux_encoder_9_at_3 = stop_gradient(aux_encoder_9)  # f32[B,10]
+    associate_1 = mse_loss(layer_7, aux_encoder_9_at_3)  # f32[]
+    objective(associate_1)  # 3.associated
+    return layer_10
+"""
+
+EVEN = """\
+# 4 modules: 1, 2, 5, 6
+def step(self, input_1, target):
+    # ---- module 0: 1
+    layer_0 = self[0](input_1)  # f32[B,10]
+    layer_1 = self[1](layer_0)  # f32[B,10]
+    aux_bridge_1 = self.aux.bridge_1(layer_1)  # f32[B,7]
+    # ---- module 1: 2
+    layer_1_at_2 = stop_gradient(layer_1)  # f32[B,10]
+    layer_2 = self[2](layer_1_at_2)  # f32[B,8]
+    aux_bridge_2 = self.aux.bridge_2(layer_2)  # f32[B,8]
+    # ---- module 3: 6, learning rate x2
+    t_0 = one_hot(target, 4, dtype=torch.float32)  # f32[B,4]
+    aux_encoder_6 = self.aux.encoder_6(t_0)  # f32[B,7]
+    layer_6 = self[6](aux_encoder_6)  # f32[B,4]
+    layer_7 = self[7](layer_6)  # f32[B,4]
+    autoencoder = mse_loss(layer_7, t_0)  # f32[]
+    objective(autoencoder)  # 6.autoencoder
+    # ---- module 0: 1
+    aux_encoder_6_at_1 = stop_gradient(aux_encoder_6)  # f32[B,7]
+    associate = mse_loss(aux_bridge_1, aux_encoder_6_at_1)  # f32[]
+    objective(associate)  # 1.associated
+    # ---- module 2: 5, learning rate x2
+    aux_encoder_6_at_5 = stop_gradient(aux_encoder_6)  # f32[B,7]
+    aux_encoder_5 = self.aux.encoder_5(aux_encoder_6_at_5)  # f32[B,8]
+    layer_2_at_5_copy = clone(aux_encoder_5)  # f32[B,8]
+    layer_3 = self[3](layer_2_at_5_copy)  # f32[B,8]
+    layer_4 = self[4](layer_3)  # f32[B,7]
+    layer_5 = self[5](layer_4)  # f32[B,7]
+    autoencoder_1 = mse_loss(layer_5, aux_encoder_6_at_5)  # f32[]
+    objective(autoencoder_1)  # 5.autoencoder
+    # ---- module 1: 2
+    aux_encoder_5_at_2 = stop_gradient(aux_encoder_5)  # f32[B,8]
+    associate_1 = mse_loss(aux_bridge_2, aux_encoder_5_at_2)  # f32[]
+    objective(associate_1)  # 2.associated
+    return layer_7
+"""
+
+
+def test_the_training_graph(tmp_path, monkeypatch):
+    odd, even = tmp_path / "odd", tmp_path / "even"
+    found = stages(odd, monkeypatch, mlp(), "al", SPLITS, example_inputs=batch()[0].float())
+    assert found["partition"] == BEFORE
+    assert found["bridges"] == AFTER
+    found = stages(even, monkeypatch, four(), "al", ["1", "2", "5"], example_inputs=batch()[0].float())
+    assert found["bridges"] == EVEN
+
+
+class Oracle:
+    """The formulas, part by part, with one Adam for (f, b) and one at twice the rate for (g, h)."""
+
+    def __init__(self, f, b, g, h, last_sigmoid=True, lr=0.01, label_lr=2.0):
+        self.f, self.b, self.g, self.h, self.last_sigmoid = f, b, g, h, last_sigmoid
+        both = [(*x.parameters(), *y.parameters()) for x, y in zip((*f, *g), (*b, *h), strict=True)]
+        rates = [lr] * len(f) + [label_lr * lr] * len(g)
+        self.optimizers = [torch.optim.Adam(p, lr=r) for p, r in zip(both, rates, strict=True)]
+
+    def step(self, x, y):
+        s, t = x, F.one_hot(y, 4).to(D)
+        losses = {}
+        for i, (f, b, g, h) in enumerate(zip(self.f, self.b, self.g, self.h, strict=True)):
+            above = t
+            encoded = g(above.detach())
+            decoded = h(encoded)
+            if i == 0 and self.last_sigmoid:
+                decoded = torch.sigmoid(decoded)
+            losses["ae", i] = (decoded - above.detach()).pow(2).mean()
+            activation = f(s.detach())
+            losses["a", i] = (b(activation) - encoded.detach()).pow(2).mean()
+            s, t = activation, encoded
+        for loss in losses.values():
+            loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return {k: v.detach() for k, v in losses.items()}
+
+    def predict(self, x):
+        for f in self.f:
+            x = f(x)
+        x = self.b[-1](x)
+        for h in reversed(self.h):
+            x = h(x)
+        return x
+
+
+def aux(program, name):
+    return copy.deepcopy(program.root.get_submodule(f"aux.{name}"))
+
+
+def check(program, oracle, names, parts):
+    for _ in range(3):
+        x, y = batch()
+        report = program.step(x, y)
+        losses = oracle.step(x, y)
+        assert set(report.objectives) == set(names.values())
+        for key, value in losses.items():
+            torch.testing.assert_close(report.objectives[names[key]], value, atol=1e-10, rtol=0)
+        torch.testing.assert_close(report.loss, sum(losses.values()).float(), atol=1e-5, rtol=0)
+        for path, part in parts.items():
+            for (n, p), q in zip(
+                program.root.get_submodule(path).named_parameters(), part.parameters(), strict=True
+            ):
+                torch.testing.assert_close(p, q, atol=1e-10, rtol=0, msg=f"{path}.{n}")
+    program.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), oracle.predict(x), atol=1e-10, rtol=0)
+
+
+def test_the_papers_mlp_against_the_formulas():
+    model = mlp().to(D)
+    program = locc.compile(model, "al", SPLITS, example_inputs=batch()[0], optimizer=adam())
+    w = copy.deepcopy(model)
+    b1, g1, g2 = aux(program, "bridge_1"), aux(program, "encoder_10"), aux(program, "encoder_9")
+    assert [tuple(p.shape) for p in b1.parameters() if p.dim() == 2] == [(50, 10), (10, 50)]
+    oracle = Oracle([w[:2], w[2:4]], [b1, w[4:8]], [g1, g2], [w[10:], w[8:10]])
+    names = {
+        ("ae", 0): "10.autoencoder",
+        ("ae", 1): "9.autoencoder",
+        ("a", 0): "1.associated",
+        ("a", 1): "3.associated",
+    }
+    check(program, oracle, names, {"model": w, "aux.bridge_1": b1, "aux.encoder_10": g1, "aux.encoder_9": g2})
+    # With an odd number of modules the folded network is the model itself, and no bridge is left over.
+    x = batch()[0]
+    assert torch.equal(program(x), model(x))
+    assert not any("aux" in str(n.target) for n in program.ir.inference.nodes)
+
+
+class CloneFirst(nn.Module):
+    """Keeps a first in-place layer from changing its input."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part(x.clone())
+
+
+def test_an_even_network_gets_a_bridge_that_inference_keeps():
+    model = four().to(D)
+    program = locc.compile(
+        model, "al", ["1", "2", "5"], example_inputs=batch()[0], optimizer=adam(), label_lr=3.0, expansion=2
+    )
+    w = copy.deepcopy(model)
+    b1, b2 = aux(program, "bridge_1"), aux(program, "bridge_2")
+    g1, g2 = aux(program, "encoder_6"), aux(program, "encoder_5")
+    oracle = Oracle(
+        [w[:2], w[2:3]], [b1, b2], [g1, g2], [w[6:], CloneFirst(w[3:6])], last_sigmoid=False, label_lr=3.0
+    )
+    names = {
+        ("ae", 0): "6.autoencoder",
+        ("ae", 1): "5.autoencoder",
+        ("a", 0): "1.associated",
+        ("a", 1): "2.associated",
+    }
+    check(program, oracle, names, {"model": w, "aux.bridge_1": b1, "aux.bridge_2": b2, "aux.encoder_5": g2})
+    x = batch()[0]
+    assert not torch.allclose(program(x), model(x))
+    kept = [str(n.target) for n in program.ir.inference.nodes if "aux" in str(n.target)]
+    assert kept == ["aux.bridge_2"]
+    assert not any("target" in n.name for n in program.ir.inference.nodes)
+
+
+def test_owners_rates_and_optimizers():
+    program = locc.compile(mlp().to(D), "al", SPLITS, example_inputs=batch()[0], optimizer=adam(0.5))
+    rates = {name: o.param_groups[0]["lr"] for name, o in program.optimizers.items()}
+    assert rates == {"1": 0.5, "3": 0.5, "9": 1.0, "10": 1.0}
+    assert len(program.ir.parameters("3")) == 6  # f_2 and the middle module
+    held = [id(p) for o in program.optimizers.values() for g in o.param_groups for p in g["params"]]
+    assert len(held) == len(set(held)) == len(list(program.root.parameters()))
+
+
+def test_batch_norm_learns_its_statistics_on_the_label_stream():
+    model = nn.Sequential(
+        nn.Linear(12, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+    ).to(D)
+    program = locc.compile(model, "al", ["1"], example_inputs=batch()[0])
+    x, y = batch()
+    w = copy.deepcopy(model)
+    encoder = aux(program, "encoder_output")
+    program.step(x, y)
+    w[2:](encoder(F.one_hot(y, 4).to(D)))
+    torch.testing.assert_close(model[3].running_mean, w[3].running_mean, atol=1e-12, rtol=0)
+    assert int(model[3].num_batches_tracked) == 1
+
+
+def test_saving_and_resuming(tmp_path):
+    one, two = (
+        locc.compile(four().to(D), "al", ["1", "2", "5"], example_inputs=batch()[0], seed=s) for s in (1, 2)
+    )
+    x, y = batch()
+    one.step(x, y)
+    two(x)
+    one.save(tmp_path / "a.st")
+    two.load(tmp_path / "a.st")
+    one.step(x, y)
+    two.step(x, y)
+    for p, q in zip(one.root.state_dict().values(), two.root.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+    one.eval()
+    two.eval()
+    assert torch.equal(one(x), two(x))
+
+
+class Structured(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return {"logits": self.b(torch.relu(self.a(x)))}
+
+
+def test_the_users_structure_comes_back():
+    program = locc.compile(Structured(), "al", ["a"], example_inputs=torch.randn(5, 12))
+    found = program(torch.randn(3, 12))
+    assert list(found) == ["logits"]
+    assert found["logits"].shape == (3, 4)
+
+
+def test_factories_and_their_shapes_are_checked():
+    def linear(source, target):
+        return nn.Linear(source.features[-1], target.features[-1])
+
+    program = locc.compile(
+        Structured(), "al", ["a"], example_inputs=torch.randn(5, 12), bridge=linear, encoder=linear
+    )
+    assert isinstance(program.root.get_submodule("aux.bridge_a"), nn.Linear)
+    program.step(torch.randn(5, 12), torch.randint(0, 4, (5,)))
+    with pytest.raises(MethodError, match="the bridge"):
+        locc.compile(
+            Structured(), "al", ["a"], example_inputs=torch.randn(5, 12), bridge=lambda s, t: nn.Linear(8, 5)
+        )
+
+
+class Skip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(12, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.out(torch.tanh(self.b(torch.tanh(h)))) + h
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.LSTMCell(12, 5), nn.Linear(10, 4)
+
+    def forward(self, x):
+        h, c = self.cell(x)
+        return self.out(torch.cat([torch.tanh(h), c], 1))
+
+
+class Peeks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.out = nn.Linear(12, 5), nn.Linear(17, 4)
+
+    def forward(self, x):
+        return self.out(torch.cat([self.a(x), x], 1))
+
+
+class Ids(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.e, self.out = nn.Linear(12, 4), nn.Embedding(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.out(self.e(locc.split(self.a(x).argmax(1), "ids")))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.out = nn.Linear(12, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.out(self.a(x)).unsqueeze(1)
+
+
+REFUSED = {
+    "one module": (mlp, (), "at least 2 modules"),
+    "a skip": (Skip, ("a", "b"), "skips from module 'a' to 'out'"),
+    "two values": (Pair, ("cell",), "2 values pass from module 'cell' to 'out'"),
+    "a late input": (Peeks, ("a",), "module 'out' of the upper half reads the input"),
+    "integers": (Ids, (), "which is no activation"),
+    "no class scores": (Tokens, ("a",), r"it must be class scores \[B,C\]"),
+    "a softmax": (
+        lambda: nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 4), nn.Softmax(1)),
+        ("0",),
+        "in a softmax",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name):
+    make, splits, message = REFUSED[name]
+    with pytest.raises(MethodError, match="undefined on this model.*" + message):
+        locc.compile(make(), "al", splits, example_inputs=torch.randn(5, 12))
+
+
+def test_options_are_checked():
+    with pytest.raises(MethodError, match="label_lr=0"):
+        locc.compile(mlp(), "al", SPLITS, label_lr=0)
+
+
+def test_it_learns_digits_folded():
+    train, validation = loaders(batch_size=32)
+    for layers, splits in ((mlp(64, 64, 10), ["2", "4", "8", "10"]), (mlp(64, 64, 10), ["2", "8", "10"])):
+        program = locc.compile(
+            nn.Sequential(nn.Flatten(), *layers),
+            "al",
+            splits,
+            example_inputs=digits().train_x[:4],
+            optimizer=adam(0.003),
+        )
+        program.fit(train, epochs=8, progress=False)
+        assert program.evaluate(validation).accuracy > 0.88
+
+
+def test_a_convolutional_network_folds():
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1),
+        nn.ELU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ELU(),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
+    train, validation = loaders(batch_size=32)
+    program = locc.compile(
+        model, "al", ["1"], example_inputs=digits().train_x[:4], optimizer=adam(0.003), expansion=1
+    )
+    program.fit(train, epochs=6, progress=False)
+    assert program.evaluate(validation).accuracy > 0.8
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 8), nn.Linear(8, 4)
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x))) * self.scale
+
+
+def test_the_folded_path_reads_the_buffers_of_a_moved_program():
+    program = locc.compile(Scaled(), "al", ["a"], example_inputs=torch.randn(5, 12))
+    x = torch.randn(3, 12)
+    assert program(x).abs().max() > 0
+    program._apply(torch.clone)  # as a move to another device does
+    program.model.scale.zero_()
+    assert program(x).abs().max() == 0

@@ -1,0 +1,365 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import locc
+from examples.digits import digits, loaders
+from golden import stages
+from locc.errors import MethodError
+
+D = torch.float64
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Linear(6, 8, bias=False),
+        nn.BatchNorm1d(8),
+        nn.ReLU(inplace=True),
+        nn.Linear(8, 7),
+        nn.Tanh(),
+        nn.Linear(7, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Linear(6, 4),
+    ).to(D)
+
+
+SPLITS = ["1", "3", "6"]
+
+
+def batch(size=5):
+    return torch.randn(size, 6, dtype=D), torch.randint(0, 4, (size,))
+
+
+def sgd(lr=0.1, **options):
+    return lambda params: torch.optim.SGD(params, lr=lr, **options)
+
+
+def small():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 4)).to(D)
+
+
+BEFORE = """\
+# 3 modules: 0, 2, 4
+def step(self, input_1, target):
+    # ---- module 0: 0
+    layer_0 = self[0](input_1)  # f64[B,8]
+    # ---- module 1: 2
+    layer_0_at_2 = stop_gradient(layer_0)  # f64[B,8]
+    layer_1 = self[1](layer_0_at_2)  # f64[B,8]
+    layer_2 = self[2](layer_1)  # f64[B,7]
+    # ---- module 2: 4
+    layer_2_at_4 = stop_gradient(layer_2)  # f64[B,7]
+    layer_3 = self[3](layer_2_at_4)  # f64[B,7]
+    layer_4 = self[4](layer_3)  # f64[B,4]
+    return layer_4
+"""
+
+AFTER = """\
+# 3 modules: 0, 2, 4
+# region 'codes_2' runs 5 times, carrying moving <- code, momentum <- momentum_1
+# region 'codes_0' runs 5 times, carrying moving_1 <- code_1, momentum_2 <- momentum_3
+def step(self, input_1, target):
+    # ---- module 0: 0
+    layer_0 = self[0](input_1)  # f64[B,8]
+    # ---- module 1: 2
+    layer_0_at_2 = stop_gradient(layer_0)  # f64[B,8]
+    layer_1 = self[1](layer_0_at_2)  # f64[B,8]
+    layer_2 = self[2](layer_1)  # f64[B,7]
+    rest_1 = still(layer_0_at_2)  # f64[B,8]
+    moving_1 = carry(layer_0_at_2)  # f64[B,8], in codes_0
+    momentum_2 = carry(rest_1)  # f64[B,8], in codes_0
+    leaf_1 = stop_gradient(moving_1)  # f64[B,8], in codes_0
+    model_1 = self[1](leaf_1)  # f64[B,8], in codes_0
+    model_2 = self[2](model_1)  # f64[B,7], in codes_0
+    energy_5 = mse_loss(leaf_1, layer_0_at_2)  # f32[], in codes_0
+    # ---- module 2: 4
+    layer_2_at_4 = stop_gradient(layer_2)  # f64[B,7]
+    layer_3 = self[3](layer_2_at_4)  # f64[B,7]
+    layer_4 = self[4](layer_3)  # f64[B,4]
+    rest = still(layer_2_at_4)  # f64[B,7]
+    moving = carry(layer_2_at_4)  # f64[B,7], in codes_2
+    momentum = carry(rest)  # f64[B,7], in codes_2
+    leaf = stop_gradient(moving)  # f64[B,7], in codes_2
+    model_3 = self[3](leaf)  # f64[B,7], in codes_2
+    model_4 = self[4](model_3)  # f64[B,4], in codes_2
+    energy = cross_entropy(model_4, target)  # f32[], in codes_2
+    energy_1 = energy / 0.003  # f32[], in codes_2
+    energy_2 = mse_loss(leaf, layer_2_at_4)  # f32[], in codes_2
+    energy_3 = energy_1 + energy_2  # f32[], in codes_2
+    grad_leaf = gradient(energy_3, leaf)  # f64[B,7], in codes_2
+    momentum_1 = nesterov_momentum(momentum, grad_leaf, 0.9)  # f64[B,7], in codes_2
+    code = nesterov_step(moving, grad_leaf, momentum_1, 0.3, 0.9)  # f64[B,7], in codes_2
+    loss = cross_entropy(layer_4, target)  # f32[]
+    code_at_4 = stop_gradient(code)  # f64[B,7]
+    model_7 = self[3](code_at_4)  # f64[B,7]
+    model_8 = self[4](model_7)  # f64[B,4]
+    loss_1 = cross_entropy(model_8, target)  # f32[]
+    objective(loss_1)  # 4.loss
+    # ---- module 1: 2
+    code_at_2 = stop_gradient(code)  # f64[B,7]
+    energy_4 = mse_loss(model_2, code_at_2)  # f32[], in codes_0
+    energy_6 = energy_4 + energy_5  # f32[], in codes_0
+    grad_leaf_1 = gradient(energy_6, leaf_1)  # f64[B,8], in codes_0
+    momentum_3 = nesterov_momentum(momentum_2, grad_leaf_1, 0.9)  # f64[B,8], in codes_0
+    code_1 = nesterov_step(moving_1, grad_leaf_1, momentum_3, 0.3, 0.9)  # f64[B,8], in codes_0
+    code_1_at_2 = stop_gradient(code_1)  # f64[B,8]
+    model_5 = self[1](code_1_at_2)  # f64[B,8]
+    model_6 = self[2](model_5)  # f64[B,7]
+    fit_1 = mse_loss(model_6, code_at_2)  # f32[]
+    objective(fit_1)  # 2.codes
+    # ---- module 0: 0
+    code_1_at_0 = stop_gradient(code_1)  # f64[B,8]
+    fit = mse_loss(layer_0, code_1_at_0)  # f32[]
+    objective(fit)  # 0.codes
+    return layer_4
+"""
+
+
+def test_the_training_graph(tmp_path, monkeypatch):
+    found = stages(tmp_path, monkeypatch, small(), "altmin", ["0", "2"], example_inputs=batch()[0])
+    assert found["partition"] == BEFORE
+    assert found["fit_codes"] == AFTER
+
+
+class Oracle:
+    """The method in plain PyTorch: parts are the modules, one optimizer each."""
+
+    def __init__(self, model, steps=5, mu=0.003, lambda_c=0.0, lambda_w=0.0, mu_step=0.0):
+        self.parts = [model[:2], model[2:4], model[4:7], model[7:]]
+        self.optimizers = [torch.optim.SGD(p.parameters(), lr=0.1) for p in self.parts]
+        self.steps, self.mu, self.lambda_c, self.lambda_w = steps, mu, lambda_c, lambda_w
+        self.mu_step, self.cap = mu_step, 10 * mu
+
+    def again(self, part, x):
+        """Run a part without a trace in its running statistics, and without changing `x` in place."""
+        buffers = {n: b.clone() for n, b in part.named_buffers()}
+        return torch.func.functional_call(part, buffers, (x.clone(),))
+
+    def step(self, x, y):
+        codes, h = [], x
+        with torch.no_grad():
+            for part in self.parts:
+                h = part(h.clone())
+                codes.append(h)
+        network_loss = F.cross_entropy(codes.pop(), y)
+        for k in reversed(range(len(codes))):
+            start = codes[k].clone()
+            c = codes[k].clone().requires_grad_()
+            optimizer = torch.optim.SGD([c], lr=0.3, momentum=0.9, nesterov=True)
+            for _ in range(self.steps):
+                out = self.again(self.parts[k + 1], c)
+                if k == len(codes) - 1:
+                    energy = F.cross_entropy(out, y) / self.mu + F.mse_loss(c, start)
+                else:
+                    energy = F.mse_loss(out, codes[k + 1]) + F.mse_loss(c, start)
+                energy = energy + self.lambda_c / self.mu * c.abs().mean()
+                (c.grad,) = torch.autograd.grad(energy, c)
+                optimizer.step()
+            codes[k] = c.detach()
+        objectives = [F.cross_entropy(self.again(self.parts[-1], codes[-1]), y)]
+        for k, part in enumerate(self.parts[:-1]):
+            out = self.again(part, x if k == 0 else codes[k - 1])
+            size = sum(p.abs().mean() for p in part.parameters() if p.dim() > 1)
+            objectives.append(F.mse_loss(out, codes[k]) + self.lambda_w * size)
+        for objective in objectives:
+            objective.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.mu = min(self.mu + self.mu_step, self.cap)
+        return network_loss, [o.detach() for o in objectives]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mu": 0.3},
+        {"mu": 0.1, "steps": 2, "lambda_c": 0.05, "lambda_w": 0.2},
+        {"mu": 0.25, "mu_step": 1.5, "lambda_c": 0.05},
+    ],
+)
+def test_against_the_rule_by_hand(options):
+    model = mlp()
+    oracle = Oracle(copy.deepcopy(model), **options)
+    program = locc.compile(model, "altmin", SPLITS, example_inputs=batch()[0], optimizer=sgd(), **options)
+    for _ in range(4):
+        x, y = batch()
+        report = program.step(x, y)
+        loss, (last, *hidden) = oracle.step(x, y)
+        torch.testing.assert_close(report.loss, loss, atol=1e-10, rtol=0)
+        names = ["1.codes", "3.codes", "6.codes", "8.loss"]
+        assert sorted(report.objectives) == names
+        for name, value in zip(names, [*hidden, last], strict=True):
+            torch.testing.assert_close(report.objectives[name], value, atol=1e-10, rtol=0)
+        expected = {n: t for part in oracle.parts for n, t in part.state_dict().items()}
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, expected[name], atol=1e-10, rtol=0, msg=name)
+
+
+def test_mu_stops_growing_at_ten_times_its_start(tmp_path):
+    program = locc.compile(
+        small(), "altmin", ["0", "2"], example_inputs=batch()[0], optimizer=sgd(0), mu=0.5, mu_step=2
+    )
+    found = []
+    for _ in range(4):
+        program.step(*batch())
+        found.append(float(program.root.get_submodule("aux.mu").value))
+    assert found == [2.5, 4.5, 5.0, 5.0]
+    program.save(tmp_path / "a.st")
+    other = locc.compile(
+        small(), "altmin", ["0", "2"], example_inputs=batch()[0], optimizer=sgd(0), mu=0.5, mu_step=2
+    )
+    other.load(tmp_path / "a.st")
+    assert float(other.root.get_submodule("aux.mu").value) == 5.0
+
+
+def test_codes_are_made_anew_for_every_batch():
+    """A step after other batches equals the first step of a program with the same weights."""
+    model = small()
+    x, y = batch()
+    program = locc.compile(model, "altmin", ["0", "2"], example_inputs=x, optimizer=sgd())
+    program.step(*batch())
+    program.step(*batch())
+    twin = copy.deepcopy(model)
+    program.step(x, y)
+    locc.compile(twin, "altmin", ["0", "2"], example_inputs=x, optimizer=sgd()).step(x, y)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_statistics_move_once_a_step():
+    model = mlp()
+    twin = copy.deepcopy(model)
+    x, y = batch()
+    program = locc.compile(model, "altmin", SPLITS, example_inputs=x)
+    program.step(x, y)
+    twin(x)
+    for name, buffer in twin.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
+    # BatchNorm in the last module, whose plain forward trains nothing, moves as well.
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).to(D)
+    twin = copy.deepcopy(model)
+    locc.compile(model, "altmin", ["0"], example_inputs=x).step(x, y)
+    twin(x)
+    for name, buffer in twin.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
+
+
+def test_every_parameter_learns_with_its_own_optimizer():
+    model = mlp()
+    before = copy.deepcopy(model)
+    x, y = batch()
+    program = locc.compile(model, "altmin", SPLITS, example_inputs=x)
+    program.step(x, y)
+    for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert not torch.equal(p, q), name
+    assert list(program.optimizers) == [*SPLITS, "8"]
+
+
+def test_one_module_is_backpropagation():
+    model, (x, y) = mlp(), batch()
+    twin = copy.deepcopy(model)
+    locc.compile(model, "altmin", [], example_inputs=x, optimizer=sgd()).step(x, y)
+    locc.compile(twin, "bp", [], example_inputs=x, optimizer=sgd()).step(x, y)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+class Skip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(4, 6)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.out(torch.tanh(self.b(torch.tanh(h)))) + h
+
+
+class Pair(nn.Module):
+    """Two values cross the cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.LSTMCell(6, 5), nn.Linear(10, 4)
+
+    def forward(self, x):
+        h, c = self.cell(x)
+        return self.out(torch.cat([torch.tanh(h), c], 1))
+
+
+def test_a_skip_over_a_module_is_refused():
+    with pytest.raises(MethodError, match="skips from module 'a' to 'out'"):
+        locc.compile(Skip(), "altmin", ["a", "b"], example_inputs=torch.randn(5, 6))
+    for options, message in (({"steps": 0}, "at least one inner step"), ({"mu": 0}, "above 0")):
+        with pytest.raises(MethodError, match=message):
+            locc.compile(Skip(), "altmin", ["a"], **options)
+
+
+def test_each_of_two_values_across_a_cut_has_its_code():
+    model = Pair().to(D)
+    twin = copy.deepcopy(model)
+    x, y = batch()
+    program = locc.compile(model, "altmin", ["cell"], example_inputs=x, optimizer=sgd(), mu=0.1)
+    program.step(x, y)
+    with torch.no_grad():
+        start = twin.cell(x)
+    codes = [c.clone().requires_grad_() for c in start]
+    optimizer = torch.optim.SGD(codes, lr=0.3, momentum=0.9, nesterov=True)
+    for _ in range(5):
+        optimizer.zero_grad()
+        out = twin.out(torch.cat([torch.tanh(codes[0]), codes[1]], 1))
+        fits = sum(F.mse_loss(c, s) for c, s in zip(codes, start, strict=True))
+        (F.cross_entropy(out, y) / 0.1 + fits).backward()
+        optimizer.step()
+    twin.zero_grad()
+    codes = [c.detach() for c in codes]
+    sum(F.mse_loss(v, c) for v, c in zip(twin.cell(x), codes, strict=True)).backward()
+    F.cross_entropy(twin.out(torch.cat([torch.tanh(codes[0]), codes[1]], 1)), y).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, (q - 0.1 * q.grad).detach(), atol=1e-10, rtol=0)
+
+
+def test_it_learns_digits():
+    layers = [nn.Flatten(), nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU()]
+    layers += [nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10)]
+    program = locc.compile(
+        nn.Sequential(*layers),
+        "altmin",
+        ["2", "5"],
+        example_inputs=digits().train_x[:4],
+        optimizer=lambda params: torch.optim.Adam(params, lr=0.008),
+    )
+    train, validation = loaders()
+    program.fit(train, epochs=6, progress=False)
+    assert program.evaluate(validation).accuracy > 0.88
+
+
+def test_rotary_tables_and_masks_enter_as_they_are():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=12,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    before = copy.deepcopy(model)
+    tokens = torch.randint(0, 20, (3, 5))
+    program = locc.compile(model, "altmin", ["model.layers.*"], example_inputs={"input_ids": tokens})
+    assert list(program.ir.repeats) == ["codes_model.layers.1", "codes_model.layers.0"]
+    assert all(len(region.carried) == 2 for region in program.ir.repeats.values())
+    program.step({"input_ids": tokens}, tokens)
+    for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert not torch.equal(p, q), name
+
+
+def test_a_borrowed_parameter_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False))
+    model[2].weight = model[0].weight
+    with pytest.raises(MethodError, match="a code cannot stand for it: compile with tied='copy'"):
+        locc.compile(model, "altmin", ["0"], example_inputs=torch.randn(5, 6), tied="owner")
