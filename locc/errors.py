@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class LoccError(Exception):
@@ -26,7 +27,12 @@ class MethodError(LoccError):
 
 
 class LocalityError(LoccError):
-    """A gradient or a state change crosses a module boundary."""
+    """A gradient or a state change crosses a module boundary.
+
+    `findings` holds what the checks found, one `locc.verify.findings.Finding` each.
+    """
+
+    findings: tuple[Any, ...] = ()
 
 
 class GraphError(LoccError):

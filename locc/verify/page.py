@@ -1,0 +1,120 @@
+"""A certificate as a page of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from locc.verify.certificate import Certificate, OwnerFacts
+from locc.verify.facts import Flow
+
+
+def render(certificate: Certificate) -> str:
+    """Return the page: verdict, checks, the program's properties, then one block for each owner."""
+    lines = [*_title(certificate), "", *_checks(certificate), "", *_program(certificate)]
+    for owner in certificate.owners:
+        lines += ["", *_owner(certificate, owner)]
+    for heading, items in (("couplings", certificate.couplings), ("warnings", certificate.warnings)):
+        lines += ["", heading, *([f"  {item}" for item in items] or ["  none"])]
+    return "\n".join(lines) + "\n"
+
+
+def _title(certificate: Certificate) -> Iterator[str]:
+    modules = sum(not o.auxiliary for o in certificate.owners)
+    yield f"Certificate of locality: {certificate.method}, {modules} modules"
+    yield f"  {certificate.verdict}"
+    for reason in certificate.reasons[:8]:
+        yield f"    {reason}"
+    if len(certificate.reasons) > 8:
+        yield f"    and {len(certificate.reasons) - 8} more reasons"
+
+
+def _checks(certificate: Certificate) -> Iterator[str]:
+    yield f"checks ({certificate.seconds:.2f} s)"
+    for check in certificate.checks:
+        yield f"  {check.name:<24} {check.status:<10} {check.seconds:6.3f} s  {check.detail}"
+
+
+def _program(certificate: Certificate) -> Iterator[str]:
+    table = certificate.table
+    yield "program"
+    yield f"  auxiliary model needed    {_yes(table.auxiliary_model)}"
+    yield f"  whole forward pass needed {_yes(table.forward_pass)}"
+    yield f"  backward pass needed      {table.backward_pass}"
+    yield f"  pipeline-exact            {_yes(certificate.pipeline_exact)}: {certificate.pipeline_reason}"
+    path = list(_folded(certificate.critical_path))
+    shown = " > ".join(path if len(path) <= 12 else [*path[:6], "...", *path[-5:]])
+    yield f"  critical path             {len(certificate.critical_path)} module-steps: {shown}"
+    for name, how in certificate.gradients[:12]:
+        yield f"  gradient value            {name}: {how}"
+    if len(certificate.gradients) > 12:
+        yield f"  gradient value            and {len(certificate.gradients) - 12} more"
+    yield f"  graph                     sha256 {certificate.graph_hash}"
+
+
+def _folded(steps: Iterable[str]) -> Iterator[str]:
+    last, count = "", 0
+    for step in [*steps, ""]:
+        if step != last:
+            if last:
+                yield last if count == 1 else f"{last} x{count}"
+            last, count = step, 0
+        count += 1
+
+
+def _owner(certificate: Certificate, owner: OwnerFacts) -> Iterator[str]:
+    kind = f"auxiliary of module {owner.index}" if owner.auxiliary else f"module {owner.index}"
+    yield f"{kind}: {owner.name}"
+    yield (
+        f"  owns      {_count(len(owner.parameters), 'parameter tensor')}, {owner.count:,} elements: "
+        + _list(owner.parameters)
+    )
+    if owner.networks:
+        yield f"  runs      auxiliary networks {', '.join(owner.networks)}"
+    for objective in owner.objectives:
+        reach = _count(len(objective.reaches), "parameter tensor")
+        yield f"  objective {objective.name} reaches {reach} of its own, none else"
+        yield f"            by {', '.join(objective.proved_by)}"
+    if not owner.objectives:
+        yield "  objective none"
+    for word, flows, end in (
+        ("enters", certificate.entering(owner.name), "producer"),
+        ("leaves", certificate.leaving(owner.name), "consumer"),
+    ):
+        for text in _flows(flows, end):
+            yield f"  {word}    {text}"
+    yield f"  locking   {_locking(owner)}"
+
+
+def _flows(flows: tuple[Flow, ...], end: str) -> Iterator[str]:
+    preposition = "from" if end == "producer" else "to"
+    for flow in flows[:10]:
+        other = flow.producer if end == "producer" else flow.consumer
+        hops = f", through {_count(flow.hops, 'module')}" if flow.hops else ""
+        spec = f" {flow.spec}" if flow.spec else ""
+        way = f" ({flow.direction})" if other != "data" else ""
+        yield f"{flow.kind} {flow.value}{spec} {preposition} {other}{way}{hops}"
+    if len(flows) > 10:
+        yield f"and {len(flows) - 10} more"
+
+
+def _locking(owner: OwnerFacts) -> str:
+    backward = "no"
+    if owner.backward_locked:
+        backward = f"yes, waits for {_list(owner.backward_waits_for, 4)}"
+        backward += f" (a chain of {owner.backward_depth})" if owner.backward_depth > 1 else " (one hop)"
+    update = f"yes, waits for {_list(owner.update_waits_for, 4)}" if owner.update_locked else "no"
+    return f"forward: {_yes(owner.forward_locked)}; update: {update}; backward: {backward}"
+
+
+def _list(items: Iterable[str], most: int = 6) -> str:
+    names = list(items)
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown or "none"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,271 @@
+"""Runs the checks and writes the certificate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, optim
+
+from locc.errors import LoccError
+from locc.ir import Inputs, TrainingGraph, assign
+from locc.ir.captured import strip
+from locc.runtime.executor import Learner
+from locc.verify import facts, sentinel, static, storage, walk
+from locc.verify.batch import Batch, small_batch
+from locc.verify.certificate import Certificate, CheckRun, ObjectiveFacts, OwnerFacts, TableRow, graph_hash
+from locc.verify.derive import derive
+from locc.verify.findings import REACHABILITY, SENTINEL, STORAGE, WALK, refuse
+from locc.verify.snapshot import preserved
+
+if TYPE_CHECKING:
+    from locc.runtime import Program
+
+
+@dataclass
+class _Evidence:
+    """What the checks have seen so far."""
+
+    checks: list[CheckRun] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    walk: walk.Walk | None = None
+    sentinel: sentinel.Sentinel | None = None
+    started: float = 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Measure what runs inside."""
+        self.started = time.perf_counter()
+        yield
+
+    def note(self, name: str, detail: str, complete: bool = True) -> None:
+        """Record a check that held, or could not be completed."""
+        seconds = time.perf_counter() - self.started
+        self.checks.append(CheckRun(name, "held" if complete else "incomplete", seconds, detail))
+
+
+def prove(
+    ir: TrainingGraph, name: str, learners: Mapping[str, Learner], inputs: Inputs, target: Any = None
+) -> Certificate:
+    """Run every check on a training graph and return the certificate.
+
+    Args:
+        ir: the graph; it, the model and the optimizers are bit for bit as they were afterwards.
+        name: the method's id, for the title.
+        learners: the optimizer of each owner that trains.
+        inputs: example inputs; a small batch is cut from them.
+        target: the target of these inputs; without one, a target that the loss accepts is made up.
+
+    Raises:
+        LocalityError: a gradient or a state change crosses a module boundary.
+    """
+    optimizers = {owner: learner.optimizer for owner, learner in learners.items()}
+    seen = _Evidence()
+    _static(ir, name, optimizers, seen)
+    with preserved(ir.root, values=False):
+        if not ir.root.model.training:
+            ir.root.train()
+        with seen.timed():
+            batch = small_batch(ir, inputs, target)
+        _walk(ir, name, batch, seen)
+        _sentinel(ir, name, optimizers, batch, seen)
+    if batch.stand_in:
+        seen.warnings.append(
+            f"{batch.text}: the loss was replaced by a sum over the outputs in the autograd walk and the "
+            "sentinel run, so the loss function itself was not examined; call locc.verify(program, x, y) "
+            "with a batch of your own"
+        )
+    return _certificate(ir, name, batch, seen)
+
+
+def verify(program: Program, x: Any = None, y: Any = None) -> Certificate:
+    """Prove a live program local, from the beginning.
+
+    Args:
+        program: a compiled program; its state is bit for bit as it was afterwards.
+        x: a batch as `step` takes it; the example inputs of the compilation without one.
+        y: its target; made up without one.
+
+    Returns:
+        The certificate, which `program.certificate` returns from then on.
+
+    Raises:
+        LocalityError: a gradient or a state change crosses a module boundary.
+        LoccError: there is nothing to run the program on.
+    """
+    if x is not None:
+        program.complete(x)
+    ir = program.ir
+    inputs = Inputs.of(program.model, x) if x is not None else ir.captured.example
+    if inputs is None:
+        raise LoccError("the program keeps no example inputs; call locc.verify(program, x) with a batch")
+    certificate = prove(ir, program.method, program.built.learners, inputs, y)
+    program.built.certificate = certificate
+    return certificate
+
+
+def _static(ir: TrainingGraph, name: str, optimizers: dict[str, optim.Optimizer], seen: _Evidence) -> None:
+    with seen.timed():
+        refuse(name, static.check(ir))
+        objectives, edges = len(ir.objectives()), sum(len(n.all_input_nodes) for n in ir.graph.nodes)
+        seen.note(REACHABILITY, f"{objectives} objectives, {edges} edges")
+    with seen.timed():
+        refuse(name, storage.check(ir, optimizers))
+        held = sum(len(storage.held_by(o)) for o in optimizers.values())
+        seen.note(STORAGE, f"{len(optimizers)} optimizers, {held} parameter tensors, no memory in common")
+
+
+def _walk(ir: TrainingGraph, name: str, batch: Batch, seen: _Evidence) -> None:
+    try:
+        found = walk.check(ir, batch)
+    except Exception as error:  # the model does not run on a made-up batch: say so, do not guess
+        _incomplete(seen, WALK, f"{type(error).__name__}: {error}")
+        return
+    refuse(name, found.findings)
+    seen.walk = found
+    seen.note(WALK, f"{found.how}, {walk.STEPS} steps, batch of {batch.size}, target: {batch.text}")
+    seen.warnings += [
+        f"a tensor {stranger} requires a gradient and is no parameter of the program; nothing trains it"
+        for stranger in found.strangers
+    ]
+
+
+def _sentinel(
+    ir: TrainingGraph, name: str, optimizers: dict[str, optim.Optimizer], batch: Batch, seen: _Evidence
+) -> None:
+    with seen.timed():
+        try:
+            found = sentinel.check(ir, optimizers, batch)
+        except Exception as error:
+            _incomplete(seen, SENTINEL, f"{type(error).__name__}: {error}")
+            return
+        refuse(name, found.findings)
+        if found.failure is not None:
+            _incomplete(seen, SENTINEL, found.failure)
+            return
+        seen.sentinel = found
+        seen.note(SENTINEL, f"real tensors, {sentinel.STEPS} steps, batch of {batch.size}, state restored")
+
+
+def _incomplete(seen: _Evidence, name: str, reason: str) -> None:
+    first = (reason.strip().splitlines() or [""])[0][:240]
+    seen.note(name, first, complete=False)
+    seen.warnings.append(
+        f"the {name} could not be completed, so it proves nothing: {first}; call "
+        "locc.verify(program, x, y) with a batch of your own"
+    )
+
+
+def _certificate(ir: TrainingGraph, name: str, batch: Batch, seen: _Evidence) -> Certificate:
+    derived = derive(ir, batch.size, batch.target)
+    locks = {owner: facts.locking(ir, derived, owner) for owner in ir.owners}
+    verdict, reasons = facts.modularity(ir, derived, locks)
+    traffic = facts.flows(ir, derived)
+    coupled = facts.couplings(ir, seen.sentinel.written if seen.sentinel is not None else None)
+    exact, why = facts.pipeline_exact(ir, traffic, coupled)
+    helpers = facts.auxiliaries(ir)
+    depth = max((lock.depth for lock in locks.values()), default=0)
+    backward = (
+        "end to end" if verdict == facts.NOT else "none" if depth == 0 else f"{depth} hop" + "s" * (depth > 1)
+    )
+    table = TableRow(bool(helpers), any(lock.update for lock in locks.values()), backward)
+    doubts = [
+        f"whether '{node}' is linear in a gradient could not be tried, and is assumed"
+        for node in derived.doubtful
+    ]
+    return Certificate(
+        method=name,
+        verdict=verdict,
+        reasons=reasons,
+        owners=tuple(
+            _owner(ir, owner, locks[owner], helpers.get(owner, []), seen) for owner in _in_order(ir)
+        ),
+        flows=tuple(traffic),
+        pipeline_exact=exact,
+        pipeline_reason=why,
+        critical_path=tuple(_critical(ir)),
+        table=table,
+        gradients=tuple(_gradients(ir, derived.layered, seen)),
+        couplings=tuple(coupled),
+        warnings=tuple(dict.fromkeys([*_untrained(ir, seen), *seen.warnings, *doubts])),
+        checks=tuple(seen.checks),
+        graph_hash=graph_hash(ir),
+    )
+
+
+def _in_order(ir: TrainingGraph) -> list[str]:
+    return [o.name for o in sorted(ir.owners.values(), key=lambda o: (o.index, o.auxiliary))]
+
+
+def _critical(ir: TrainingGraph) -> list[str]:
+    try:
+        return facts.critical_path(ir)
+    except LoccError:  # phases that cannot share a step: the longest of them counts
+        paths = [facts.critical_path(ir, frozenset(phase.trains)) for phase in ir.phases]
+        return max(paths, key=len)
+
+
+def _gradients(ir: TrainingGraph, layered: set[Any], seen: _Evidence) -> list[tuple[str, str]]:
+    found = []
+    for node in ir.gradients():
+        weighted = seen.walk.weighted.get(node.name) if seen.walk is not None else None
+        if node not in layered:
+            how = "passes through no layer"
+        elif weighted is None:
+            how = f"passes through the layers of '{node.meta['owner']}'"
+        else:
+            by = "their trained weights" if weighted else "fixed matrices, not their trained weights"
+            how = f"passes through the layers of '{node.meta['owner']}', by {by}"
+        found.append((node.name, how))
+    return found
+
+
+def _owner(
+    ir: TrainingGraph, owner: str, lock: facts.Locking, helpers: list[str], seen: _Evidence
+) -> OwnerFacts:
+    parameters = {strip(path): p for path, p in ir.parameters(owner).items()}
+    shown = static.reached(ir)
+    objectives = []
+    for node in ir.objectives(owner):
+        label = str(node.meta["objective"])
+        by = [REACHABILITY]
+        reaches = set(shown[label])
+        if seen.walk is not None and label in seen.walk.reached:
+            by.append(WALK)
+            reaches = seen.walk.reached[label]
+        if seen.sentinel is not None and label in seen.sentinel.received:
+            by.append(SENTINEL)
+        objectives.append(ObjectiveFacts(label, tuple(sorted(reaches)), tuple(by)))
+    return OwnerFacts(
+        name=owner,
+        index=ir.owners[owner].index,
+        auxiliary=ir.owners[owner].auxiliary,
+        parameters=tuple(parameters),
+        count=sum(p.numel() for p in parameters.values()),
+        networks=tuple(helpers),
+        objectives=tuple(objectives),
+        forward_locked=lock.forward,
+        update_waits_for=lock.update,
+        backward_waits_for=lock.backward,
+        backward_depth=lock.depth,
+        trains_on_gradient=lock.trains_on,
+        gradient_hops=lock.hops,
+    )
+
+
+def _untrained(ir: TrainingGraph, seen: _Evidence) -> list[str]:
+    """Name the parameters that no objective reaches, as far as the strongest check can tell."""
+    reached = seen.walk.reached if seen.walk is not None else static.reached(ir)
+    trained = {path for paths in reached.values() for path in paths}
+    states = [n.args[0] for n in ir.graph.nodes if n.target is assign]
+    trained |= {strip(str(state.target)) for state in states if isinstance(state, fx.Node)}
+    missing = static.untrained(ir, trained)
+    if not missing:
+        return []
+    shown = ", ".join(f"'{p}'" for p in missing[:12]) + (
+        f" and {len(missing) - 12} more" if len(missing) > 12 else ""
+    )
+    return [f"no objective reaches {len(missing)} trainable parameter(s), which stay as they are: {shown}"]

@@ -1,0 +1,158 @@
+"""Leaves a program bit for bit as it was: tensors, attributes, gradients, optimizers, generators."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextmanager
+def preserved(
+    root: nn.Module, optimizers: Iterable[optim.Optimizer] = (), values: bool = True
+) -> Iterator[None]:
+    """Undo, on exit, whatever a run changes; inside, no parameter has a gradient.
+
+    With `values=False`, parameters and buffers are taken to keep their values (a run on fake tensors).
+    """
+    undo: list[Callable[[], None]] = [_generators()]
+    tensors = {id(t): t for t in (*root.parameters(), *root.buffers())}
+    undo += [_tensor(t, values) for t in tensors.values()]
+    undo += [_attributes(module) for module in root.modules()]
+    undo += [_optimizer(o) for o in optimizers]
+    for tensor in tensors.values():
+        tensor.grad = None
+    try:
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same bits, NaN included."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other):
+        return True
+    if not (one.is_floating_point() or one.is_complex()):
+        return False
+    return torch.equal(bits(one), bits(other))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor as integers, so that NaN equals itself and -0 is not 0."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.contiguous().view(_BITS[tensor.element_size()]) if tensor.is_floating_point() else tensor
+
+
+def _generators() -> Callable[[], None]:
+    cpu, python = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    numpy = sys.modules.get("numpy")
+    drawn = numpy.random.get_state() if numpy is not None else None
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(drawn)
+
+    return restore
+
+
+def _tensor(tensor: Tensor, values: bool) -> Callable[[], None]:
+    saved = tensor.detach().clone() if values else None
+    gradient, requires_grad, taped = (
+        tensor.grad if tensor.is_leaf else None,
+        tensor.requires_grad,
+        tensor.grad_fn,
+    )
+
+    def restore() -> None:
+        with torch.no_grad():
+            if taped is None and tensor.grad_fn is not None:
+                tensor.detach_()
+            if saved is not None and not same_bits(tensor.detach(), saved):
+                tensor.detach().copy_(saved)
+        if tensor.is_leaf:
+            tensor.requires_grad_(requires_grad)
+            tensor.grad = gradient
+
+    return restore
+
+
+def _attributes(module: nn.Module) -> Callable[[], None]:
+    attributes = dict(module.__dict__)
+    tables = {name: dict(attributes[name]) for name in _TABLES}
+    containers = [
+        (value, type(value)(value))
+        for key, value in attributes.items()
+        if type(value) in (list, dict, set) and key not in _TABLES
+    ]
+    tensors = [
+        (value, value.detach().clone())
+        for key, value in attributes.items()
+        if isinstance(value, Tensor) and key not in _TABLES
+    ]
+
+    def restore() -> None:
+        for name in set(module.__dict__) - set(attributes):
+            del module.__dict__[name]
+        module.__dict__.update(attributes)
+        for name, table in tables.items():
+            current = module.__dict__[name]
+            current.clear()
+            current.update(table)
+        for container, saved in containers:
+            _refill(container, saved)
+        for tensor, value in tensors:
+            if not same_bits(tensor.detach(), value):
+                tensor.detach().copy_(value)
+
+    return restore
+
+
+def _refill(container: Any, saved: Any) -> None:
+    if isinstance(container, list):
+        container[:] = saved
+    else:
+        container.clear()
+        container.update(saved)
+
+
+def _optimizer(optimizer: optim.Optimizer) -> Callable[[], None]:
+    attributes = dict(optimizer.__dict__)
+    groups = [dict(group) for group in optimizer.param_groups]
+    state = {key: dict(value) for key, value in optimizer.state.items()}
+    tensors = [
+        (value, value.detach().clone())
+        for entries in (*state.values(), *groups)
+        for value in entries.values()
+        if isinstance(value, Tensor)
+    ]
+
+    def restore() -> None:
+        for name in set(optimizer.__dict__) - set(attributes):
+            del optimizer.__dict__[name]
+        optimizer.__dict__.update(attributes)
+        for group, saved in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(saved)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        for tensor, value in tensors:
+            tensor.detach().copy_(value)
+
+    return restore

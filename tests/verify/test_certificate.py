@@ -1,0 +1,379 @@
+"""What a certificate states follows from the graph, never from the method's name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import locc
+from locc.ir import TrainingGraph, inner
+from locc.rewrite import Method, Pass
+from locc.verify import Certificate, Flow
+
+from .shapes import SHAPES
+
+
+def _program(method: str | Method, depth: int = 4, **options: object) -> locc.Program:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(depth - 1)]
+    splits = [str(i) for i in range(depth - 1)]
+    model = nn.Sequential(*layers, nn.Linear(6, 3))
+    return locc.compile(model, method, splits, example_inputs=torch.randn(4, 6), **options)  # type: ignore[arg-type]
+
+
+def _kinds(flows: Sequence[Flow]) -> set[tuple[str, str]]:
+    return {(f.kind, f.direction) for f in flows}
+
+
+VERDICTS = {
+    "bp": "not modular",
+    "fa": "not modular",
+    "dfa": "weakly modular",
+    "dni": "weakly modular",
+    "cdni": "weakly modular",
+    "tp": "weakly modular",
+    "dtp": "weakly modular",
+    "altmin": "weakly modular",
+    "dgl": "strictly modular",
+    "predsim": "strictly modular",
+    "al": "strictly modular",
+}
+
+
+@pytest.mark.parametrize("method", VERDICTS)
+def test_the_verdict_on_the_methods_of_the_literature(method: str) -> None:
+    certificate = _program(method).certificate
+    assert certificate.verdict == VERDICTS[method]
+    assert certificate.pipeline_exact == (VERDICTS[method] == "strictly modular")
+    assert certificate.complete
+
+
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_backpropagation_is_not_modular_and_fully_locked(depth: int) -> None:
+    certificate = _program("bp", depth).certificate
+    names = [o.name for o in certificate.owners]
+    assert certificate.table.backward_pass == "end to end"
+    assert certificate.table.forward_pass
+    assert not certificate.table.auxiliary_model
+    for i, owner in enumerate(certificate.owners):
+        assert owner.update_waits_for == owner.backward_waits_for == tuple(names[i + 1 :])
+        assert owner.gradient_hops == owner.backward_depth == depth - 1 - i
+        assert owner.forward_locked == (i > 0)
+    assert len(certificate.critical_path) == 2 * depth
+    assert all("by their trained weights" in how for _, how in certificate.gradients)
+
+
+def test_one_module_is_end_to_end() -> None:
+    model = nn.Linear(4, 3)
+    certificate = locc.compile(model, "bp", example_inputs=torch.randn(2, 4)).certificate
+    assert certificate.verdict == "not modular"
+
+
+def test_feedback_alignment_is_locked_but_transports_no_weights() -> None:
+    certificate = _program("fa").certificate
+    assert certificate.owner("0").gradient_hops == 3
+    assert all("by fixed matrices, not their trained weights" in how for _, how in certificate.gradients)
+
+
+def test_direct_feedback_alignment_waits_for_the_output_but_for_no_backward_pass() -> None:
+    certificate = _program("dfa").certificate
+    for owner in certificate.owners[:-1]:
+        assert owner.update_locked
+        assert not owner.backward_locked
+        assert owner.trains_on_gradient is None
+        assert ("error", "down") in _kinds(certificate.entering(owner.name))
+    assert certificate.table.backward_pass == "none"
+
+
+def test_decoupled_interfaces_name_their_one_hop_gradient() -> None:
+    certificate = _program("dni").certificate
+    assert certificate.table.backward_pass == "1 hop"
+    assert any(
+        "'0.synthesiser' depends on a gradient through the layers of '1' (one hop)" in r
+        for r in certificate.reasons
+    )
+    (gradient,) = [f for f in certificate.entering("0.synthesiser") if f.kind == "gradient"]
+    assert (gradient.producer, gradient.direction, gradient.hops) == ("1", "down", 1)
+    assert ("synthetic gradient", "within") in _kinds(certificate.entering("0"))
+    module = certificate.owner("0")
+    assert not module.update_locked
+    assert not module.backward_locked
+
+
+def test_greedy_learning_is_unlocked_and_pipeline_exact() -> None:
+    certificate = _program("dgl").certificate
+    assert all(not o.update_locked and not o.backward_locked for o in certificate.owners)
+    assert _kinds(certificate.flows) == {("input", "up"), ("label", "up"), ("activation", "up")}
+    assert certificate.table.backward_pass == "none"
+    assert certificate.table.auxiliary_model
+    assert not certificate.table.forward_pass
+    assert len(certificate.critical_path) == 5  # the forward of four modules, then one backward
+
+
+def test_associated_learning_sends_targets_up() -> None:
+    certificate = _program("al").certificate
+    assert ("target", "up") in _kinds(certificate.flows)
+    assert all(f.direction != "down" for f in certificate.flows)
+    assert (
+        "in the order '3', '0', '2', '1'" in certificate.reasons[0]
+    )  # the label side of the folded network first
+
+
+def test_target_propagation_sends_targets_down() -> None:
+    certificate = _program("dtp").certificate
+    assert ("target", "down") in _kinds(certificate.flows)
+    assert certificate.owner("0").backward_waits_for == ("3",)
+
+
+# ---- the verdict follows the graph ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loss(Pass):
+    """The loss at the output, and optionally its gradient handed down a chain under some disguise."""
+
+    disguise: str = "plain"
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        ir.objective(ir.last.name, ir.apply_loss(), "loss")
+        for module in reversed(ir.modules[:-1]):
+            (value,) = ir.outputs(module.name)
+            entry = next(b.entry for b in ir.boundaries(producer=module.name))
+            scalar = ir.objectives(entry.meta["owner"])[0].args[0]
+            assert isinstance(scalar, fx.Node)
+            arriving = ir.stop_gradient(module.name, ir.gradient(scalar, entry))
+            ir.objective(module.name, self._use(ir, module.name, value, arriving), "local")
+
+    def _use(self, ir: TrainingGraph, owner: str, value: fx.Node, gradient: fx.Node) -> fx.Node:
+        spec = gradient.meta["spec"]
+        if self.disguise == "scaled":
+            gradient = ir.emit(owner, torch.mul, gradient, -0.5, spec=spec)
+        elif self.disguise == "sign":
+            gradient = ir.emit(owner, torch.sign, gradient, spec=spec)
+        elif self.disguise == "own function":
+            return ir.emit(owner, _weird_inner, value, gradient)
+        elif self.disguise == "target":
+            target = ir.emit(
+                owner, _target, ir.stop_gradient(owner, value, role="anchor"), gradient, spec=spec
+            )
+            return ir.emit(owner, nn.functional.mse_loss, value, target)
+        return ir.emit(owner, inner, value, gradient)
+
+
+def _weird_inner(h: Tensor, g: Tensor) -> Tensor:
+    return torch.einsum("bi,bi->", h, g) / 3.0
+
+
+def _target(h: Tensor, g: Tensor) -> Tensor:
+    return h - 0.1 * g
+
+
+@dataclass(frozen=True)
+class _Disguised(Method):
+    """Says nothing of what it does."""
+
+    family: ClassVar[str] = "proxy"
+    reference: ClassVar[str] = "none"
+    disguise: str = "plain"
+
+    def passes(self) -> Sequence[Pass]:
+        return (_Loss(self.disguise),)
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        yield from ()
+
+
+@pytest.mark.parametrize("disguise", ["plain", "scaled", "sign", "own function"])
+def test_backpropagation_under_another_name_is_still_not_modular(disguise: str) -> None:
+    certificate = _program(_Disguised(disguise)).certificate
+    assert certificate.verdict == "not modular"
+    assert certificate.owner("0").gradient_hops == 3
+    assert certificate.method == "_Disguised"
+
+
+def test_a_target_made_of_each_gradient_is_a_chain_of_hops_and_no_chain_rule() -> None:
+    certificate = _program(_Disguised("target")).certificate
+    assert certificate.verdict == "weakly modular"
+    assert certificate.table.backward_pass == "3 hops"
+    assert certificate.owner("0").backward_waits_for == ("1", "2", "3")
+
+
+def test_a_strictly_modular_method_that_gets_a_chain_loses_its_verdict() -> None:
+    """The same greedy method, once with one objective that takes a gradient from above."""
+
+    @dataclass(frozen=True)
+    class Perturbed(Method):
+        family: ClassVar[str] = "proxy"
+        reference: ClassVar[str] = "none"
+
+        def passes(self) -> Sequence[Pass]:
+            return (*locc.method("dgl").passes(), Extra())
+
+    class Extra(Pass):
+        def rewrite(self, ir: TrainingGraph) -> None:
+            (value,) = ir.outputs("1")
+            entry = next(b.entry for b in ir.boundaries(producer="1"))
+            scalar = ir.objectives("2")[0].args[0]
+            assert isinstance(scalar, fx.Node)
+            ir.objective(
+                "1", ir.emit("1", inner, value, ir.stop_gradient("1", ir.gradient(scalar, entry))), "extra"
+            )
+
+    certificate = _program(Perturbed()).certificate
+    assert certificate.verdict == "not modular"
+    assert certificate.owner("1").trains_on_gradient is not None
+    assert certificate.owner("0").trains_on_gradient is None
+    assert not certificate.pipeline_exact
+
+
+# ---- couplings and warnings -------------------------------------------------------------------
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mid, self.head = nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mid(self.embed(tokens))))
+
+
+def test_a_tied_parameter_under_a_policy_is_a_coupling() -> None:
+    tokens = torch.randint(0, 7, (3, 4))
+    certificate = locc.compile(
+        _Tied(), "bp", ["embed", "mid"], tied="owner", example_inputs=tokens
+    ).certificate
+    assert any(
+        "'head' uses parameter 'head.weight', which 'embed' owns and trains" in c
+        for c in certificate.couplings
+    )
+    assert ("state", "up") in _kinds(certificate.flows)
+    assert not certificate.pipeline_exact
+    assert "embed.weight" in certificate.owner("embed").parameters
+
+
+def test_shared_batch_norm_statistics_are_a_coupling() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.norm = nn.BatchNorm1d(4, affine=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(self.norm(self.two(self.norm(self.one(x)))))
+
+    certificate = locc.compile(Shared(), "bp", ["one", "two"], example_inputs=torch.randn(5, 4)).certificate
+    assert any("BatchNorm statistics 'norm.running_mean' is used by" in c for c in certificate.couplings)
+
+
+def test_a_constant_buffer_that_modules_share_is_none() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.register_buffer("scale", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x * self.scale) * self.scale)
+
+    assert locc.compile(Shared(), "bp", ["one"], example_inputs=torch.randn(5, 4)).certificate.couplings == ()
+
+
+def test_parameters_that_no_objective_reaches_are_named() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.unused = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(2, 2)
+            self.silent = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                shift = self.silent * 2
+            return self.two(self.one(x) + shift)
+
+    (warning,) = locc.compile(Partly(), "bp", ["one"], example_inputs=torch.randn(5, 4)).certificate.warnings
+    assert "3 trainable parameter(s)" in warning
+    for name in ("'silent'", "'unused.weight'", "'unused.bias'"):
+        assert name in warning
+
+
+# ---- the certificate as an object -------------------------------------------------------------
+
+
+def test_it_saves_as_versioned_json_and_reads_back(tmp_path: Path) -> None:
+    certificate = _program("dni").certificate
+    path = certificate.save(tmp_path / "certificate.json")
+    data = json.loads(path.read_text())
+    assert data["version"] == 1
+    assert len(data["graph_hash"]) == 64
+    assert Certificate.from_json(path.read_text()) == certificate
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}'])
+def test_a_foreign_text_is_no_certificate(text: str) -> None:
+    with pytest.raises(locc.LoccError, match="certificate"):
+        Certificate.from_json(text)
+
+
+def test_the_hash_tells_programs_apart_and_is_reproducible() -> None:
+    hashes = [_program(m, d).certificate.graph_hash for m, d in (("bp", 3), ("bp", 3), ("bp", 4), ("dgl", 3))]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+def test_the_page_says_what_the_data_says() -> None:
+    page = str(_program("bp", 3).certificate)
+    for line in (
+        "Certificate of locality: bp, 3 modules",
+        "  not modular",
+        "  backward pass needed      end to end",
+        "module 0: 0",
+        "  owns      2 parameter tensors, 42 elements: 0.0.weight, 0.0.bias",
+        "  objective 0.chain reaches 2 parameter tensors of its own, none else",
+        "            by reachability on the graph, autograd walk, sentinel run",
+        "  locking   forward: no; update: yes, waits for 1, 2; backward: yes, waits for 1, 2 (a chain of 2)",
+    ):
+        assert line in page.splitlines(), page
+
+
+def test_a_program_that_was_not_verified_has_no_certificate_until_it_is() -> None:
+    program = _program("dgl", verify=False)
+    with pytest.raises(locc.RunError, match=r"call locc\.verify"):
+        _ = program.certificate
+    assert locc.verify(program) is program.certificate
+
+
+IMPORTS = (
+    "import locc.verify",
+    "import locc.verify.static, locc.verify.prover",
+    "from locc.verify import verify, Certificate, prove",
+    "import locc.verify as f; f.Certificate",
+    "from locc import verify",
+    "import importlib; importlib.import_module('locc.verify')",
+)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_public_name_is_the_function_however_it_is_imported(first: int) -> None:
+    """Only a fresh interpreter shows what the first import of the package binds."""
+    check = "import types, locc; assert isinstance(locc.verify, types.FunctionType), locc.verify"
+    code = "\n".join(f"{line}; {check}" for line in (IMPORTS[first], *IMPORTS))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_phases_that_train_apart_are_proved() -> None:
+    case = SHAPES["chain"]
+    program = locc.compile(case.build(), "dtp", list(case.splits), example_inputs=case.x())
+    assert program.phases
+    assert program.certificate.complete

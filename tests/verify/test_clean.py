@@ -1,0 +1,190 @@
+"""Clean programs pass, and a program is bit for bit as it was after verification."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import locc
+
+from .shapes import GPT, SHAPES, ResNet50
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", sorted(locc.methods()))
+def test_every_method_is_proved_local_on_every_shape_that_it_admits(method: str, shape: str) -> None:
+    case = SHAPES[shape]
+    torch.manual_seed(0)
+    x = case.x()
+    try:
+        program = locc.compile(case.build(), method, list(case.splits), example_inputs=x)
+    except locc.MethodError as refusal:
+        if "undefined on this model" not in str(refusal):
+            raise
+        pytest.skip(str(refusal))
+    certificate = program.certificate
+    assert certificate.complete, certificate.warnings
+    assert len(certificate.checks) == 4
+    for owner in certificate.owners:
+        for objective in owner.objectives:
+            assert len(objective.proved_by) == 3
+            assert set(objective.reaches) <= set(owner.parameters)
+    program.step(x, case.y())
+
+
+def test_every_method_admits_the_chain() -> None:
+    for method in sorted(locc.methods()):
+        case = SHAPES["chain"]
+        locc.compile(case.build(), method, list(case.splits), example_inputs=case.x(), verify=False)
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (
+            value.dtype,
+            tuple(value.shape),
+            value.detach().clone().contiguous().view(-1).numpy().tobytes(),
+        )
+    if isinstance(value, dict):
+        return {key: _freeze(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_freeze(v) for v in value]
+    return value
+
+
+def _everything(program: locc.Program) -> Any:
+    name, keys, *rest = np.random.get_state()
+    return _freeze(
+        {
+            "tensors": dict(program.root.state_dict(keep_vars=True)),
+            "identity": {k: id(v) for k, v in program.root.state_dict(keep_vars=True).items()},
+            "gradients": {k: (id(p.grad), p.grad) for k, p in program.root.named_parameters()},
+            "modes": {k: m.training for k, m in program.root.named_modules()},
+            "attributes": {
+                k: {a: id(v) for a, v in m.__dict__.items() if not a.startswith("_")}
+                for k, m in program.root.named_modules()
+            },
+            "optimizers": {k: o.state_dict() for k, o in program.optimizers.items()},
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": (name, keys.tobytes(), rest),
+            "steps": program.steps,
+        }
+    )
+
+
+@pytest.mark.parametrize("method", ["dgl", "bp", "dni"])
+@pytest.mark.parametrize("shape", ["residual", "convolutional"])
+def test_verification_leaves_a_live_program_as_it_was(method: str, shape: str) -> None:
+    case = SHAPES[shape]
+    x, y = case.x(), case.y()
+    program = locc.compile(
+        case.build(), method, list(case.splits), example_inputs=x, accumulate=2,
+        optimizer=lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+    )  # fmt: skip
+    for _ in range(3):  # an odd number: a mean gradient is half accumulated
+        program.step(x, y)
+    assert any(p.grad is not None for p in program.root.parameters())
+    program.root.train(False)
+    before = _everything(program)
+    first = locc.verify(program)
+    assert _everything(program) == before
+    assert locc.verify(program).graph_hash == first.graph_hash
+    program.train()
+    assert first.complete
+
+
+@pytest.mark.parametrize("shape", ["residual", "convolutional"])
+def test_training_goes_on_as_if_nothing_had_been_verified(shape: str) -> None:
+    case = SHAPES[shape]
+    x, y = case.x(), case.y()
+    runs = []
+    for check in (True, False):
+        torch.manual_seed(3)
+        program = locc.compile(case.build(), "dgl", list(case.splits), example_inputs=x, verify=check, seed=1)
+        for step in range(3):
+            program.step(x, y)
+            if check and step == 1:
+                locc.verify(program, x, y)
+        runs.append(_freeze(program.root.state_dict()))
+    assert runs[0] == runs[1]
+
+
+def test_a_compile_that_verifies_draws_no_random_number_of_the_users() -> None:
+    case = SHAPES["residual"]
+    model, x = case.build(), case.x()
+    before = torch.get_rng_state()
+    locc.compile(model, "dgl", list(case.splits), example_inputs=x)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("method", ["bp", "pred"])
+@pytest.mark.parametrize("name", ["resnet50", "gpt24"])
+def test_the_checks_take_under_two_seconds(method: str, name: str) -> None:
+    """ResNet-50's depth and a GPT of 24 layers; processor time, as other work may run beside."""
+    torch.manual_seed(0)
+    if name == "resnet50":
+        model: nn.Module = ResNet50()
+        x, modules = torch.randn(2, 3, 32, 32), 17
+    else:
+        model, x, modules = GPT(), torch.randint(0, 50, (2, 8)), 25
+    program = locc.compile(model, method, ["blocks.*"], example_inputs=x, verify=False)
+    assert len(program.ir.modules) == modules
+    start = time.process_time()
+    certificate = locc.verify(program)
+    spent = time.process_time() - start
+    assert certificate.complete
+    assert spent < 2.0, certificate.checks
+    assert all(check.seconds > 0 for check in certificate.checks)
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        ("cross_entropy", "class indices [2]"),
+        ("mse", "class indices [2]"),
+        (nn.functional.binary_cross_entropy_with_logits, "numbers [2, 3]"),
+        (lambda output, target: output.square().mean(), "class indices [2]"),
+        (lambda output, target: (output * target.get("mask")).sum(), "the user's loss accepts no target"),
+    ],
+)
+def test_a_target_is_made_up_that_the_loss_accepts(loss: Any, text: str) -> None:
+    program = locc.compile(
+        SHAPES["chain"].build(), "bp", ["0", "1"], loss=loss, example_inputs=torch.randn(4, 6)
+    )
+    page = str(program.certificate)
+    assert text in page
+    assert program.certificate.complete
+
+
+def test_a_stand_in_for_the_loss_is_confessed_and_a_real_target_replaces_it() -> None:
+    def loss(output: torch.Tensor, target: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (output * target.get("mask")).sum()
+
+    x = torch.randn(4, 6)
+    program = locc.compile(SHAPES["chain"].build(), "bp", ["0", "1"], loss=loss, example_inputs=x)
+    assert any("the loss function itself was not examined" in w for w in program.certificate.warnings)
+    certificate = locc.verify(program, x, {"mask": torch.ones(4, 3)})
+    assert not certificate.warnings
+    assert "the given target" in str(certificate)
+
+
+def test_a_model_that_keeps_its_batch_size_is_verified_at_that_size() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.shape[0] == 6
+            return self.two(self.one(x))
+
+    program = locc.compile(Fixed(), "bp", ["one"], example_inputs=torch.randn(6, 4))
+    assert program.certificate.complete
+    assert "batch of 6" in str(program.certificate)

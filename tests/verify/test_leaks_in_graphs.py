@@ -1,0 +1,297 @@
+"""Ill-formed training graphs, built past the invariants: each is caught by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx, nn
+
+import locc
+from locc.ir import TrainingGraph, ops
+from locc.runtime import Learner
+from locc.verify import prove, sentinel, static, storage, walk
+from locc.verify.batch import small_batch
+from locc.verify.findings import REACHABILITY, SENTINEL, STORAGE, WALK
+
+
+def _program(method: str = "dgl") -> locc.Program:
+    torch.manual_seed(0)
+    names = ["a", "b", "c", "head"]
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)] + [nn.Linear(4, 3)]
+    model = nn.Sequential()
+    for name, layer in zip(names, layers, strict=True):
+        model.add_module(name, layer)
+    return locc.compile(model, method, ["a", "b", "c"], example_inputs=torch.randn(4, 4), verify=False)
+
+
+def _boundary(ir: TrainingGraph, consumer: str) -> fx.Node:
+    return ir.boundaries(consumer=consumer)[0].entry
+
+
+def _objective(ir: TrainingGraph, owner: str) -> fx.Node:
+    return ir.objectives(owner)[0]
+
+
+def _drop_stop_gradient(ir: TrainingGraph) -> None:
+    entry = _boundary(ir, "b")
+    (value,) = entry.all_input_nodes
+    entry.replace_all_uses_with(value)
+    ir.graph.erase_node(entry)
+
+
+def _identity_for_stop_gradient(ir: TrainingGraph) -> None:
+    _boundary(ir, "b").target = torch.clone
+
+
+def _swap_objective_owner(ir: TrainingGraph) -> None:
+    _objective(ir, "b").meta["owner"] = "c"
+
+
+def _swap_forward_owner(ir: TrainingGraph) -> None:
+    next(n for n in ir.nodes("b", "forward") if n.op == "call_module").meta["owner"] = "c"
+
+
+def _merge_objectives(ir: TrainingGraph) -> None:
+    one, other = _objective(ir, "a"), _objective(ir, "b")
+    scalar = other.args[0]
+    with ir.graph.inserting_before(other):
+        total = ir.graph.call_function(torch.add, (scalar, one.args[0]))
+    total.meta.update(owner="b", role="loss", made_by="mutant", spec=None)
+    other.args = (total,)
+
+
+def _reroute_edge(ir: TrainingGraph) -> None:
+    """The head of `b` reads what `a` computes, live."""
+    entry = _boundary(ir, "b")
+    (value,) = entry.all_input_nodes
+    user = next(n for n in ir.nodes("b") if n.op == "call_module" and str(n.target).startswith("aux."))
+    user.args = (value,)
+
+
+def _straight_through(ir: TrainingGraph) -> None:
+    entry = _boundary(ir, "b")
+    (value,) = entry.all_input_nodes
+    with ir.graph.inserting_after(entry):
+        node = ir.graph.call_function(_through, (entry, value))
+    node.meta.update(owner="b", role="compute", made_by="mutant", spec=None)
+    entry.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+
+
+def _through(x: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    return x + (torch.round(live) - live).detach() + live
+
+
+def _two_owners(ir: TrainingGraph) -> None:
+    """`b` calls the layer of `a`."""
+    next(n for n in ir.nodes("b", "forward") if n.op == "call_module").target = "model.a"
+
+
+GRAPHS: dict[str, tuple[Callable[[TrainingGraph], None], str]] = {
+    "drop a stop_gradient": (
+        _drop_stop_gradient,
+        "objective 'b.loss' of 'b' reaches parameter 'a.0.weight', which 'a' owns",
+    ),
+    "identity for stop_gradient": (
+        _identity_for_stop_gradient,
+        "'b.loss' of 'b' reaches parameter 'a.0.weight'",
+    ),
+    "merge two objectives": (_merge_objectives, "objective 'b.loss' of 'b' reaches parameter 'a.0.weight'"),
+    "reroute an edge": (_reroute_edge, "objective 'b.loss' of 'b' reaches parameter 'a.0.weight'"),
+    "straight-through": (_straight_through, "objective 'b.loss' of 'b' reaches parameter 'a.0.weight'"),
+    "swap the owner of an objective": (
+        _swap_objective_owner,
+        "of 'c' reaches parameter 'b.0.weight', which 'b' owns",
+    ),
+    "swap the owner of a layer": (
+        _swap_forward_owner,
+        "'b.loss' of 'b' reaches parameter 'b.0.weight', which 'c' owns",
+    ),
+    "two owners of one layer": (_two_owners, "parameter 'a.0.weight' has 2 owners: 'a', 'b'"),
+}
+LIVE = [
+    "drop a stop_gradient",
+    "identity for stop_gradient",
+    "merge two objectives",
+    "reroute an edge",
+    "straight-through",
+]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_reachability_names_the_leak(name: str) -> None:
+    mutate, text = GRAPHS[name]
+    program = _program()
+    mutate(program.ir)
+    with pytest.raises(locc.LocalityError) as caught:
+        locc.verify(program)
+    assert text in str(caught.value)
+    assert {f.check for f in caught.value.findings} == {REACHABILITY}
+
+
+def test_the_path_runs_from_the_objective_to_the_parameter() -> None:
+    program = _program()
+    _drop_stop_gradient(program.ir)
+    finding = next(f for f in static.check(program.ir) if f.tensor == "a.0.weight")
+    assert finding.path[0].startswith(_objective(program.ir, "b").name)
+    assert finding.path[-1].startswith("a of 'a'")
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_the_walk_and_the_sentinel_see_it_independently(name: str) -> None:
+    program = _program()
+    ir = program.ir
+    GRAPHS[name][0](ir)
+    batch = small_batch(ir, ir.captured.example)
+    walked = walk.check(ir, batch).findings
+    assert any(f.tensor == "a.0.weight" and "'b.loss' of 'b'" in f.text and f.check == WALK for f in walked)
+    run = sentinel.check(ir, program.optimizers, batch).findings
+    assert any(f.tensor == "a.0.weight" and "'b.loss' of 'b'" in f.text and f.check == SENTINEL for f in run)
+
+
+def test_a_live_value_in_the_place_of_a_gradient_value() -> None:
+    program = _program("bp")
+    ir = program.ir
+    gradient = next(n for n in ir.gradients() if n.meta["owner"] == "c")
+    gradient.replace_all_uses_with(gradient.args[1])
+    entry = next(
+        n for n in ir.nodes("b") if n.target is ops.stop_gradient and gradient.args[1] in n.all_input_nodes
+    )
+    entry.target = torch.clone
+    with pytest.raises(
+        locc.LocalityError, match=r"'grad_b_at_c_at_b' of 'b' reads the live value 'b_at_c' of 'c'"
+    ):
+        locc.verify(program)
+
+
+def test_a_gradient_with_respect_to_a_foreign_leaf() -> None:
+    program = _program("bp")
+    gradient = next(n for n in program.ir.gradients() if n.meta["owner"] == "c")
+    gradient.args = (gradient.args[0], _boundary(program.ir, "b"))
+    with pytest.raises(
+        locc.LocalityError, match=r"gradient 'grad_\w+' mixes modules: .* with respect to 'a_at_b' of 'b'"
+    ):
+        locc.verify(program)
+
+
+def test_a_gradient_with_respect_to_an_inner_value() -> None:
+    program = _program("bp")
+    gradient = next(n for n in program.ir.gradients() if n.meta["owner"] == "c")
+    inner = next(n for n in program.ir.nodes("c", "forward") if n.op == "call_module")
+    gradient.args = (gradient.args[0], inner)
+    with pytest.raises(locc.LocalityError, match=r"is taken with respect to 'c', which is no leaf of 'c'"):
+        locc.verify(program)
+
+
+def test_an_assignment_to_a_foreign_parameter() -> None:
+    program = _program()
+    ir = program.ir
+    with ir.graph.inserting_before(_objective(ir, "b")):
+        state = ir.graph.get_attr("model.a.0.weight")
+        node = ir.graph.call_function(ops.assign, (state, state))
+    state.meta.update(owner="a", role="state", made_by="mutant", spec=None)
+    node.meta.update(owner="b", role="assign", made_by="mutant", spec=None)
+    with pytest.raises(locc.LocalityError, match=r"'b' assigns 'a\.0\.weight', which is no state of its own"):
+        locc.verify(program)
+
+
+def test_an_in_place_operation_on_a_boundary_value() -> None:
+    """`stop_gradient` shares memory: the producer's value changes with the consumer's."""
+    program = _program()
+    ir = program.ir
+    entry = _boundary(ir, "b")
+    with ir.graph.inserting_after(entry):
+        node = ir.graph.call_function(torch.Tensor.add_, (entry, 1.0))
+    node.meta.update(owner="b", role="forward", made_by="mutant", spec=entry.meta["spec"])
+    entry.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    with pytest.raises(
+        locc.LocalityError, match=r"forward of 'b' changes 'a', a value of 'a', in place.*sentinel run"
+    ):
+        locc.verify(program)
+
+
+# ---- optimizers -----------------------------------------------------------------------------
+
+
+def _prove(program: locc.Program, learners: dict[str, Learner]) -> object:
+    ir = program.ir
+    return prove(ir, "dgl", learners, ir.captured.example)
+
+
+def _with(program: locc.Program, owner: str, optimizer: torch.optim.Optimizer) -> dict[str, Learner]:
+    learners = dict(program.built.learners)
+    learners[owner] = Learner(owner, learners[owner].parameters, optimizer)
+    return learners
+
+
+def test_two_optimizers_over_one_parameter() -> None:
+    program = _program()
+    foreign = program.model.a[0].weight
+    own = program.built.learners["b"].parameters
+    learners = _with(program, "b", torch.optim.SGD([*own, foreign], lr=0.1))
+    with pytest.raises(locc.LocalityError) as caught:
+        _prove(program, learners)
+    texts = [f.text for f in caught.value.findings]
+    assert any("parameter 'a.0.weight' is in two optimizers, those of 'a' and 'b'" in t for t in texts)
+    assert any(
+        "the optimizer of 'b' updates 'a.0.weight', which module 'a' owns; weight decay" in t for t in texts
+    )
+    assert {f.check for f in caught.value.findings} == {STORAGE}
+
+
+def test_two_optimizers_over_overlapping_memory() -> None:
+    program = _program()
+    view = nn.Parameter(program.model.a[0].weight.detach()[1:])
+    own = program.built.learners["b"].parameters
+    learners = _with(program, "b", torch.optim.SGD([*own, view], lr=0.1, weight_decay=0.1))
+    with pytest.raises(
+        locc.LocalityError, match=r"of the optimizer of 'b' shares memory with 'a\.0\.weight'"
+    ):
+        _prove(program, learners)
+
+
+def test_a_parameter_that_is_a_view_of_a_foreign_one() -> None:
+    program = _program()
+    program.model.b[0].weight = nn.Parameter(program.model.a[0].weight.detach())
+    with pytest.raises(
+        locc.LocalityError, match=r"parameter 'b\.0\.weight' of 'b' shares memory with parameter 'a\.0"
+    ):
+        _prove(program, program.built.learners)
+
+
+def test_interleaved_views_share_no_element() -> None:
+    flat = torch.zeros(8)
+    tensors = [("even", flat[::2]), ("odd", flat[1::2]), ("third", flat[1::3])]
+    assert sorted(static.overlapping(tensors)) == [("even", "third"), ("odd", "third")]
+
+
+class _Decaying(torch.optim.SGD):
+    """Shrinks a parameter that is not its own."""
+
+    foreign: nn.Parameter
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        self.foreign.data.mul_(0.9)
+
+
+@pytest.mark.parametrize("width", [4, 160])  # small tensors are always compared, large ones after each step
+def test_an_optimizer_that_moves_a_foreign_parameter(width: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, 3))
+    program = locc.compile(model, "bp", ["0", "1"], example_inputs=torch.randn(4, 4), verify=False)
+    bad = _Decaying(program.built.learners["0"].parameters, lr=0.1)
+    bad.foreign = model[1].weight
+    learners = _with(program, "0", bad)
+    before = model[1].weight.clone()
+    with pytest.raises(
+        locc.LocalityError, match=r"optimizer step of '0' changes parameter '1\.weight', which module '1'"
+    ):
+        _prove(program, learners)
+    assert torch.equal(before, model[1].weight)
+
+
+def test_storage_check_accepts_disjoint_optimizers() -> None:
+    program = _program()
+    assert storage.check(program.ir, program.optimizers) == []
