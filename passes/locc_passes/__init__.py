@@ -3,4 +3,15 @@
 PASSES = {
     "bp": "locc_passes.baseline.bp:BP",
     "dgl": "locc_passes.proxy.dgl:DGL",
+    "predsim": "locc_passes.proxy.predsim:PredSim",
+    "sim": "locc_passes.proxy.predsim:Sim",
+    "pred": "locc_passes.proxy.predsim:Pred",
+    "dni": "locc_passes.synthetic.dni:DNI",
+    "cdni": "locc_passes.synthetic.dni:CDNI",
+    "dtp": "locc_passes.target.dtp:DTP",
+    "tp": "locc_passes.target.dtp:TP",
+    "fa": "locc_passes.feedback.fa:FA",
+    "dfa": "locc_passes.feedback.dfa:DFA",
+    "altmin": "locc_passes.auxiliary_variables.altmin:AltMin",
+    "al": "locc_passes.associated.al:AL",
 }

@@ -29,7 +29,7 @@ _NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.Group
 _PRODUCTS = frozenset(
     [
         *("linear", "bilinear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "tensordot"),
-        *("einsum", "multi_head_attention_forward", "conv1d", "conv2d", "conv3d"),
+        *("convolution", "einsum", "multi_head_attention_forward", "conv1d", "conv2d", "conv3d"),
         *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     ]
 )
@@ -152,6 +152,7 @@ def _in_product(node: fx.Node) -> bool:
     """Whether a parameter, or a view of it, is an operand of a matrix product or a convolution."""
     for user in node.users:
         name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        name = name.split(".")[0]  # torch.export writes `linear.default`
         if user.op in ("call_function", "call_method") and name in _PRODUCTS:
             return True
         if name in _VIEWS and _in_product(user):

@@ -436,3 +436,18 @@ def test_many_layers_of_one_kind_are_refused_in_one_sentence():
         locc.compile(model, "fa", [], example_inputs=torch.randn(5, 6))
     assert str(caught.value).count("GRUCell") == 1
     assert "'1' is a GRUCell (as are 2 more)" in str(caught.value)
+
+
+def test_a_layer_that_only_export_can_open_is_refused_and_not_left_exact():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(4, 8)
+            self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.block(self.stem(x)).mean(1))
+
+    with pytest.raises(locc.MethodError, match=r"block\.self_attn\.in_proj_weight' is multiplied with activations"):
+        locc.compile(Model(), "fa", ["block"], example_inputs=torch.randn(5, 6, 4))

@@ -1,0 +1,96 @@
+"""What several families ask of the values that modules send: which they are, and what comes back for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from locc.ir import TrainingGraph, inner, ops
+from locc.rewrite import Pass
+from locc_passes.chain import add_all
+
+
+def activations(ir: TrainingGraph, owner: str) -> list[fx.Node]:
+    """Return the differentiable values that a module sends and that have a row for each sample.
+
+    Left out are borrowed parameters and values computed from parameters alone (a table of position biases).
+    """
+    return [value for value in ir.crossing(owner) if has_rows(value)]
+
+
+def has_rows(value: fx.Node) -> bool:
+    """Whether a value that crosses a cut, or its entry, has a row for each sample."""
+    return value.op != "get_attr" and value.meta["spec"].batch_dim is not None
+
+
+def rows(value: fx.Node) -> int:
+    """Return the dimension of a value's rows."""
+    dim = value.meta["spec"].batch_dim
+    assert isinstance(dim, int)
+    return dim
+
+
+def unreached(ir: TrainingGraph) -> Iterator[str]:
+    """Yield a sentence for each module to which no signal could come back."""
+    for module in ir.modules[:-1]:
+        if not ir.crossing(module.name):
+            yield (
+                f"module '{module.name}' sends no floating-point value to a later one, so nothing would "
+                "train it; move the split to where it does"
+            )
+
+
+def returning(ir: TrainingGraph, value: fx.Node) -> list[fx.Node]:
+    """Return the gradients of the readers' objectives with respect to a value that they depend on."""
+    found = []
+    for boundary in ir.boundaries(producer=value.meta["owner"]):
+        if boundary.value is value:
+            for objective in ir.objectives(boundary.consumer):
+                scalar = objective.args[0]
+                assert isinstance(scalar, fx.Node)
+                if _reaches(scalar, boundary.entry):
+                    found.append(ir.gradient(scalar, boundary.entry))
+    return found
+
+
+def _reaches(scalar: fx.Node, entry: fx.Node) -> bool:
+    """Whether a gradient of `scalar` flows to `entry`."""
+    seen: set[fx.Node] = set()
+    todo = [scalar]
+    while todo:
+        node = todo.pop()
+        if node is entry:
+            return True
+        if node not in seen and node.target not in (ops.stop_gradient, ops.gradient):
+            seen.add(node)
+            todo.extend(node.all_input_nodes)
+    return False
+
+
+def squared_distance(a: Tensor, b: Tensor, dim: int = 0) -> Tensor:
+    """Return ||a - b||^2 summed over units, mean over the rows along `dim` (shape [])."""
+    return (a - b).square().sum() / a.shape[dim]
+
+
+@dataclass(frozen=True)
+class LentGradients(Pass):
+    """Gives a module the readers' own gradients for what it lends them without a row for each sample.
+
+    That is a parameter under `tied="owner"`, or a value computed from parameters alone: no target and no
+    prediction exists for it, so it receives the gradient of each reader's local objective, as
+    <value, sg[gradient]>. Runs after the passes that give the readers their objectives.
+    """
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Add the objectives, from the last module but one down to the first."""
+        for module in reversed(ir.modules[:-1]):
+            terms = [
+                ir.emit(module.name, inner, value, ir.stop_gradient(module.name, gradient), role="lent")
+                for value in ir.crossing(module.name)
+                if not has_rows(value)
+                for gradient in returning(ir, value)
+            ]
+            if terms:
+                ir.objective(module.name, add_all(ir, module.name, terms), "lent")

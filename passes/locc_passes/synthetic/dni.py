@@ -1,0 +1,85 @@
+"""`dni` and `cdni`: modules that train on predicted gradients, without waiting for the modules after them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from locc.errors import MethodError, nearest
+from locc.ir import TrainingGraph
+from locc.nn import Factory
+from locc.rewrite import Method, Pass
+from locc_passes.chain import OutputLoss
+from locc_passes.crossing import LentGradients, unreached
+from locc_passes.synthetic.passes import Bootstrap, SyntheticGradients
+
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class DNI(Method):
+    """Decoupled neural interfaces: each module trains at once on a predicted gradient of its output.
+
+    The auxiliary owner `<module>.synthesiser` predicts the gradient from the module's output, and learns from
+    the one that the next module computes from its own prediction (the last: from the loss); no backward pass
+    runs through the network. A synthesiser starts at zero, so the first update of each hidden module is zero.
+
+    A parameter lent to a later module (`tied="owner"`) gets the borrower's gradient as it is, and its owner
+    waits for it. Synthetic inputs, which would unlock the forward pass as well, are not part of this method:
+    modules wait for the outputs of those before them.
+    """
+
+    family: ClassVar[str] = "synthetic"
+    reference: ClassVar[str] = (
+        "Jaderberg et al. 2017, Decoupled neural interfaces using synthetic gradients; Czarnecki et al. 2017"
+    )
+    labelled: ClassVar[bool] = False
+
+    width: int | None = field(
+        default=None,
+        metadata={"help": "hidden width of a synthesiser (default 1024, or 128 channels for images)"},
+    )
+    lr_scale: float = field(
+        default=1.0, metadata={"help": "learning rate of the synthesisers, in units of the modules'"}
+    )
+    reduction: str = field(
+        default="mean", metadata={"help": "'mean' or 'sum': how the loss joins the samples of a batch"}
+    )
+    factory: Factory | None = field(
+        default=None,
+        metadata={"help": "(value's spec, output's spec) -> network of the value (cdni: and the labels)"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.reduction not in REDUCTIONS:
+            raise MethodError(f"reduction={self.reduction!r}; {nearest(str(self.reduction), REDUCTIONS)}")
+        if not self.lr_scale > 0:
+            raise MethodError(f"lr_scale={self.lr_scale!r}: give a factor above 0")
+        if self.width is not None and self.width < 1:
+            raise MethodError(f"width={self.width!r}: give at least 1")
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        """Refuse modules to which nothing comes back."""
+        yield from unreached(ir)
+
+    def passes(self) -> Sequence[Pass]:
+        """Return the loss, the predictions, and what the synthesisers learn from."""
+        mean = self.reduction == "mean"
+        return (
+            OutputLoss(),
+            SyntheticGradients(self.labelled, self.width, self.lr_scale, mean, self.factory),
+            LentGradients(),
+            Bootstrap(mean),
+        )
+
+
+@dataclass(frozen=True)
+class CDNI(DNI):
+    """Decoupled neural interfaces whose synthesisers see the labels: holds in deeper networks than `dni`.
+
+    As `dni`; the labels (of the sample, token or pixel) enter each synthesiser one-hot, by a linear map added
+    after its first layer. A target that is no class enters as the vector it is. Inference never reads it.
+    """
+
+    labelled: ClassVar[bool] = True

@@ -1,0 +1,160 @@
+"""The passes of decoupled neural interfaces: predict gradients, and learn from the next module's."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from locc.errors import MethodError
+from locc.ir import TensorSpec, TrainingGraph, inner
+from locc.nn import Factory, build_synthesiser, check_shapes, guess_layout
+from locc.rewrite import Pass
+from locc_passes.chain import add_all
+from locc_passes.crossing import activations, returning, rows, squared_distance
+from locc_passes.objectives import build, build_custom, layout_at, output_layout, prediction_spec, spec_of
+
+
+@dataclass(frozen=True)
+class SyntheticGradients(Pass):
+    """Gives each module the objective sum <h, sg[s(sg h)]>: a predicted gradient, applied at once.
+
+    Each value that a module sends has a synthesiser of its own; those of a module form one auxiliary owner.
+    A synthesiser predicts the gradient of one sample's loss, which does not depend on the batch size; the
+    module divides by the number of rows where the loss is a mean.
+    """
+
+    labels: bool = False
+    width: int | None = None
+    lr_scale: float = 1.0
+    mean: bool = True
+    factory: Factory | None = None
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Add synthesisers and the modules' objectives."""
+        for module in ir.modules[:-1]:
+            values = activations(ir, module.name)
+            if not values:
+                continue
+            helper = ir.add_owner(f"{module.name}.synthesiser", module, self.lr_scale).name
+            terms = []
+            for value in values:
+                network = self._network(ir, value)
+                path = ir.add_module(helper if len(values) == 1 else f"{helper}.{value.name}", network)
+                predicted = self._predict(ir, helper, path, value)
+                arriving = ir.stop_gradient(module.name, predicted)
+                if self.mean:
+                    spec, dim = spec_of(value), rows(value)
+                    arriving = ir.emit(module.name, of_batch, arriving, dim, role="synthetic", spec=spec)
+                terms.append(ir.emit(module.name, inner, value, arriving, role="chain"))
+            ir.objective(module.name, add_all(ir, module.name, terms), "synthetic")
+
+    def _network(self, ir: TrainingGraph, value: fx.Node) -> nn.Module:
+        spec, module = spec_of(value), str(value.meta["owner"])
+        if self.factory is None:
+            return build(lambda *_: self._default(ir, value), module, spec, spec)
+        network = build_custom(self.factory, module, spec, prediction_spec(ir), "synthesiser", check=False)
+        if not self.labels:
+            check_shapes(network, (spec,), spec, f"synthesiser of module '{module}'")
+        return network
+
+    def _default(self, ir: TrainingGraph, value: fx.Node) -> nn.Module:
+        classes = self._classes(ir) if self.labels else None
+        return build_synthesiser(spec_of(value), classes, width=self.width, layout=layout_at(ir, value))
+
+    @staticmethod
+    def _classes(ir: TrainingGraph) -> int:
+        spec = prediction_spec(ir)
+        return guess_layout(spec, output_layout(ir)).channels(spec)
+
+    def _predict(self, ir: TrainingGraph, helper: str, path: str, value: fx.Node) -> fx.Node:
+        args = [ir.stop_gradient(helper, value)]
+        if self.labels:
+            given = (ir.target, args[0], rows(value), self._classes(ir))
+            args.append(ir.emit(helper, labels_for, *given, role="labels"))
+        predicted = ir.call(helper, path, *args, role="synthetic", spec=value.meta["spec"])
+        predicted.meta["predicts"] = value
+        return predicted
+
+
+@dataclass(frozen=True)
+class Bootstrap(Pass):
+    """Gives each synthesiser the objective ||s(sg h) - sg d||^2, summed over units, mean over the rows.
+
+    d is the sum of the gradients that the readers of h get by sending their own synthetic gradient (the last
+    module: the loss) through themselves, for one sample's loss. The evaluation of s that trained the module
+    is the one that is regressed: its tape waits for d.
+    """
+
+    mean: bool = True
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Add the regressions."""
+        for predicted in [n for n in ir.graph.nodes if "predicts" in n.meta]:
+            helper, value = predicted.meta["owner"], predicted.meta["predicts"]
+            spec, dim = spec_of(value), rows(value)
+            found = [ir.stop_gradient(helper, g) for g in returning(ir, value)]
+            if not found:
+                # A reader that does nothing differentiable with h: its gradient is zero.
+                here = ir.stop_gradient(helper, value)
+                target = ir.emit(helper, torch.zeros_like, here, role="target", spec=spec)
+            else:
+                target = reduce(lambda a, b: _sum(ir, helper, a, b, spec), found)
+                if self.mean:
+                    target = ir.emit(helper, of_sample, target, dim, role="target", spec=spec)
+            error = ir.emit(helper, squared_distance, predicted, target, dim, role="regression")
+            alone = sum("predicts" in n.meta for n in ir.nodes(helper)) == 1
+            ir.objective(helper, error, "regression" if alone else f"regression_{value.name}")
+
+
+def _sum(ir: TrainingGraph, owner: str, a: fx.Node, b: fx.Node, spec: TensorSpec) -> fx.Node:
+    return ir.emit(owner, operator.add, a, b, role="target", spec=spec)
+
+
+def of_sample(gradient: Tensor, dim: int) -> Tensor:
+    """Return the gradient of each sample's loss, from that of their mean."""
+    scaled: Tensor = gradient * gradient.shape[dim]
+    return scaled
+
+
+def of_batch(gradient: Tensor, dim: int) -> Tensor:
+    """Return the gradient of the mean loss, from those of each sample's."""
+    scaled: Tensor = gradient / gradient.shape[dim]
+    return scaled
+
+
+def labels_for(target: Any, h: Tensor, dim: int, classes: int) -> Tensor:
+    """Bring a target to the rows of `h`, as a synthesiser takes its label context.
+
+    Args:
+        target: class ids [B] or [B,*positions], or vectors [B,C], [B,*positions,C] or [B,C,*positions].
+        h: the value whose gradient is predicted.
+        dim: the dimension of its rows.
+        classes: C.
+
+    Returns:
+        Ids or vectors with C last; positions are merged into the rows where `h` has done so.
+
+    Raises:
+        MethodError: the target is no tensor, or its rows are not those of `h`.
+    """
+    if not isinstance(target, Tensor):
+        found = type(target).__name__
+        raise MethodError(f"the label context needs a target that is one tensor, found {found}; use 'dni'")
+    labels: Tensor = target
+    vectors = labels.is_floating_point()
+    if vectors and labels.dim() > 2 and labels.shape[-1] != classes and labels.shape[1] == classes:
+        labels = labels.movedim(1, -1)
+    where = labels.shape[:-1] if vectors else labels.shape
+    if where.numel() == h.shape[dim] and len(where) > 1:
+        labels = labels.flatten(0, len(where) - 1)
+    elif not where or where[0] != h.shape[dim] or (len(where) > 1 and h.dim() == 2):
+        raise MethodError(
+            f"the label context needs a label for each row of the value of shape {tuple(h.shape)}, and the "
+            f"target has shape {tuple(target.shape)}; split elsewhere, or use 'dni'"
+        )
+    return labels

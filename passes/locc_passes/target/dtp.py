@@ -1,0 +1,109 @@
+"""`dtp` and `tp`: modules that move their output towards a target that learned inverses hand down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from locc.errors import MethodError, nearest
+from locc.ir import TrainingGraph
+from locc.nn import Factory
+from locc.nn.inverses import ACTIVATIONS
+from locc.rewrite import Method, Pass
+from locc_passes.chain import OutputLoss
+from locc_passes.crossing import LentGradients, unreached
+from locc_passes.target.inverses import Activation, InverseMaker
+from locc_passes.target.passes import ORDERS, Inverses, Targets, Turns
+
+INITS = ("orthogonal", "pytorch")
+
+
+@dataclass(frozen=True)
+class DTP(Method):
+    """Difference target propagation: each module descends the distance of its output to a target.
+
+    The target of what the last module reads is one gradient step on the loss; below it, the difference that
+    the next module's target makes to its inverse is added to the output. The last module trains on the loss.
+    The inverse `<module>.inverse` trains alone on noisy activations; the first and the last module have none.
+
+    `fit` makes two passes over the data in each epoch, first for the inverses, then for the modules
+    (`order="batch"`: both in every batch). `step` outside of `fit` trains both. `sigma` is in units of the
+    activations: lower it for activations far below 1. The objective's gradient is about 2 eta / B of
+    backpropagation's for a batch of B: Adam, the default, rescales it; plain SGD needs a larger rate.
+    Defaults are the paper's, but for the inverses' learning rate (there 0.34 of the modules', under RMSProp)
+    and their activation (there tanh, as in its networks). A parameter lent to a later module (`tied="owner"`)
+    gets the gradient of the borrower's own objective.
+    """
+
+    family: ClassVar[str] = "target"
+    reference: ClassVar[str] = "Lee, Zhang, Fischer & Bengio 2015, Difference target propagation"
+    difference: ClassVar[bool] = True
+
+    eta: float = field(
+        default=0.3277,
+        metadata={"help": "step from the last hidden output to its target, along the mean loss's gradient"},
+    )
+    sigma: float = field(
+        default=0.3598, metadata={"help": "standard deviation of the noise that trains the inverses"}
+    )
+    order: str = field(
+        default="epoch", metadata={"help": "'epoch': inverses and modules train in turns; 'batch': together"}
+    )
+    activation: Activation = field(
+        default="auto",
+        metadata={
+            "help": "of the inverses: tanh, sigmoid, relu, elu, linear; 'auto': the range of what they give"
+        },
+    )
+    init: str = field(default="orthogonal", metadata={"help": "of the inverses: 'orthogonal' or 'pytorch'"})
+    lr_scale: float = field(
+        default=1.0, metadata={"help": "learning rate of the inverses, in units of the modules'"}
+    )
+    factory: Factory | None = field(
+        default=None, metadata={"help": "(module's output, value it reads) -> inverse network"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.eta > 0:
+            raise MethodError(f"eta={self.eta!r}: give a step above 0")
+        if not self.sigma > 0:
+            raise MethodError(
+                f"sigma={self.sigma!r}: give a deviation above 0; without noise no inverse is learned"
+            )
+        if not self.lr_scale > 0:
+            raise MethodError(f"lr_scale={self.lr_scale!r}: give a factor above 0")
+        for name, given, known in (("order", self.order, ORDERS), ("init", self.init, INITS)):
+            if given not in known:
+                raise MethodError(f"{name}={given!r}; {nearest(str(given), known)}")
+        if not callable(self.activation) and self.activation not in (*ACTIVATIONS, "auto"):
+            known_activations = nearest(str(self.activation), [*ACTIVATIONS, "auto"])
+            raise MethodError(f"activation={self.activation!r}; {known_activations}")
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        """Refuse modules to which nothing comes back."""
+        yield from unreached(ir)
+
+    def passes(self) -> Sequence[Pass]:
+        """Return the loss, the inverses, the targets and the turns."""
+        return (
+            OutputLoss(),
+            Inverses(self.sigma, self.lr_scale, InverseMaker(self.activation, self.factory, self.init)),
+            Targets(self.eta, self.difference),
+            LentGradients(),
+            Turns(self.order),
+        )
+
+
+@dataclass(frozen=True)
+class TP(DTP):
+    """Target propagation without the difference correction: a baseline, whose inverses' errors accumulate.
+
+    As `dtp`, but the target of what a module reads is its inverse of its own target; where several modules
+    read a value, the mean of what they propose.
+    """
+
+    reference: ClassVar[str] = (
+        "Bengio 2014, How auto-encoders could provide credit assignment in deep networks"
+    )
+    difference: ClassVar[bool] = False
