@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +17,9 @@ from locc.errors import LoccError, MethodError
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.losses import Loss
 from locc.partition import TiedPolicy, opened_by, partition, resolve
-from locc.rewrite import Method, apply, configure
+from locc.rewrite import Method, apply, configure, options
 from locc.runtime import Built, Executor, Program, Settings
-from locc.verify import Certificate, prove
+from locc.verify import prove
 
 Splits = int | str | Sequence[str]
 
@@ -106,7 +108,7 @@ def build(request: Request, program: Program, inputs: Inputs) -> Built:
         torch.manual_seed(seed)
         try:
             ir = rewrite(request, inputs, policy)
-            program.root.to(program.device)
+            program.root.aux.to(program.device)
             phases = _phases(request, ir)
             learners = request.settings.learners(ir)
             certificate = prove(ir, request.name, learners, inputs) if request.verify else None
@@ -115,6 +117,9 @@ def build(request: Request, program: Program, inputs: Inputs) -> Built:
             policy.undo()
             program.root.aux.clear()
             raise
+    with torch.no_grad():
+        for parameter, value in ir.initial:
+            parameter.copy_(value)
     executor = Executor(
         learners,
         seed,
@@ -122,33 +127,49 @@ def build(request: Request, program: Program, inputs: Inputs) -> Built:
         request.settings.accumulate,
         request.settings.dtype,
         program.device,
+        deferred=not request.settings.atomic,
     )
     return Built(ir, certificate, learners, schedulers, executor, phases)
 
 
 def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture and cut the model, and apply the method."""
+    ir = cut(request, inputs, policy)
+    apply(request.method, request.name, ir)
+    return ir
+
+
+def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
+    """Capture the model and cut it into modules, as the method finds it."""
     root = request.root
     marked, markers = marker_ancestors(root, inputs)
     cuts = resolve(root, request.splits, markers, inputs)
-    layers = [f"model.{name}" for name, m in root.model.named_modules() if name and isinstance(m, request.method.opens)]
+    named = [cut.name for cut in cuts if not cut.marker]
+    layers = [f"model.{name}" for name in request.method.opened(root.model, named)]
     opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
     captured = capture(root, inputs, opened)
-    ir = partition(captured, cuts, request.loss, policy)
-    apply(request.method, request.name, ir)
-    return ir
+    return partition(captured, cuts, request.loss, policy)
 
 
 def _method(method: str | Method, given: dict[str, Any]) -> tuple[Method, str]:
     if isinstance(method, Method):
         if given:
             raise MethodError(
-                f"the method is configured already; give {', '.join(given)} to locc.method(...) instead of compile"
+                f"the method is configured already; give {', '.join(given)} to locc.method(...) instead of"
+                " compile"
             )
         return method, registry.name_of(method)
     if not isinstance(method, str):
         raise MethodError(f"method must be an id or a Method; found {type(method).__name__}")
-    return configure(method, registry.load(method), given), method
+    chosen = registry.load(method)
+    own = [name for name in inspect.signature(compile).parameters if name != "method_options"]
+    for option in given:
+        close = difflib.get_close_matches(option, own, 1)
+        if option not in options(chosen) and close:
+            raise MethodError(
+                f"compile has no argument '{option}', nor has method '{method}'; nearest: '{close[0]}'"
+            )
+    return configure(method, chosen, given), method
 
 
 def _on_device(inputs: Inputs, device: torch.device) -> Inputs:
@@ -177,7 +198,9 @@ def _check_upward(name: str, ir: TrainingGraph) -> None:
     for module in ir.modules:
         trains = frozenset(o.name for o in ir.owners.values() if o.index == module.index)
         if not any(ir.objectives(owner) for owner in trains):
-            raise MethodError(f"schedule='sequential': method '{name}' gives module '{module.name}' no objective")
+            raise MethodError(
+                f"schedule='sequential': method '{name}' gives module '{module.name}' no objective"
+            )
         for node in analyse(ir, trains).needed:
             owner = ir.owners.get(node.meta.get("owner", ""))
             if owner is not None and owner.index > module.index:

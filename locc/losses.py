@@ -27,19 +27,23 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 
 def mse(output: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over all elements; class indices [B] are compared as one-hot rows."""
-    if target.dim() == output.dim() - 1 and not target.is_floating_point():
-        target = functional.one_hot(target, output.shape[-1]).to(output.dtype)
-    return functional.mse_loss(output, target)
+    return functional.mse_loss(output, _rows(target, output))
 
 
 def bce(output: Tensor, target: Tensor) -> Tensor:
-    """Mean binary cross-entropy of logits; `target` has the shape of `output`."""
-    return functional.binary_cross_entropy_with_logits(output, target.to(output.dtype))
+    """Mean binary cross-entropy of logits; class indices [B] are compared as one-hot rows."""
+    return functional.binary_cross_entropy_with_logits(output, _rows(target, output).to(output.dtype))
 
 
 def l1(output: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error over all elements."""
-    return functional.l1_loss(output, target)
+    """Mean absolute error over all elements; class indices [B] are compared as one-hot rows."""
+    return functional.l1_loss(output, _rows(target, output))
+
+
+def _rows(target: Tensor, output: Tensor) -> Tensor:
+    if target.dim() == output.dim() - 1 and not target.is_floating_point():
+        return functional.one_hot(target, output.shape[-1]).to(output.dtype)
+    return target
 
 
 NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -62,8 +66,12 @@ class Loss:
         elif callable(given):
             self.function, self.name = given, None
         else:
-            raise LoccError(f"loss must be a name or a callable(output, target); found {type(given).__name__}")
-        self.__name__ = self.name or getattr(given, "__name__", type(given).__name__).replace("<lambda>", "loss")
+            raise LoccError(
+                f"loss must be a name or a callable(output, target); found {type(given).__name__}"
+            )
+        self.__name__ = self.name or getattr(given, "__name__", type(given).__name__).replace(
+            "<lambda>", "loss"
+        )
         self.__qualname__ = self.__name__
         self.__module__ = "locc.losses"
 

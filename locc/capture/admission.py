@@ -6,6 +6,7 @@ The same runs of the graph yield the metadata of its nodes: specs, mutations, ra
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class _Seen:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     mutates: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
     random: set[fx.Node] = field(default_factory=set)
+    stateless: set[fx.Node] = field(default_factory=set)
 
 
 class _Watching(fx.Interpreter):
@@ -43,7 +45,10 @@ class _Watching(fx.Interpreter):
         versions = [t._version for _, t in self._tensors]
         drawn = random_state()
         state = [(a, self.env[a].clone()) for a in n.all_input_nodes if _is_buffer(a, self.env[a])]
+        held = self._held(n)
         value = super().run_node(n)
+        if held is not None and all(now is old and torch.equal(now, was) for now, old, was in held()):
+            self.seen.stateless.add(n)
         if not same_state(drawn, random_state()):
             self.seen.random.add(n)
         if n.op not in ("placeholder", "get_attr", "output"):
@@ -55,6 +60,22 @@ class _Watching(fx.Interpreter):
         self._tensors += [(n, v) for v in leaves_of(value) if isinstance(v, Tensor) and not v.is_inference()]
         self.seen.values[n] = _look(value)
         return value
+
+
+    def _held(self, n: fx.Node) -> Callable[[], list[tuple[Tensor, Tensor, Tensor]]] | None:
+        """Note the buffers of a leaf without parameters: one that leaves them alone may run twice."""
+        if n.op != "call_module":
+            return None
+        leaf = self.fetch_attr(str(n.target))
+        if any(True for _ in leaf.parameters()):
+            return None
+        before = [(name, buffer, buffer.clone()) for name, buffer in leaf.named_buffers()]
+
+        def compare() -> list[tuple[Tensor, Tensor, Tensor]]:
+            after = dict(leaf.named_buffers())
+            return [(after[name], buffer, value) for name, buffer, value in before]
+
+        return compare
 
 
 def _is_buffer(node: fx.Node, value: Any) -> bool:
@@ -212,6 +233,8 @@ def _annotate(graph: fx.Graph, seen: list[_Seen], batches: list[int | None]) -> 
         node.meta["spec"] = _spec(looks, batches, node)
         if node in seen[0].mutates:
             node.meta["mutates"] = seen[0].mutates[node]
+        if node in seen[0].stateless:
+            node.meta["stateful"] = False
         if node in seen[0].random:
             node.meta["random"] = True
 

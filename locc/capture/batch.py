@@ -65,8 +65,13 @@ class Call:
         """
         leaves, structure = flatten((inputs.args, inputs.kwargs))
         if structure != self.structure:
+            args, kwargs = self.structure.build(list(self.leaves))
             raise ValueError(
-                f"the arguments are nested differently: {_count(leaves)} instead of {_count(self.leaves)}"
+                "the arguments are nested differently: "
+                + (
+                    _other_arguments(inputs, args, kwargs)
+                    or f"{_count(leaves)} instead of {_count(self.leaves)}"
+                )
             )
         tensors: list[Tensor] = []
         for i, (leaf, old) in enumerate(zip(leaves, self.leaves, strict=True)):
@@ -76,6 +81,16 @@ class Call:
                 name = spell(self.structure.paths()[i][1:])
                 raise ValueError(f"argument '{name}' was {_show(old)} and now is {_show(leaf)}")
         return tensors
+
+
+def _other_arguments(inputs: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    missing = [repr(name) for name in kwargs if name not in inputs.kwargs]
+    added = [repr(name) for name in inputs.kwargs if name not in kwargs]
+    parts = [f"{', '.join(missing)} is missing"] if missing else []
+    parts += [f"{', '.join(added)} is new"] if added else []
+    if len(inputs.args) != len(args):
+        parts.append(f"there are {len(inputs.args)} positional arguments instead of {len(args)}")
+    return "; ".join(parts)
 
 
 def merge(one: tuple[int, ...], other: tuple[int, ...], batches: tuple[int, int]) -> tuple[Dim, ...] | None:

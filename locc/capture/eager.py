@@ -148,7 +148,8 @@ class Eager:
             found = tuple(tensor.grad for tensor in wanted.values())
         else:
             found = torch.autograd.grad(run.loss, list(wanted.values()), allow_unused=True)
-        run.gradients = dict(zip(wanted, found, strict=True))
+        dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+        run.gradients = dict(zip(wanted, dense, strict=True))
         run.loss = run.loss.detach()
 
 

@@ -5,6 +5,7 @@ Both graphs are rooted at a `Root`, so every target starts with `model.`. Metada
 - `spec`: its TensorSpec (nested for structured values, None for what is no tensor)
 - `stack`: the calls that enclose it, outermost first, as pairs (dotted path under `Root`, number of
   that call); a leaf module's own call is the last pair
+- `stateful`: False for a leaf without parameters that left its buffers as they were (absent otherwise)
 - `mutates`: the nodes whose storage it changes in place (absent when there are none)
 - `random`: True when it draws random numbers (absent otherwise)
 - `line`: `file:line` of the user's code, where known

@@ -362,7 +362,8 @@ class TrainingGraph:
                 end.prepend(node)
 
     def _drop_dead(self) -> None:
-        keep = {self.output, self.prediction, self.target, *self.inputs}
+        keep = {self.output, self.prediction, self.target, self.loss, *self.inputs}
+        keep.update(end for region in self.repeats.values() for _, end in region.carried)
         for node in reversed(list(self.graph.nodes)):
             pure = node.op in ("call_function", "call_method", "get_attr") and node.target not in (
                 ops.objective,

@@ -99,7 +99,7 @@ def _results(graph: fx.Graph) -> list[Any]:
 
 def is_leaf(node: fx.Node) -> bool:
     """Whether a gradient can be taken with respect to this node: it starts a tape."""
-    return node.target is ops.stop_gradient or node.op in ("get_attr", "placeholder")
+    return node.target is ops.stop_gradient
 
 
 RULES = (_owned, _one_owner_each, _edges_cut, _gradients_local, _assigns_own, _acyclic)

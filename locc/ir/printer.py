@@ -19,7 +19,6 @@ _METHODS = {
     "truediv": "{} / {}",
     "iadd": "{} += {}",
     "matmul": "{} @ {}",
-    "getitem": "{}[{}]",
 }
 
 
@@ -84,16 +83,30 @@ def _call(node: fx.Node) -> str:
     if node.op == "call_method":
         return f"{args[0]}.{node.target}({', '.join(args[1:])})"
     name = str(getattr(node.target, "__name__", node.target))
+    if name == "getitem" and len(node.args) == 2:
+        return f"{args[0]}[{_index(node.args[1])}]"
     form = _METHODS.get(name)
     if form and not node.kwargs and form.count("{}") == len(args):
         return form.format(*args)
     return f"{name}({', '.join(args)})"
 
 
+def _index(value: Any) -> str:
+    """Return what stands between the brackets: slices keep their colons only there."""
+    parts = value if isinstance(value, tuple) and value else (value,)
+    inside = ", ".join(_slice(v) if isinstance(v, slice) else _value(v) for v in parts)
+    return f"{inside}," if isinstance(value, tuple) and len(value) == 1 else inside
+
+
+def _slice(value: slice) -> str:
+    parts = [value.start, value.stop] + ([value.step] if value.step is not None else [])
+    return ":".join("" if p is None else _value(p) for p in parts)
+
+
 def _path(target: str) -> str:
     """Return a dotted path as Python: `.blocks[0].fc`."""
     atoms = [] if target == "model" else strip(target).split(".")
-    return "".join(f"[{a}]" if a.isdigit() else f".{a}" for a in atoms)
+    return "".join(f".{a}" if a.isidentifier() else f"[{a if a.isdigit() else repr(a)}]" for a in atoms)
 
 
 def _value(value: Any) -> str:
@@ -106,7 +119,4 @@ def _value(value: Any) -> str:
         return f"({inside},)" if len(value) == 1 else f"({inside})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k!r}: {_value(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, slice):
-        parts = [value.start, value.stop] + ([value.step] if value.step is not None else [])
-        return ":".join("" if p is None else _value(p) for p in parts)
     return str(value) if str(value).startswith("torch.") else repr(value)

@@ -120,7 +120,10 @@ class _Emitter:
         remaining = [t for t in tasks if isinstance(t, BackwardTask)]
         for task in tasks:
             if isinstance(task, fx.Node):
-                if task.op in ("placeholder", "get_attr", "output") or task.target in (ops.objective, ops.gradient):
+                if task.op in ("placeholder", "get_attr", "output") or task.target in (
+                    ops.objective,
+                    ops.gradient,
+                ):
                     continue
                 if pending and self._kind(pending[-1]) != self._kind(task):
                     flush()
@@ -159,7 +162,9 @@ class _Emitter:
 
     @staticmethod
     def _shared(nodes: set[fx.Node]) -> bool:
-        return any(n.op not in ("get_attr", "placeholder") and n.target is not ops.stop_gradient for n in nodes)
+        return any(
+            n.op not in ("get_attr", "placeholder") and n.target is not ops.stop_gradient for n in nodes
+        )
 
     def _loop(self, task: RegionTask) -> Loop:
         region = self.ir.repeats[task.name]
@@ -168,10 +173,13 @@ class _Emitter:
         body = self.emit(order(self.ir, self.found, scope - entries, inside=task.name), scope)
         carried = tuple((_argument(entry, 0).name, entry.name, end.name) for entry, end in region.carried)
         made = {w for i in body for w in i.writes} | {entry for _, entry, _ in carried}
-        reads = dict.fromkeys([first for first, _, _ in carried] + [r for i in body for r in i.reads if r not in made])
-        _release(body, keep={end for _, _, end in carried} | set(reads) | self._read_outside(scope))
+        reads = dict.fromkeys(
+            [first for first, _, _ in carried] + [r for i in body for r in i.reads if r not in made]
+        )
+        leaving = {end for _, _, end in carried} | self._read_outside(scope)
+        _release(body, keep=leaving | set(reads) | {entry for _, entry, _ in carried})
         owner = str(next(iter(scope)).meta["owner"])
-        writes = tuple(dict.fromkeys(w for i in body for w in i.writes))
+        writes = tuple(dict.fromkeys(w for i in body for w in i.writes if w in leaving))
         return Loop(owner, task.name, region.times, carried, body, tuple(reads), writes)
 
     @staticmethod
@@ -259,6 +267,3 @@ def _describe(instruction: Instruction) -> str:
         return f"{instruction.owner}: update"
     inside = "\n".join("    " + line for i in instruction.body for line in _describe(i).splitlines())
     return f"{instruction.owner}: repeat '{instruction.name}' {instruction.times} times{frees}\n{inside}"
-
-
-

@@ -7,7 +7,7 @@ released before the next owner needs memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
@@ -63,9 +63,14 @@ def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
     chosen = frozenset(ir.owners) if active is None else active
     objectives = [n for n in ir.objectives() if n.meta["owner"] in chosen]
     assigns = [n for n in ir.graph.nodes if n.target is ops.assign and n.meta["owner"] in chosen]
-    needed = _ancestors([*objectives, *assigns])
-    if ir.loss is not None and all(n in needed for n in ir.loss.all_input_nodes):
-        needed.add(ir.loss)
+    changers = _changers(ir)
+    states = [n for n in changers if n.op == "get_attr" and n.meta["owner"] in chosen]
+    needed = _ancestors([*objectives, *assigns, *(c for n in states for c in changers[n])], changers)
+    if ir.loss is not None:
+        if ir.loss.meta["owner"] in chosen:
+            needed |= _ancestors([ir.loss], changers)
+        elif all(n in needed for n in ir.loss.all_input_nodes):
+            needed.add(ir.loss)
     scalars: dict[fx.Node, tuple[bool, list[fx.Node]]] = {}
     for node in ir.graph.nodes:
         if node in needed and node.target in (ops.objective, ops.gradient):
@@ -78,10 +83,11 @@ def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
     backwards = [
         BackwardTask(str(s.meta["owner"]), s, learns, tuple(g)) for s, (learns, g) in scalars.items()
     ]
-    tapes = {b: tape_of(b.scalar) for b in backwards}
+    tapes = {b: tape_of(b.scalar, changers) for b in backwards}
     leaves = {g.args[1] for b in backwards for g in b.gradients if isinstance(g.args[1], fx.Node)}
     taped = {n for tape in tapes.values() for n in tape}
-    trains = tuple(o for o in ir.owners if any(b.owner == o and b.trains for b in backwards))
+    trained = {b.owner for b in backwards if b.trains}
+    trains = tuple(o for o in ir.owners if o in trained and _learns(ir, o))
     return Analysis(needed, taped, leaves, backwards, tapes, trains)
 
 
@@ -91,7 +97,21 @@ def _scalar(node: fx.Node) -> fx.Node:
     return scalar
 
 
-def _ancestors(roots: list[fx.Node]) -> set[fx.Node]:
+def _learns(ir: TrainingGraph, owner: str) -> bool:
+    """Whether an owner has anything to update: a frozen or borrowing module may have an objective without."""
+    return any(p.requires_grad for p in ir.parameters(owner).values())
+
+
+def _changers(ir: TrainingGraph) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each node whose storage is changed in place, the nodes that change it."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in ir.graph.nodes:
+        for changed in node.meta.get("mutates", ()):
+            found.setdefault(changed, []).append(node)
+    return found
+
+
+def _ancestors(roots: list[fx.Node], changers: Mapping[fx.Node, list[fx.Node]]) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     todo = list(roots)
     while todo:
@@ -99,11 +119,15 @@ def _ancestors(roots: list[fx.Node]) -> set[fx.Node]:
         if node not in seen:
             seen.add(node)
             todo.extend(node.all_input_nodes)
+            todo.extend(changers.get(node, ()))
     return seen
 
 
-def tape_of(scalar: fx.Node) -> set[fx.Node]:
-    """Return the nodes through which a gradient of `scalar` can flow."""
+def tape_of(scalar: fx.Node, changers: Mapping[fx.Node, list[fx.Node]] | None = None) -> set[fx.Node]:
+    """Return the nodes through which a gradient of `scalar` can flow.
+
+    An in-place change is part of the tape of what it changes, though no edge leads there: `changers`.
+    """
     seen: set[fx.Node] = set()
     todo = [scalar]
     while todo:
@@ -113,6 +137,7 @@ def tape_of(scalar: fx.Node) -> set[fx.Node]:
         seen.add(node)
         if node.target is not ops.stop_gradient:
             todo.extend(node.all_input_nodes)
+            todo.extend((changers or {}).get(node, ()))
     return seen
 
 
@@ -158,7 +183,9 @@ def order(ir: TrainingGraph, found: Analysis, scope: set[fx.Node], inside: str |
     return list(nx.lexicographical_topological_sort(graph, key=key))
 
 
-def _add_writes(ir: TrainingGraph, found: Analysis, graph: nx.DiGraph[Task], task: Callable[[fx.Node], Task]) -> None:
+def _add_writes(
+    ir: TrainingGraph, found: Analysis, graph: nx.DiGraph[Task], task: Callable[[fx.Node], Task]
+) -> None:
     """Order every write of a parameter after everything in the step that reads the old value."""
     readers = _readers(ir, found.needed)
     for owner in found.trains:

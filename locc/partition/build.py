@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from locc.ir.captured import Captured, Root, owned_tensor, strip
 from locc.ir.graph import DATA, Owner, TrainingGraph, node_parameters
 from locc.ir.spec import TensorSpec
 from locc.markers import split as marker
+from locc.partition.mutation import changed_by, check_in_place
 from locc.partition.owners import assign
 from locc.partition.splits import Cut
 from locc.partition.tied import TiedPolicy
@@ -30,11 +32,12 @@ def partition(captured: Captured, cuts: Sequence[Cut], loss: Loss, tied: TiedPol
 
     Raises:
         SplitError: see `locc.partition.owners.assign`; or a tied parameter without a policy; or a
-            module changes in place a value that a later module reads.
+            module changes in place a value that another module reads.
     """
     free = _free(captured.root, captured.training)
     indices, ordered = assign(captured.root, captured.training, cuts, free)
     names = _names(captured, indices, ordered)
+    check_in_place(captured.training, indices, names)
     owners = {name: Owner(name, i) for i, name in enumerate(names)}
     shared = tied.decide(captured.root, captured.training, indices, names)
     builder = _Builder(captured, names, indices, shared, free)
@@ -46,9 +49,11 @@ def partition(captured: Captured, cuts: Sequence[Cut], loss: Loss, tied: TiedPol
 
 def _names(captured: Captured, indices: dict[fx.Node, int], cuts: Sequence[Cut]) -> list[str]:
     """Name each module after the split that ends it, the last one after the submodule it consists of."""
-    names = [cut.name for cut in cuts]
+    names = [cut.name if cut.name != DATA else f"{DATA}_" for cut in cuts]
     last = [n for n, k in indices.items() if k == len(cuts)]
-    called = {strip(str(n.target)) for n in last if n.op == "call_module" and node_parameters(captured.root, n)}
+    called = {
+        strip(str(n.target)) for n in last if n.op == "call_module" and node_parameters(captured.root, n)
+    }
     name = called.pop() if len(called) == 1 else "output"
     if name == "the model":
         name = "model"
@@ -120,7 +125,9 @@ class _Builder:
     def _prediction(self, values: list[Any]) -> fx.Node | None:
         """Return the value called `logits`, or the first one that can carry a gradient."""
         structure = self.captured.output.build(list(range(len(values))))
-        named = structure.get("logits") if isinstance(structure, Mapping) else getattr(structure, "logits", None)
+        named = (
+            structure.get("logits") if isinstance(structure, Mapping) else getattr(structure, "logits", None)
+        )
         candidates = [values[named]] if isinstance(named, int) else values
         return next((v for v in candidates if _is_float(v)), None)
 
@@ -142,7 +149,8 @@ class _Builder:
         made.meta.update({k: v for k, v in node.meta.items() if k not in ("mutates", "val")})
         made.meta.update(owner=owner, role="forward", made_by="capture")
         if "mutates" in node.meta:
-            made.meta["mutates"] = tuple(self._fetch(n, owner) for n in node.meta["mutates"])
+            known = ((n, owner if n.op != "placeholder" else DATA) for n in node.meta["mutates"])
+            made.meta["mutates"] = tuple(self.made[key] for key in known if key in self.made)
         self.made[node, owner] = made
         return made
 
@@ -165,13 +173,12 @@ class _Builder:
         spec = node.meta.get("spec")
         if not isinstance(spec, TensorSpec):
             raise SplitError(
-                f"'{node.name}' passes from module '{producer}' to '{owner}' but is not a tensor; split elsewhere"
+                f"'{node.name}' passes from module '{producer}' to '{owner}' but is not a tensor; split"
+                " elsewhere"
             )
         entry = self._entry(value, owner, spec)
         used = entry
-        changed_in = {self.indices[n] for n in self._mutators(node) if n in self.indices}
-        if self.names.index(owner) in changed_in:
-            self._check_later_readers(node, owner)
+        if changed_by(self.captured.training, node, self.names.index(owner), self.indices):
             # stop_gradient shares storage: without a copy the consumer would overwrite the producer's tape.
             used = self.graph.create_node("call_function", torch.clone, (entry,), {}, f"{entry.name}_copy")
             used.meta.update(owner=owner, role="copy", made_by="partition", spec=spec)
@@ -183,19 +190,6 @@ class _Builder:
         entry = self.graph.create_node("call_function", ops.stop_gradient, (value,), {}, name)
         entry.meta.update(owner=owner, role="boundary", made_by="partition", spec=spec)
         return entry
-
-    def _mutators(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that change `node`, or a value that may be a view of it, in place."""
-        return [n for n in self.captured.training.nodes for m in n.meta.get("mutates", ()) if _may_alias(m, node)]
-
-    def _check_later_readers(self, node: fx.Node, owner: str) -> None:
-        k = self.names.index(owner)
-        for user in node.users:
-            if self.indices.get(user, k) > k:
-                raise SplitError(
-                    f"module '{owner}' changes '{node.name}' in place and module "
-                    f"'{self.names[self.indices[user]]}' reads it afterwards; use an out-of-place operation there"
-                )
 
     def _read(self, node: fx.Node, owner: str) -> fx.Node:
         new = self.graph.get_attr(str(node.target))
@@ -236,33 +230,23 @@ class _Builder:
         spec = TensorSpec.of(tensor)
         if value is None:
             value = self.graph.get_attr(path)
-            value.meta.update(owner=self.names[home], role="parameter", made_by="partition", spec=spec, tied=key)
+            value.meta.update(
+                owner=self.names[home], role="parameter", made_by="partition", spec=spec, tied=key
+            )
         for user in value.users:
             if user.meta["owner"] == owner:
                 return user
         entry = self._entry(value, owner, spec)
         entry.meta["tied"] = key
-        self.couplings.append(f"'{owner}' uses parameter '{strip(path)}', which '{self.names[home]}' owns and trains")
+        self.couplings.append(
+            f"'{owner}' uses parameter '{strip(path)}', which '{self.names[home]}' owns and trains"
+        )
         return entry
 
 
 def _short(name: str) -> str:
     short = name.removeprefix("model_")
     return short if short.isidentifier() else f"layer_{short}"
-
-
-def _may_alias(a: fx.Node, b: fx.Node) -> bool:
-    """Whether `a` is `b` or may be a view of it: reached from it by calls that could return views."""
-    todo, seen = [a], {a}
-    while todo:
-        node = todo.pop()
-        if node is b:
-            return True
-        if node.op in ("call_function", "call_method"):
-            new = [n for n in node.all_input_nodes if n not in seen]
-            seen.update(new)
-            todo.extend(new)
-    return False
 
 
 def _is_float(value: Any) -> bool:
@@ -273,7 +257,9 @@ def _is_float(value: Any) -> bool:
 def _free(root: Root, graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that any module may recompute for itself."""
     free: set[fx.Node] = set()
-    touched = {m for n in graph.nodes for m in (*n.meta.get("mutates", ()), *((n,) if "mutates" in n.meta else ()))}
+    touched = {
+        m for n in graph.nodes for m in (*n.meta.get("mutates", ()), *((n,) if "mutates" in n.meta else ()))
+    }
     for node in graph.nodes:
         if node in touched or node.meta.get("random") or node.op == "output":
             continue
@@ -287,16 +273,25 @@ def _free(root: Root, graph: fx.Graph) -> set[fx.Node]:
             stateless = not any(True for _ in module.parameters()) and not node.meta.get("stateful", True)
             if stateless and all(n in free or n.op == "placeholder" for n in node.all_input_nodes):
                 free.add(node)
-        elif node.op != "placeholder" and all(n in free or n.op == "placeholder" for n in node.all_input_nodes):
+        elif node.op != "placeholder" and all(
+            n in free or n.op == "placeholder" for n in node.all_input_nodes
+        ):
             free.add(node)
     return {n for n in free if n.op != "get_attr"}
 
 
 def _inference(captured: Captured, cuts: Sequence[Cut], names: Sequence[str]) -> fx.Graph:
-    """Give the nodes of the eval-mode forward their owners."""
+    """Return a copy of the eval-mode forward whose nodes have owners."""
     free = _free(captured.root, captured.inference)
     indices, _ = assign(captured.root, captured.inference, cuts, free)
     for node in captured.inference.nodes:
-        owner = DATA if node.op in ("placeholder", "output") else names[indices[node]]
+        node.meta["index"] = indices.get(node)
+    graph = copy.deepcopy(captured.inference)
+    copies = dict(zip(captured.inference.nodes, graph.nodes, strict=True))
+    for node in graph.nodes:
+        if "mutates" in node.meta:
+            node.meta["mutates"] = tuple(copies[n] for n in node.meta["mutates"])
+        index = node.meta.pop("index")
+        owner = DATA if index is None else names[index]
         node.meta.update(owner=owner, role="forward", made_by="capture")
-    return captured.inference
+    return graph

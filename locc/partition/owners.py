@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 from torch import fx, nn
@@ -9,6 +10,7 @@ from torch import fx, nn
 from locc.errors import SplitError, nearest
 from locc.ir.captured import strip
 from locc.ir.graph import node_parameters
+from locc.ir.spec import TensorSpec
 from locc.markers import split as marker
 from locc.partition.splits import Cut
 
@@ -20,15 +22,17 @@ def assign(
 
     A cut falls after the last node of its submodule, and everything up to it belongs to the modules
     before it. Where fewer values cross a little later, before anything with parameters runs (after
-    the addition that ends a residual block), the cut falls there. Where submodules take turns (recurrent cells in a loop over time), each split
-    submodule is a module of its own, and what lies between them goes to the later one.
+    the addition that ends a residual block), the cut falls there. Where submodules take turns (recurrent
+    cells in a loop over time), each split submodule is a module of its own, and what lies between them
+    goes to the later one.
 
     Raises:
         SplitError: a cut is unreachable, a module would be empty or have nothing to train, or
             information flows back from a later module.
     """
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-    inside = {cut: [n for n in nodes if _belongs(n, cut)] for cut in cuts}
+    # A trace may read all parameters first, so where a read stands says nothing.
+    inside = {cut: [n for n in nodes if n.op != "get_attr" and _belongs(n, cut)] for cut in cuts}
     for cut, found in inside.items():
         if not found:
             raise SplitError(_unreached(cut, nodes))
@@ -40,8 +44,18 @@ def assign(
     else:
         ends = [_settle(root, nodes, position[inside[c][-1]], c, free) for c in ordered]
         owners = {n: sum(end < i for end in ends) for i, n in enumerate(nodes)}
+    _keep_structures_at_home(owners)
     _reject_empty(root, owners, ordered)
     return owners, ordered
+
+
+def _keep_structures_at_home(owners: dict[fx.Node, int]) -> None:
+    """Give what takes a tuple or an object apart to the module that made it: only tensors can cross."""
+    for node in owners:
+        if node.target in (operator.getitem, getattr) and isinstance(node.args[0], fx.Node):
+            whole = node.args[0]
+            if whole in owners and not isinstance(whole.meta.get("spec"), TensorSpec):
+                owners[node] = owners[whole]
 
 
 def _settle(root: nn.Module, nodes: Sequence[fx.Node], end: int, cut: Cut, free: set[fx.Node]) -> int:
@@ -50,12 +64,20 @@ def _settle(root: nn.Module, nodes: Sequence[fx.Node], end: int, cut: Cut, free:
         return end
     best, fewest = end, _crossing(nodes, end, free)
     for later in range(end + 1, len(nodes) - 1):
-        if node_parameters(root, nodes[later]) or nodes[later].op == "call_module":
+        if _parameters(root, nodes[later]) or nodes[later].op == "call_module":
             break
         count = _crossing(nodes, later, free)
         if count < fewest:
             best, fewest = later, count
     return best
+
+
+def _parameters(root: nn.Module, node: fx.Node) -> list[nn.Parameter]:
+    """Return the parameters with which a node computes, by itself or through the reads that feed it."""
+    if node.op == "get_attr":
+        return []
+    sources = [node, *(n for n in node.all_input_nodes if n.op == "get_attr")]
+    return [p for source in sources for _, p in node_parameters(root, source)]
 
 
 def _crossing(nodes: Sequence[fx.Node], end: int, free: set[fx.Node]) -> int:
@@ -111,13 +133,15 @@ def _reject_empty(root: nn.Module, owners: dict[fx.Node, int], cuts: Sequence[Cu
     names = [cut.name for cut in cuts]
     for k in range(len(names) + 1):
         nodes = [n for n, owner in owners.items() if owner == k and n.target is not marker]
-        trains = any(p.requires_grad for n in nodes for _, p in node_parameters(root, n))
+        trains = any(p.requires_grad for n in nodes for p in _parameters(root, n))
         work = [n for n in nodes if n.op != "get_attr"]
         if not work or not trains:
             raise SplitError(_empty(names, k, bool(work)))
 
 
 def _empty(names: Sequence[str], k: int, has_work: bool) -> str:
+    if not names:
+        return "the model has no parameters to train: it has none, or all of them have requires_grad=False"
     if k == len(names):
         what = "nothing" if not has_work else "nothing that has parameters to train"
         return f"split '{names[-1]}' lies after the output: {what} follows it; leave it out"

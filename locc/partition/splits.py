@@ -52,6 +52,8 @@ def resolve(
         if inputs is None:
             raise SplitError(f"splits={splits} needs example_inputs: the cost of a module depends on them")
         return [Cut(name) for name in balanced_cuts(root.model, inputs, splits)]
+    if not isinstance(splits, Iterable):
+        raise SplitError(f"splits={splits!r}: give names or globs of submodules, or the number of modules")
     names = [splits] if isinstance(splits, str) else list(splits)
     found = _match(root.model, names, markers)
     cuts = [cut for cut in found if not cut.marker] + marked

@@ -68,24 +68,39 @@ class TiedPolicy:
         )
 
     def _copy(
-        self, root: Root, parameter: nn.Parameter, found: dict[int, list[tuple[fx.Node, str]]], names: Sequence[str]
+        self,
+        root: Root,
+        parameter: nn.Parameter,
+        found: dict[int, list[tuple[fx.Node, str]]],
+        names: Sequence[str],
     ) -> None:
         slots = [
-            (module, name) for module in root.modules() for name, p in module._parameters.items() if p is parameter
+            (module, name)
+            for module in root.modules()
+            for name, p in module._parameters.items()
+            if p is parameter
         ]
         for index in sorted(found)[1:]:
+            fresh = nn.Parameter(copy.deepcopy(parameter.data), parameter.requires_grad)
             for node, _ in found[index]:
                 mine = [(m, n) for m, n in slots if self._under(root, m, str(node.target), node.op)]
-                theirs = {id(m) for k, uses in found.items() if k != index for n, _ in uses for m in self._at(root, n)}
+                theirs = {
+                    id(m)
+                    for k, uses in found.items()
+                    if k != index
+                    for n, _ in uses
+                    for m in self._at(root, n)
+                }
                 if not mine or any(id(m) in theirs for m, _ in mine):
                     raise SplitError(
-                        f"tied='copy' cannot copy '{strip(found[index][0][1])}' for module '{names[index]}': the "
-                        "same submodule runs in several modules; use tied='owner', or give the model two submodules"
+                        f"tied='copy' cannot copy '{strip(found[index][0][1])}' for module '{names[index]}':"
+                        " the same submodule runs in several modules; use tied='owner', or give the model two"
+                        " submodules"
                     )
-                fresh = nn.Parameter(copy.deepcopy(parameter.data), parameter.requires_grad)
                 for module, name in mine:
-                    self._undo.append((module, name, parameter))
-                    setattr(module, name, fresh)
+                    if module._parameters[name] is not fresh:
+                        self._undo.append((module, name, parameter))
+                        setattr(module, name, fresh)
 
     @staticmethod
     def _at(root: Root, node: fx.Node) -> list[nn.Module]:

@@ -58,6 +58,13 @@ class Method(ABC):
     def passes(self) -> Sequence[Pass]:
         """Return the passes, in the order in which they run."""
 
+    def opened(self, model: nn.Module, splits: Sequence[str]) -> Iterator[str]:
+        """Yield the submodules that the method must see: capture opens every module around them.
+
+        Those of the types in `opens`, unless a method knows better from where the model is cut.
+        """
+        yield from (name for name, module in model.named_modules() if name and isinstance(module, self.opens))
+
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Yield a sentence for each reason why the method is undefined on this partition."""
         yield from ()

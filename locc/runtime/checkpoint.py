@@ -6,11 +6,12 @@ schedulers, gradients of an accumulation under way, the counters and the random 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,22 +32,31 @@ def save(program: Program, path: Path) -> None:
     """Write the program's state; the previous file at `path` stays whole until the new one is complete.
 
     Raises:
-        CheckpointError: the folder does not exist, or a scheduler's state is not JSON.
+        CheckpointError: the folder does not exist, the file cannot be written, or the state of an
+            optimizer or a scheduler is not JSON.
     """
     if not path.parent.is_dir():
         raise CheckpointError(f"cannot save to '{path}': the folder '{path.parent}' does not exist")
     tensors, header = _state(program)
-    header["digest"] = _digest(tensors)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    text = json.dumps(header)
+    metadata = {"locc": text, "digest": _digest(tensors, text)}
+    # Beside the target, not in a temporary folder: only within one file system is a rename atomic.
+    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        save_file(tensors, name, metadata={"locc": json.dumps(header)})
+        name.touch()
+        mode = name.stat().st_mode  # what the user's umask says; safetensors writes files for the owner alone
+        save_file(tensors, name, metadata=metadata)
+        os.chmod(name, mode)
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot save to '{path}': {error}; a file that was there before is unharmed"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
 
 
 def load(program: Program, path: Path) -> None:
@@ -64,13 +74,46 @@ def load(program: Program, path: Path) -> None:
             f"{', '.join(header['owners'])}); this one is method '{program.method}', modules "
             f"{', '.join(program.ir.owners)}. Compile with the same model, splits and options"
         )
-    own, _ = _state(program)
-    for name in {n for n in own if not n.startswith(("optimizer/", "grad/"))} | {
-        n for n in tensors if not n.startswith(("optimizer/", "grad/"))
-    }:
-        if name not in own or name not in tensors or (own[name].shape != tensors[name].shape):
-            raise CheckpointError(f"'{path}' does not fit this program: tensor '{name}' is missing or has another shape")
-    _apply(program, tensors, header)
+    own, mine = _state(program)
+    problem = next(_misfits(tensors, header, own, mine), None)
+    if problem is not None:
+        raise CheckpointError(f"'{path}' does not fit this program: {problem}")
+    try:
+        _apply(program, tensors, header)
+    except BaseException as error:
+        _apply(program, own, mine)
+        if isinstance(error, Exception):
+            raise CheckpointError(
+                f"'{path}' does not fit this program: {type(error).__name__}: {error}"
+            ) from error
+        raise
+
+
+def _misfits(
+    tensors: Mapping[str, Tensor], header: dict[str, Any], own: Mapping[str, Tensor], mine: dict[str, Any]
+) -> Iterator[str]:
+    """Yield what keeps a saved state from being this program's."""
+
+    def state(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: t for n, t in held.items() if n.startswith("state/")}
+
+    for name in {**state(own), **state(tensors)}:
+        a, b = own.get(name), tensors.get(name)
+        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+            yield f"tensor '{name.removeprefix('state/')}' is missing or has another shape or dtype"
+    for key, what in (
+        ("optimizers", "optimizers"),
+        ("schedulers", "schedulers"),
+        ("phases", "phases of training"),
+    ):
+        found, expected = _kinds(header, key), _kinds(mine, key)
+        if found != expected:
+            yield f"it was saved with the {what} {found or 'none'}, and this program has {expected or 'none'}"
+
+
+def _kinds(header: dict[str, Any], key: str) -> Any:
+    held = header[key]
+    return {name: item["kind"] for name, item in held.items()} if isinstance(held, dict) else held
 
 
 def graph_hash(program: Program) -> str:
@@ -85,17 +128,24 @@ def _state(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]]:
     groups: dict[str, Any] = {}
     for owner, learner in program.built.learners.items():
         state = learner.optimizer.state_dict()
-        groups[owner] = {"groups": _plain(state["param_groups"], f"optimizer of '{owner}'"), "plain": {}}
+        number = list(program.ir.owners).index(owner)
+        groups[owner] = {
+            "kind": type(learner.optimizer).__name__,
+            "groups": _plain(state["param_groups"], f"optimizer of '{owner}'"),
+            "plain": {},
+        }
         for index, values in state["state"].items():
             for key, value in values.items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer/{owner}/{index}/{key}"] = value
+                    tensors[f"optimizer/{number}/{index}/{key}"] = value
                 else:
-                    groups[owner]["plain"].setdefault(str(index), {})[key] = _plain(value, f"optimizer of '{owner}'")
+                    groups[owner]["plain"].setdefault(str(index), {})[key] = _plain(
+                        value, f"optimizer of '{owner}'"
+                    )
         groups[owner]["pending"] = learner.pending
         for i, parameter in enumerate(learner.parameters):
             if learner.pending and parameter.grad is not None:
-                tensors[f"grad/{owner}/{i}"] = parameter.grad
+                tensors[f"grad/{number}/{i}"] = parameter.grad
     tensors["random/cpu"] = torch.get_rng_state()
     if program.device.type == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state(program.device)
@@ -109,7 +159,11 @@ def _state(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "phase": program.phase,
         "seed": program.built.executor.seed,
         "optimizers": groups,
-        "schedulers": {n: _plain(s.state_dict(), f"scheduler of '{n}'") for n, s in program.schedulers.items()},
+        "schedulers": {
+            n: {"kind": type(s).__name__, "state": _plain(s.state_dict(), f"scheduler of '{n}'")}
+            for n, s in program.schedulers.items()
+        },
+        "phases": [phase.name for phase in program.phases],
     }
     # safetensors refuses shared or strided storage; a checkpoint is a snapshot in any case.
     return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, header
@@ -134,7 +188,9 @@ def _plain(value: Any, what: str) -> Any:
         return [_plain(v, what) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise CheckpointError(f"the {what} holds a {type(value).__name__}, which a checkpoint without pickle cannot keep")
+    raise CheckpointError(
+        f"the {what} holds a {type(value).__name__}, which a checkpoint without pickle cannot keep"
+    )
 
 
 def _restore(value: Any) -> Any:
@@ -149,11 +205,12 @@ def _restore(value: Any) -> Any:
     return value
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -162,21 +219,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"there is no checkpoint at '{path}'")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("locc")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is torn or no safetensors file: {error}") from error
-    if text is None:
-        raise CheckpointError(f"'{path}' is a safetensors file, but locc did not write it: its header has no 'locc'")
-    try:
-        header = json.loads(text)
-        known = header["format"] == FORMAT
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the header of '{path}' is damaged: {error}") from error
-    if not known:
+    if "locc" not in metadata:
+        raise CheckpointError(
+            f"'{path}' is a safetensors file, but locc did not write it: its header has no 'locc'"
+        )
+    if _digest(tensors, metadata["locc"]) != metadata.get("digest"):
+        raise CheckpointError(f"'{path}' is damaged: the digest of what it holds differs from the one saved")
+    header = json.loads(metadata["locc"])
+    if header["format"] != FORMAT:
         raise CheckpointError(f"'{path}' has format {header['format']}; this locc reads format {FORMAT}")
-    if _digest(tensors) != header.get("digest"):
-        raise CheckpointError(f"the tensors in '{path}' are damaged: their digest differs from the one saved")
     return tensors, header
 
 
@@ -184,24 +239,25 @@ def _apply(program: Program, tensors: dict[str, Tensor], header: dict[str, Any])
     with torch.no_grad():
         for name, tensor in _own(program).items():
             tensor.copy_(tensors[f"state/{name}"])
+    numbers = {owner: i for i, owner in enumerate(program.ir.owners)}
     for owner, learner in program.built.learners.items():
         saved = header["optimizers"][owner]
         state: dict[int, dict[str, Any]] = {}
         for index, plain in saved["plain"].items():
             state[int(index)] = {k: _restore(v) for k, v in plain.items()}
-        prefix = f"optimizer/{owner}/"
+        prefix = f"optimizer/{numbers[owner]}/"
         for name, tensor in tensors.items():
             if name.startswith(prefix):
-                index, key = name.removeprefix(prefix).split("/")
+                index, _, key = name.removeprefix(prefix).partition("/")
                 state.setdefault(int(index), {})[key] = tensor
         learner.optimizer.load_state_dict({"state": state, "param_groups": _restore(saved["groups"])})
         learner.clear()
         learner.pending = saved["pending"]
         for i, parameter in enumerate(learner.parameters):
-            if f"grad/{owner}/{i}" in tensors:
-                parameter.grad = tensors[f"grad/{owner}/{i}"].to(parameter.device)
+            gradient = tensors.get(f"grad/{numbers[owner]}/{i}")
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
     for name, scheduler in program.schedulers.items():
-        scheduler.load_state_dict(_restore(header["schedulers"][name]))
+        scheduler.load_state_dict(_restore(header["schedulers"][name]["state"]))
     program.steps, program.epochs, program.phase = header["steps"], header["epochs"], header["phase"]
     program.built.executor.seed = header["seed"]
     torch.set_rng_state(tensors["random/cpu"])

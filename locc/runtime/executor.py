@@ -25,6 +25,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     clip: float | None = None
     pending: int = 0
+    skip: Tensor | None = None
 
     @property
     def gated(self) -> bool:
@@ -36,19 +37,40 @@ class Learner:
         self.pending += 1
         if self.pending < accumulate:
             return
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.pending > 1:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
             torch._foreach_div_(gradients, float(self.pending))
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.clear()
 
+    def backup(self) -> Callable[[], None]:
+        """Return a function that puts back optimizer state and accumulated gradients as they are now."""
+        state = {p: {k: _copied(v) for k, v in held.items()} for p, held in self.optimizer.state.items()}
+        gradients = (
+            [_copied(p.grad) for p in self.parameters] if self.pending else [None] * len(self.parameters)
+        )
+        pending, skip = self.pending, self.skip
+
+        def restore() -> None:
+            self.optimizer.state.clear()
+            self.optimizer.state.update(state)
+            self.pending, self.skip = pending, skip
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+
+        return restore
+
     def clear(self) -> None:
         """Drop the gradients, so that their memory is free."""
-        self.pending = 0
+        self.pending, self.skip = 0, None
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 @dataclass
@@ -62,7 +84,8 @@ class Executor:
     autocast: torch.dtype | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     observe: Callable[[Instruction, dict[str, Any]], None] | None = None
-    flags: list[tuple[str, Tensor]] = field(default_factory=list)
+    deferred: bool = True
+    flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
 
     def run(self, plan: Plan, values: Iterable[Any], step: int) -> tuple[dict[str, Tensor], Tensor | None]:
         """Run one step.
@@ -73,7 +96,7 @@ class Executor:
         Raises:
             RunError: an objective is not finite; no parameter of its owner has changed.
         """
-        self.raise_deferred()
+        self.raise_deferred(step)
         state = _Step(self, plan, dict(zip(plan.inputs, values, strict=True)), step)
         try:
             with preserved_rng(self.device):
@@ -84,11 +107,25 @@ class Executor:
             raise
         return state.objectives, state.loss
 
-    def raise_deferred(self) -> None:
-        """Raise for a non-finite objective that an earlier step met on the device."""
+    def defer(self, step: int, name: str, flag: Tensor) -> None:
+        """Note a flag on the device, to be read when it has arrived without waiting for it."""
+        arriving = torch.empty((), pin_memory=True).copy_(flag, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.flags.append((step, name, arriving, event))
+
+    def raise_deferred(self, step: int | None = None) -> None:
+        """Raise for a non-finite objective that an earlier step met on the device.
+
+        Waits for the device only for flags older than two steps; without `step`, for all.
+        """
         flags, self.flags = self.flags, []
-        for name, flag in flags:
-            if bool(flag.item()):
+        for i, (made, name, flag, event) in enumerate(flags):
+            if step is not None and made > step - 2 and not event.query():
+                self.flags = flags[i:]
+                return
+            event.synchronize()
+            if bool(flag):
                 raise _non_finite(name, float("nan"))
 
 
@@ -129,6 +166,9 @@ class _Step:
     def _segment(self, segment: Segment) -> None:
         executor, values = self.executor, self.values
         seed_all(stream(executor.seed, executor.owners[segment.owner], self.step, segment.number, self.round))
+        if executor.autocast is None and torch.is_autocast_enabled(executor.device.type):
+            # The user's own autocast keeps cast weights, made without a tape or before an update.
+            torch.clear_autocast_cache()
         with torch.set_grad_enabled(segment.taped), autocast(executor.device, executor.autocast):
             results = segment.function(*[values[name] for name in segment.reads])
         for name, result in zip(segment.writes, results, strict=True):
@@ -161,12 +201,13 @@ class _Step:
         if value.device.type == "cpu":
             if not math.isfinite(value):
                 raise _non_finite(task.objectives[0], float(value))
-        elif learner is not None and learner.gated:
+        elif learner is not None and learner.gated and self.executor.deferred:
             # The optimizer skips its update on the device; the error is raised when the flag is read.
             flag = (~torch.isfinite(value)).float()
-            learner.optimizer.found_inf = flag  # type: ignore[attr-defined]
+            learner.skip = flag if learner.skip is None else torch.maximum(learner.skip, flag)
+            learner.optimizer.found_inf = learner.skip  # type: ignore[attr-defined]
             learner.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.executor.flags.append((task.objectives[0], flag))
+            self.executor.defer(self.step, task.objectives[0], flag)
         elif not math.isfinite(value):
             raise _non_finite(task.objectives[0], float(value))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
@@ -33,20 +34,24 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the data: mean loss and objectives over its steps, and the validation after it."""
+    """One pass over the data: mean loss and objectives over its steps, and the validation after it.
+
+    `loss` is None in a pass that does not compute the user's loss (one that trains only inverses, say).
+    """
 
     number: int
     phase: str | None
-    loss: float
+    loss: float | None
     objectives: dict[str, float]
     seconds: float
     validation: Evaluation | None = None
 
     def __str__(self) -> str:
         phase = f" [{self.phase}]" if self.phase else ""
-        objectives = "  ".join(f"{name} {value:.4f}" for name, value in self.objectives.items())
+        loss = f"  loss {self.loss:.4f}" if self.loss is not None else ""
+        objectives = "".join(f"  {name} {value:.4g}" for name, value in self.objectives.items())
         validation = f"  validation: {self.validation}" if self.validation else ""
-        return f"epoch {self.number}{phase}  loss {self.loss:.4f}  {objectives}{validation}"
+        return f"epoch {self.number}{phase}{loss}{objectives}{validation}"
 
 
 @dataclass
@@ -75,7 +80,10 @@ def batch_of(batch: Any) -> tuple[Any, Any]:
         raise LoccError(f"a batch is a dict with keys {list(batch)} and none of them is 'labels' or 'target'")
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
-    raise LoccError(f"the loader must yield (x, y) pairs, (inputs..., y) or a dict with 'labels'; found {type(batch).__name__}")
+    raise LoccError(
+        f"the loader must yield (x, y) pairs, (inputs..., y) or a dict with 'labels';"
+        f" found {type(batch).__name__}"
+    )
 
 
 def fit(
@@ -98,19 +106,28 @@ def fit(
         scheduler_interval: "epoch" or "step": how often the learning-rate schedulers advance.
 
     Returns:
-        The history. After Ctrl-C it is returned as far as it came, `interrupted` is set, and the
-        program stands after the last completed step.
+        The history. After Ctrl-C it is returned as far as it came, with `interrupted` set. The program goes
+        on from there; a step that was cut short has updated the modules that it came to, unless
+        `atomic=True`.
+
+    Raises:
+        LoccError: an argument is unusable, or the loader yields nothing.
+        RunError: see `Program.step`.
     """
     if scheduler_interval not in ("epoch", "step"):
         raise LoccError(f"scheduler_interval={scheduler_interval!r}: choose 'epoch' or 'step'")
-    if epochs < 0:
+    if type(epochs) is not int or epochs < 0:
         raise LoccError(f"epochs={epochs}: give a number of at least 0")
     if not isinstance(loader, Iterable):
         raise LoccError(f"loader must be iterable; found {type(loader).__name__}")
     if program._built is None:
-        for batch in loader:
-            program.complete(batch_of(batch)[0])
-            break
+        batches = iter(loader)
+        first = next(batches, None)
+        if first is None:
+            raise LoccError("the loader yielded no batch")
+        program.complete(batch_of(first)[0])
+        if batches is loader:  # a generator: put the batch back
+            loader = itertools.chain([first], batches)
     history = History()
     training = program.training and program.model.training
     if not training:
@@ -118,7 +135,9 @@ def fit(
     with _bar(program, progress) as bar:
         try:
             for number, phase in _passes(program, epochs):
-                history.epochs.append(_epoch(program, loader, number, phase, validation, bar, scheduler_interval))
+                history.epochs.append(
+                    _epoch(program, loader, number, phase, validation, bar, scheduler_interval)
+                )
                 program.epochs += 1
                 if bar is not None:
                     bar.console.print(str(history.epochs[-1]), highlight=False, markup=False)
@@ -174,10 +193,12 @@ def _epoch(
             x, y = batch_of(batch)
             report = program.step(x, y)
             steps += 1
-            for name, value in (("loss", report.loss), *report.objectives.items()):
+            whole = {} if report.network_loss is None else {"loss": report.network_loss}
+            found = {**whole, **report.objectives}
+            for name, value in found.items():
                 sums[name] = sums[name] + value.float() if name in sums else value.float()
             if scheduler_interval == "step":
-                _advance(program)
+                _advance(program, found)
             if bar is not None and task is not None:
                 # Reading a loss synchronises the device, so the bar shows them now and then.
                 if steps % 20 == 0 or steps == total:
@@ -187,24 +208,32 @@ def _epoch(
         if bar is not None and task is not None:
             bar.remove_task(task)
     if steps == 0:
-        raise LoccError("the loader yielded no batch; a generator can be iterated only once, use a DataLoader or a list")
-    if scheduler_interval == "epoch":
-        _advance(program)
+        raise LoccError(
+            "the loader yielded no batch; a generator can be iterated only once, use a DataLoader or a list"
+        )
     means = {name: float(value) / steps for name, value in sums.items()}
+    program.built.executor.raise_deferred()
+    if scheduler_interval == "epoch":
+        _advance(program, means)
     seconds = time.perf_counter() - started
     checked = evaluate(program, validation) if validation is not None else None
-    return Epoch(number, phase, means.pop("loss"), means, seconds, checked)
+    return Epoch(number, phase, means.pop("loss", None), means, seconds, checked)
 
 
-def _advance(program: Program) -> None:
+def _advance(program: Program, means: Mapping[str, Any]) -> None:
     training = program.plan(program.phase).trains
     for name, scheduler in program.schedulers.items():
-        if name in training:
+        if name not in training:
+            continue
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            # Each module watches its own objectives: the loss knows nothing of an early module.
+            scheduler.step(sum(float(v) for key, v in means.items() if key.rpartition(".")[0] == name))
+        else:
             scheduler.step()
 
 
 def _text(sums: dict[str, Tensor], steps: int) -> str:
-    return "  ".join(f"{name} {float(value) / steps:.3f}" for name, value in sums.items())
+    return "  ".join(f"{name} {float(value) / steps:.3g}" for name, value in sums.items())
 
 
 def _bar(program: Program, wanted: bool) -> Any:

@@ -63,7 +63,9 @@ class Program(nn.Module):
     model's own parameters are trained in place.
     """
 
-    def __init__(self, root: Root, method: str, settings: Settings, build: Callable[[Program, Inputs], Built]) -> None:
+    def __init__(
+        self, root: Root, method: str, settings: Settings, build: Callable[[Program, Inputs], Built]
+    ) -> None:
         super().__init__()
         self.root = root
         self.method = method
@@ -74,6 +76,7 @@ class Program(nn.Module):
         self._build = build
         self._built: Built | None = None
         self._folded: fx.GraphModule | None = None
+        self._home = id(root)
 
     # ---- compilation ------------------------------------------------------------------------
 
@@ -85,7 +88,9 @@ class Program(nn.Module):
             RunError: there were no example inputs and no step yet.
         """
         if self._built is None:
-            raise RunError("the program is not complete yet: pass example_inputs to compile, or run a step first")
+            raise RunError(
+                "the program is not complete yet: pass example_inputs to compile, or run a step first"
+            )
         return self._built
 
     def complete(self, x: Any) -> None:
@@ -152,6 +157,14 @@ class Program(nn.Module):
         built = self.built
         if not (self.training and self.model.training):
             raise RunError("the program is in eval mode; call program.train() before a step")
+        if torch.is_inference_mode_enabled():
+            raise RunError("a step inside torch.inference_mode() cannot train; leave it first")
+        if self._home != id(self.root):
+            raise RunError(
+                "this is a copy of a program, and its code is bound to the model of the original; copy "
+                "program.model and compile again"
+            )
+        self._follow_device()
         inputs = Inputs.of(self.model, self._move(x))
         tensors = built.ir.captured.signature.bind(inputs)
         plan = self.plan(self.phase)
@@ -161,7 +174,7 @@ class Program(nn.Module):
             objectives, loss = built.executor.run(plan, [*tensors, self._move(y)], self.steps)
         except BaseException:
             if backup is not None:
-                self._restore(backup)
+                backup()
             raise
         finally:
             for module in frozen:
@@ -206,7 +219,11 @@ class Program(nn.Module):
         device = self.device
 
         def move(item: Any) -> Any:
-            return item.to(device, non_blocking=True) if isinstance(item, Tensor) and item.device != device else item
+            return (
+                item.to(device, non_blocking=True)
+                if isinstance(item, Tensor) and item.device != device
+                else item
+            )
 
         return torch.utils._pytree.tree_map(move, value)
 
@@ -216,17 +233,19 @@ class Program(nn.Module):
         found = next(self.root.model.parameters(), None)
         return torch.device("cpu") if found is None else found.device
 
-    def _backup(self) -> list[tuple[Tensor, Tensor]]:
-        tensors = [*self.root.parameters(), *self.root.buffers()]
-        for optimizer in self.optimizers.values():
-            tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        return [(t, t.detach().clone()) for t in tensors]
+    def _backup(self) -> Callable[[], None]:
+        """Return a function that undoes everything a step changes."""
+        tensors = [(t, t.detach().clone()) for t in (*self.root.parameters(), *self.root.buffers())]
+        learners = [learner.backup() for learner in self.built.learners.values()]
 
-    @staticmethod
-    def _restore(backup: list[tuple[Tensor, Tensor]]) -> None:
-        with torch.no_grad():
-            for tensor, value in backup:
-                tensor.copy_(value)
+        def restore() -> None:
+            with torch.no_grad():
+                for tensor, value in tensors:
+                    tensor.copy_(value)
+            for undo in learners:
+                undo()
+
+        return restore
 
     # ---- inference --------------------------------------------------------------------------
 
@@ -238,7 +257,8 @@ class Program(nn.Module):
             if self._folded is None:
                 object.__setattr__(self, "_folded", fx.GraphModule(self.root, self._built.ir.inference))
             assert self._folded is not None
-            return self._folded(*tensors)
+            rebuild = captured.inference_output or captured.output
+            return rebuild(*self._folded(*tensors))
         return self.root.model(*args, **kwargs)
 
     def predict(self, x: Any) -> Any:
@@ -248,13 +268,28 @@ class Program(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Program:
         before = {id(p): p for p in self.root.parameters()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._built is not None:
-            self._built.executor.device = self.device
-            _move_optimizer_state(self.optimizers.values())
+            for dtype in {p.dtype for p in before.values()}:
+                if fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype:
+                    raise LoccError(
+                        f"the program is compiled for {dtype}; cast the model before compiling it"
+                    )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        object.__setattr__(self, "_folded", None)  # it holds buffers, which a move replaces
+        if self._built is not None:
+            self._follow_device()
             if {id(p) for p in self.root.parameters()} != set(before):
-                raise LoccError("moving the program replaced its parameters; move the model before compiling it")
+                raise LoccError(
+                    "moving the program replaced its parameters; move the model before compiling it"
+                )
         return self
+
+    def _follow_device(self) -> None:
+        """Take the optimizers to where the model is now."""
+        if self.built.executor.device != self.device:
+            self.root.aux.to(self.device)
+            self.built.executor.device = self.device
+            _move_optimizer_state(self.optimizers.values())
 
     # ---- the rest of the contract, in rooms of its own ----------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,19 +38,44 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise LoccError(f"schedule={self.schedule!r} is not available; {nearest(str(self.schedule), SCHEDULES)}")
+            raise LoccError(
+                f"schedule={self.schedule!r} is not available; {nearest(str(self.schedule), SCHEDULES)}"
+            )
         if self.backend not in BACKENDS:
-            raise LoccError(f"backend={self.backend!r} is not available; {nearest(str(self.backend), BACKENDS)}")
-        if not isinstance(self.accumulate, int) or self.accumulate < 1:
-            raise LoccError(f"accumulate={self.accumulate!r}: give the number of steps per update, at least 1")
-        if self.clip is not None and not self.clip > 0:
+            raise LoccError(
+                f"backend={self.backend!r} is not available; {nearest(str(self.backend), BACKENDS)}"
+            )
+        if type(self.accumulate) is not int or self.accumulate < 1:
+            raise LoccError(
+                f"accumulate={self.accumulate!r}: give the number of steps per update, at least 1"
+            )
+        if self.clip is not None and not (_is_number(self.clip) and self.clip > 0):
             raise LoccError(f"clip={self.clip!r}: give the largest gradient norm of a module, above 0")
-        if isinstance(self.autocast, str) and self.autocast not in PRECISIONS:
-            raise LoccError(f"autocast={self.autocast!r} is unknown; {nearest(self.autocast, PRECISIONS)}")
+        if self.seed is not None and type(self.seed) is not int:
+            raise LoccError(f"seed={self.seed!r}: give a whole number, or None for torch.initial_seed()")
+        self._check_autocast()
         if self.optimizer is not None and not callable(self.optimizer):
             raise LoccError(
                 "optimizer must be a callable that builds one from parameters, such as "
                 "lambda params: torch.optim.SGD(params, lr=0.1); found " + type(self.optimizer).__name__
+            )
+        factories = self.scheduler.values() if isinstance(self.scheduler, Mapping) else [self.scheduler]
+        for factory in factories:
+            if factory is not None and not callable(factory):
+                raise LoccError(
+                    "scheduler must be a callable that builds one from an optimizer, or a dict of them by"
+                    f" module; found {type(factory).__name__}"
+                )
+
+    def _check_autocast(self) -> None:
+        known = (
+            self.autocast in PRECISIONS
+            if isinstance(self.autocast, str)
+            else self.autocast in PRECISIONS.values()
+        )
+        if self.autocast is not None and not known:
+            raise LoccError(
+                f"autocast={self.autocast!r} is unknown; {nearest(str(self.autocast), PRECISIONS)}"
             )
 
     @property
@@ -75,15 +101,31 @@ class Settings:
 
     def _optimizer(self, owner: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            return torch.optim.Adam(parameters, lr=1e-3)
-        optimizer = self.optimizer(parameters)
+            # Only the fused one skips an update on the device, so that a step needs no synchronisation.
+            fused = all(p.is_cuda and p.is_floating_point() for p in parameters)
+            return torch.optim.Adam(parameters, lr=1e-3, fused=fused or None)
+        try:
+            optimizer = self.optimizer(parameters)
+        except Exception as error:
+            raise MethodError(
+                f"optimizer(params) failed for '{owner}': {type(error).__name__}: {error}; it is called once"
+                " for each module, with the list of its parameters"
+            ) from error
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise MethodError(f"optimizer(params) returned a {type(optimizer).__name__} for '{owner}', not an Optimizer")
+            raise MethodError(
+                f"optimizer(params) returned a {type(optimizer).__name__} for '{owner}', not an Optimizer"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if held != {id(p) for p in parameters}:
             raise MethodError(
                 f"optimizer(params) for '{owner}' does not hold exactly the parameters it was given; "
                 "build it from its argument, not from model.parameters()"
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise MethodError(
+                f"optimizer {type(optimizer).__name__} evaluates the loss several times a step (a closure),"
+                " which a program does not; choose one whose step() needs no closure"
             )
         return optimizer
 
@@ -94,6 +136,21 @@ class Settings:
         if isinstance(self.scheduler, Mapping):
             for name in self.scheduler:
                 if name not in learners:
-                    raise LoccError(f"scheduler for '{name}', which is no module that trains; {nearest(name, learners)}")
-            return {name: make(learners[name].optimizer) for name, make in self.scheduler.items()}
-        return {name: self.scheduler(learner.optimizer) for name, learner in learners.items()}
+                    raise LoccError(
+                        f"scheduler for '{name}', which is no module that trains; {nearest(name, learners)}"
+                    )
+            return {name: _built(name, make, learners[name]) for name, make in self.scheduler.items()}
+        return {name: _built(name, self.scheduler, learner) for name, learner in learners.items()}
+
+
+def _built(owner: str, make: SchedulerFactory, learner: Learner) -> Any:
+    try:
+        return make(learner.optimizer)
+    except Exception as error:
+        raise MethodError(
+            f"scheduler(optimizer) failed for '{owner}': {type(error).__name__}: {error}"
+        ) from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -60,6 +60,11 @@ def test_a_gradient_with_respect_to_a_computed_value_is_found(ir):
     _refused(ir, "which is not a leaf")
 
 
+def test_a_gradient_with_respect_to_a_parameter_is_found(ir):
+    ir.gradient(ir.loss, ir.read("third", "model.third.weight"))
+    _refused(ir, "which is not a leaf")
+
+
 def test_assigning_to_a_foreign_state_is_found(ir):
     foreign = ir.read("first", "model.first.bias")
     ir.emit("second", ops.assign, foreign, ir.stop_gradient("second", foreign))

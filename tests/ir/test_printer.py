@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from torch import nn
+
 import support
 from locc.ir import Phase
 
@@ -51,3 +53,21 @@ def test_a_dump_is_written_after_each_pass(tmp_path, monkeypatch):
     names = sorted(p.name for p in (tmp_path / "dump").iterdir())
     assert names == ["000_partition.py", "001_output_loss.py", "002_gradient_chain.py"]
     assert (tmp_path / "dump" / names[-1]).read_text() == str(program.ir)
+
+
+class Indexing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x):
+        h = self.first(x)[:, None, 1:]
+        return self.last(h[..., ::2].mean(1)[slice(None)])
+
+
+def test_what_a_user_indexes_prints_as_python():
+    text = str(support.compiled(Indexing(), "bp", ["first"]).ir)
+    assert "[:, None, 1:]" in text
+    assert "[Ellipsis, ::2]" in text
+    compile(text, "<printed>", "exec")

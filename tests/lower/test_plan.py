@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import locc
+from benchmarks.meter import peak_memory
+from locc.ir import TrainingGraph, carry, stop_gradient
+from locc.ir.graph import Phase, Repeat
+from locc.lower import Backward, Loop, Plan, Segment, Update, lower
+from locc.rewrite import Method, Pass
+from locc.runtime import Program
+from support import Residual, Tied, batch, compiled, mlp, sgd
+
+
+@dataclass(frozen=True)
+class LocalHeads(Pass):
+    """A linear head and the loss for each module but the last, which has the user's loss."""
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        for module in ir.modules[:-1]:
+            (value,) = ir.outputs(module.name)
+            (width,) = value.meta["spec"].features
+            head = nn.Linear(width, 3).to(value.meta["spec"].dtype)
+            logits = ir.call(module.name, ir.add_module(f"{module.name}_head", head), value, role="head")
+            ir.objective(module.name, ir.emit(module.name, functional.cross_entropy, logits, ir.target), "ce")
+        ir.objective(ir.last.name, ir.apply_loss(), "loss")
+
+
+@dataclass(frozen=True)
+class Greedy(Method):
+    family: ClassVar[str] = "test"
+    reference: ClassVar[str] = "none"
+
+    def passes(self) -> Sequence[Pass]:
+        return (LocalHeads(),)
+
+
+def kinds(plan: Plan) -> list[str]:
+    """The plan as words: f (forward), b (backward), u (update), with the owner."""
+    letter = {Segment: "f", Backward: "b", Update: "u", Loop: "l"}
+    return [f"{letter[type(i)]} {i.owner}" for i in plan.instructions]
+
+
+def final_values(program: Program, phase: str | None = None) -> dict[str, Any]:
+    """What is left in the environment after a step."""
+    left: dict[str, Any] = {}
+
+    def observe(_: object, values: dict[str, Any]) -> None:
+        left["values"] = values
+
+    program.built.executor.observe = observe
+    program.step(*batch())
+    program.built.executor.observe = None
+    return left["values"]
+
+
+# ---- order -------------------------------------------------------------------------------------
+
+
+def test_each_module_is_done_before_the_next_one_starts():
+    program = compiled(mlp(), Greedy(), ["relu1", "relu2"])
+    names = ["relu1", "relu2", "third"]
+    assert kinds(program.plan()) == [f"{kind} {name}" for name in names for kind in "fbu"]
+
+
+def test_backpropagation_walks_down():
+    program = compiled(mlp(), "bp", ["relu1", "relu2"])
+    words = kinds(program.plan())
+    assert words[:5] == ["f relu1", "f relu2", "f third", "b third", "u third"]
+    assert words[5:] == ["f relu2", "b relu2", "u relu2", "f relu1", "b relu1", "u relu1"]
+
+
+def test_an_update_waits_for_every_reader_of_the_parameter():
+    tokens = torch.randint(11, (3, 4))
+    program = locc.compile(Tied(), Greedy3(), ["mid"], example_inputs=tokens, tied="owner")
+    words = kinds(program.plan())
+    assert words.index("u mid") > words.index("b head")
+    program.step(tokens, tokens)
+
+
+@dataclass(frozen=True)
+class MeanSquares(Pass):
+    def rewrite(self, ir: TrainingGraph) -> None:
+        for module in ir.modules[:-1]:
+            for value in ir.outputs(module.name):
+                ir.objective(module.name, ir.emit(module.name, torch.mean, value), "mean")
+        ir.objective(ir.last.name, ir.apply_loss(), "loss")
+
+
+@dataclass(frozen=True)
+class Greedy3(Greedy):
+    def passes(self) -> Sequence[Pass]:
+        return (MeanSquares(),)
+
+
+def test_the_order_does_not_depend_on_the_run():
+    assert str(compiled(Residual(), "bp", ["blocks.*"]).plan()) == str(
+        compiled(Residual(), "bp", ["blocks.*"]).plan()
+    )
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["bp", "dgl", "dtp", "dni", "dfa"])
+def test_nothing_is_left_at_the_end_of_a_step(method):
+    program = compiled(mlp(), method, ["relu1", "relu2"])
+    assert final_values(program) == {}
+
+
+def test_a_value_goes_after_its_last_reader():
+    program = compiled(Residual(), "bp", ["blocks.*"])
+    plan = program.plan()
+    for i, instruction in enumerate(plan.instructions):
+        for name in instruction.frees:
+            assert not any(name in (*later.reads, *later.writes) for later in plan.instructions[i + 1 :])
+    written = {n for i in plan.instructions for n in (*i.writes, *i.reads)}
+    assert written == {n for i in plan.instructions for n in i.frees}
+
+
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_the_peak_is_that_of_the_largest_module(count):
+    """Guards the order: forward, backward, update and release of a module before the next one's forward."""
+    width, size = 64, 256
+
+    class Block(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
+
+    model = nn.Sequential(*(Block() for _ in range(12)), nn.Linear(width, 3))
+    splits = [str(i) for i in range(12 // count - 1, 11, 12 // count)]
+    x, y = torch.randn(size, width), torch.randint(3, (size,))
+    program = locc.compile(model, Greedy(), splits, example_inputs=x, optimizer=sgd())
+    whole = compiled_alone(nn.Sequential(*(Block() for _ in range(12 // count))), x, y)
+    program.step(x, y)
+    found = peak_memory(lambda: program.step(x, y))
+    assert found == pytest.approx(whole, rel=0.05)
+
+
+def compiled_alone(part: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Peak of one module with its head, trained by hand as in a greedy step."""
+    head = nn.Linear(x.shape[1], 3)
+    optimizer = sgd()([*part.parameters(), *head.parameters()])
+
+    def step() -> None:
+        # the input is the previous module's output, alive as long as this module runs
+        h = part(x.clone())
+        loss = functional.cross_entropy(head(h), y)
+        loss.backward()
+        del loss
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return peak_memory(step)
+
+
+def test_the_tape_is_kept_only_where_two_passes_share_it():
+    plain = compiled(mlp(), "bp", ["relu1", "relu2"]).plan()
+    assert not any(i.retain for i in plan_backwards(plain))
+    shared = plan_backwards(compiled(mlp(), Both(), ["relu1"]).plan())
+    assert [i.retain for i in shared if i.owner == "relu1"] == [True, False]
+
+
+def plan_backwards(plan: Plan) -> list[Backward]:
+    return [i for i in plan.instructions if isinstance(i, Backward)]
+
+
+@dataclass(frozen=True)
+class TwoObjectives(Pass):
+    """Two objectives on one output, and one alone that needs the gradient of another scalar."""
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        for module in ir.modules[:-1]:
+            (value,) = ir.outputs(module.name)
+            for name, function in (("mean", torch.mean), ("sum", torch.sum)):
+                ir.objective(module.name, ir.emit(module.name, function, value, name=name), name)
+        ir.objective(ir.last.name, ir.apply_loss(), "loss")
+
+
+@dataclass(frozen=True)
+class Both(Greedy):
+    def passes(self) -> Sequence[Pass]:
+        return (TwoObjectives(),)
+
+
+def test_several_objectives_of_a_module_add_up():
+    model = mlp().double()
+    x, y = batch(dtype=torch.float64)
+    weight = model.get_submodule("first").weight
+    before = weight.detach().clone()
+    h = model.get_submodule("relu1")(model.get_submodule("first")(x))
+    (expected,) = torch.autograd.grad(h.mean() + h.sum(), weight)
+    report = compiled(model, Both(), ["relu1"], optimizer=sgd(0.1)).step(x, y)
+    assert list(report.objectives) == ["relu1.mean", "relu1.sum", "output.loss"]
+    assert torch.allclose(weight, before - 0.1 * expected, rtol=0, atol=1e-12)
+
+
+# ---- tape --------------------------------------------------------------------------------------
+
+
+def test_a_stretch_without_an_objective_runs_without_a_tape():
+    program = compiled(mlp(), Greedy(), ["relu1", "relu2"])
+    plan = lower(program.ir, frozenset({"third"}))
+    assert [(i.owner, i.taped) for i in plan.instructions if isinstance(i, Segment)] == [
+        ("relu1", False),
+        ("relu2", False),
+        ("third", True),
+    ]
+    assert plan.trains == ("third",)
+
+
+def test_gradient_modes_seen_by_the_modules():
+    seen: dict[str, bool] = {}
+    model = mlp()
+    for name in ("first", "second", "third"):
+        model.get_submodule(name).register_forward_hook(
+            lambda m, a, o, name=name: seen.update({name: torch.is_grad_enabled()})
+        )
+    program = compiled(model, Greedy(), ["relu1", "relu2"], schedule="sequential")
+    program.phase = "relu2"
+    seen.clear()
+    program.step(*batch())
+    assert seen == {"first": False, "second": True}
+
+
+# ---- phases ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TakeTurns(LocalHeads):
+    def rewrite(self, ir: TrainingGraph) -> None:
+        super().rewrite(ir)
+        first, *rest = (m.name for m in ir.modules)
+        ir.phases = (Phase("bottom", (first,), epochs=2, warmup=True), Phase("top", tuple(rest)))
+
+
+@dataclass(frozen=True)
+class Turns(Greedy):
+    def passes(self) -> Sequence[Pass]:
+        return (TakeTurns(),)
+
+
+def test_a_phase_drops_what_it_does_not_need():
+    program = compiled(mlp(), Turns(), ["relu1", "relu2"])
+    assert kinds(program.plan("bottom")) == ["f relu1", "b relu1", "u relu1"]
+    assert program.plan("top").trains == ("relu2", "third")
+    assert "aux" not in " ".join(
+        i.code for i in program.plan("top").instructions if getattr(i, "owner", "") == "relu1"
+    )
+    with pytest.raises(locc.RunError, match="there is no phase 'tip'; nearest: 'top'"):
+        program.plan("tip")
+
+
+def test_fit_runs_the_phases_in_turn():
+    program = compiled(mlp(), Turns(), ["relu1", "relu2"])
+    history = program.fit([batch()] * 2, epochs=2, progress=False)
+    assert [(e.number, e.phase) for e in history.epochs] == [
+        (0, "bottom"),
+        (0, "bottom"),
+        (1, "top"),
+        (2, "top"),
+    ]
+    assert program.phase is None
+    assert [e.phase for e in program.fit([batch()], progress=False).epochs] == ["top"]
+
+
+# ---- assign ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Average(Pass):
+    """Keeps a moving average of the first module's output mean, and adds the old one to its objective."""
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        holder = nn.Module()
+        holder.register_buffer("mean", torch.zeros(()))
+        owner = ir.modules[0].name
+        path = ir.add_module("average", holder)
+        (value,) = ir.outputs(owner)
+        now = ir.emit(owner, torch.mean, value, name="now")
+        outside = ir.stop_gradient(owner, now, role="detached")
+        ir.assign(owner, f"{path}.mean", outside)
+        old = ir.read(owner, f"{path}.mean")
+        ir.objective(owner, ir.emit(owner, torch.add, now, old, name="total"), "mean")
+        ir.objective(ir.last.name, ir.apply_loss(), "loss")
+
+
+@dataclass(frozen=True)
+class Averaging(Greedy):
+    def passes(self) -> Sequence[Pass]:
+        return (Average(),)
+
+
+def test_assign_runs_after_everything_that_reads_the_old_value():
+    model = mlp()
+    program = compiled(model, Averaging(), ["relu1"], optimizer=sgd(0.1))
+    previous = 0.0
+    for _ in range(3):
+        x, y = batch()
+        now = model[:2](x).mean().item()
+        report = program.step(x, y)
+        assert float(report.objectives["relu1.mean"]) == pytest.approx(now + previous, abs=1e-6)
+        assert float(program.root.aux["average"].mean) == pytest.approx(now, abs=1e-6)
+        previous = now
+
+
+# ---- repeated regions --------------------------------------------------------------------------
+
+
+def descend(code: Tensor, slope: Tensor) -> Tensor:
+    return code - 0.1 * slope
+
+
+@dataclass(frozen=True)
+class Codes(Pass):
+    """The last module moves its input down its own loss a few times, and learns on what comes out."""
+
+    times: int = 3
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        last = ir.last.name
+        (boundary,) = ir.boundaries(consumer=last)
+        spec = boundary.spec
+        before = set(ir.graph.nodes)
+        code = ir.emit(last, carry, boundary.entry, role="code", name="code", spec=spec)
+        leaf = ir.emit(last, stop_gradient, code, role="leaf", name="leaf", spec=spec)
+        (output,) = ir.replay(last, {boundary.entry: leaf}, [ir.output], role="replay")
+        energy = ir.emit(last, functional.cross_entropy, output, ir.target, name="energy")
+        moved = ir.emit(last, descend, code, ir.gradient(energy, leaf), name="moved", spec=spec)
+        for node in ir.graph.nodes:
+            if node not in before and node.op != "get_attr":
+                node.meta["repeat"] = "codes"
+        ir.repeats["codes"] = Repeat("codes", self.times, ((code, moved),))
+        (final,) = ir.replay(
+            last, {boundary.entry: ir.stop_gradient(last, moved, role="final")}, [ir.output], role="late"
+        )
+        ir.objective(last, ir.emit(last, functional.cross_entropy, final, ir.target, name="late_loss"), "ce")
+        for module in ir.modules[:-1]:
+            (value,) = ir.outputs(module.name)
+            error = ir.emit(
+                module.name, functional.mse_loss, value, ir.stop_gradient(module.name, moved), name="error"
+            )
+            ir.objective(module.name, error, "code")
+
+
+@dataclass(frozen=True)
+class Coding(Greedy):
+    times: int = 3
+
+    def passes(self) -> Sequence[Pass]:
+        return (Codes(self.times),)
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_a_repeated_region_carries_its_value_round(times):
+    model = mlp().double()
+    x, y = batch(dtype=torch.float64)
+    h = model[:2](x).detach()
+    code = h.clone()
+    for _ in range(times):
+        leaf = code.requires_grad_()
+        (slope,) = torch.autograd.grad(functional.cross_entropy(model[2:](leaf), y), leaf)
+        code = (leaf - 0.1 * slope).detach()
+    expected = {
+        "output.ce": functional.cross_entropy(model[2:](code), y),
+        "relu1.code": functional.mse_loss(h, code),
+    }
+    program = compiled(model, Coding(times), ["relu1"])
+    assert sum(isinstance(i, Loop) for i in program.plan().instructions) == 1
+    report = program.step(x, y)
+    for name, value in expected.items():
+        assert float(report.objectives[name]) == pytest.approx(float(value), abs=1e-12)
+
+
+def test_a_repeated_region_leaves_nothing_behind_and_the_network_learns():
+    program = compiled(mlp(), Coding(), ["relu1"], optimizer=sgd(0.1))
+    assert final_values(program) == {}
+    losses = [float(program.step(*batch()).objectives["output.ce"]) for _ in range(30)]
+    assert losses[-1] < losses[0]

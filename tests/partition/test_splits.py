@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import locc
+from locc import SplitError
+from support import Residual, batch, compiled, mlp, same, sgd, snapshot
+
+
+def modules(model: nn.Module, splits: Any, **options: Any) -> list[str]:
+    return [owner.name for owner in compiled(model, "bp", splits, **options).ir.modules]
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(4, 6)
+        self.stage = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.out = nn.Linear(6, 3)
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.stage(self.inp(x))))
+
+
+class Marked(nn.Module):
+    """Markers in the outer forward and in a submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MarkedInside()
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = locc.split(torch.tanh(self.inner(x)), "body")
+        return self.out(x)
+
+
+class MarkedInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(locc.split(torch.tanh(self.one(x)), "deep"))
+
+
+# ---- names, globs, markers ---------------------------------------------------------------------
+
+
+def test_modules_are_named_after_their_splits_in_forward_order():
+    assert modules(mlp(), ["relu1", "relu2"]) == ["relu1", "relu2", "third"]
+    assert modules(mlp(), ["relu2", "relu1"]) == ["relu1", "relu2", "third"]
+    assert modules(mlp(), "relu1") == ["relu1", "output"]
+    assert modules(mlp(), ("relu1",)) == ["relu1", "output"]
+
+
+def test_the_order_of_the_list_changes_nothing():
+    one, other = (
+        compiled(Residual(), "bp", ["blocks.1", "inp"]),
+        compiled(Residual(), "bp", ["inp", "blocks.1"]),
+    )
+    assert str(one.ir) == str(other.ir)
+
+
+def test_a_glob_matches_one_level():
+    assert modules(Residual(), "blocks.*") == ["blocks.0", "blocks.1", "blocks.2", "out"]
+    assert modules(Residual(), ["blocks.[01]"]) == ["blocks.0", "blocks.1", "output"]
+
+
+def test_no_splits_make_one_module():
+    assert len(modules(mlp(), [])) == len(modules(mlp(), 1)) == len(modules(Residual(), ())) == 1
+
+
+def test_nested_splits_cut_inside_and_after():
+    assert modules(Nested(), ["stage", "stage.0"]) == ["stage.0", "stage", "out"]
+
+
+def test_markers_are_found_in_the_forward_and_in_submodules():
+    assert modules(Marked(), []) == ["deep", "body", "out"]
+    with pytest.raises(SplitError, match=r"between splits 'inner.one' and 'deep' has no parameters to train"):
+        modules(Marked(), ["inner.one"])
+
+
+def test_a_marker_by_name_is_the_same_marker():
+    assert modules(Marked(), ["body"]) == ["deep", "body", "out"]
+
+
+def test_a_marker_does_nothing_outside_of_locc():
+    x = torch.randn(2)
+    assert locc.split(x, "name") is x
+
+
+def test_names_that_the_graph_uses_itself():
+    class Awkward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("data", "target", "output", "loss"):
+                self.add_module(name, nn.Linear(4, 4))
+
+        def forward(self, target: Tensor) -> Tensor:
+            for name in ("data", "target", "output", "loss"):
+                target = torch.tanh(getattr(self, name)(target))
+            return target
+
+    model = Awkward()
+    eager = copy.deepcopy(model)
+    program = compiled(model, "bp", ["data", "target", "output"], optimizer=sgd())
+    # "data" is the owner of the batch itself
+    assert [o.name for o in program.ir.modules] == ["data_", "target", "output", "loss"]
+    x, y = batch()
+    program.step(x, y)
+    functional.cross_entropy(eager(x), y).backward()
+    sgd()(eager.parameters()).step()
+    assert all(torch.allclose(p, q) for p, q in zip(model.parameters(), eager.parameters(), strict=True))
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (["relu9"], "split 'relu9' matches no submodule; nearest: 'relu"),
+        (["blocks.*"], r"split 'blocks.\*' matches no submodule"),
+        ([""], "split '' matches no submodule"),
+        ([3], "splits must be names, globs or a number; found 3"),
+        (["first", "first"], "split 'first' is given twice"),
+        (["first", "f*"], "split 'first' is given twice"),
+        (["third"], "split 'third' lies after the output: nothing follows it"),
+        (["second", "third"], "split 'third' lies after the output"),
+        (["first", "relu1"], "between splits 'first' and 'relu1' has no parameters to train"),
+        (0, "splits=0: give names, or the number of modules, at least 1"),
+        (True, "splits=True: give names"),
+        (2.5, "splits=2.5: give names"),
+        (None, "splits=None: give names"),
+        (4, "splits=4: the model has only 3 submodules"),
+    ],
+)
+def test_splits_that_make_no_sense(splits, message):
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(SplitError, match=message):
+        compiled(model, "bp", splits)
+    assert same(before, snapshot(model))
+
+
+def test_a_submodule_that_the_forward_does_not_call():
+    with pytest.raises(
+        SplitError, match="split 'spare' is a submodule that the forward does not call; nearest:"
+    ):
+        compiled(Nested(), "bp", ["spare"])
+
+
+def test_a_container_that_is_never_called():
+    with pytest.raises(
+        SplitError, match="split 'blocks' is a submodule that the forward does not call; nearest: 'blocks"
+    ):
+        compiled(Residual(), "bp", ["blocks"])
+
+
+def test_a_split_inside_a_leaf_names_the_leaf():
+    model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0), nn.Linear(8, 3))
+    with pytest.raises(locc.LoccError, match=r"1\.self_attn|'1'"):
+        compiled(model, "bp", ["1.self_attn.out_proj"])
+
+
+def test_two_splits_at_the_same_place():
+    with pytest.raises(SplitError, match=r"between splits .* is empty: both cuts fall on the same place"):
+        compiled(Nested(), "bp", ["stage.2", "stage"])
+
+
+def test_models_with_nothing_to_train():
+    class Doubles(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    for model in (Doubles(), mlp().requires_grad_(False)):
+        with pytest.raises(SplitError, match="the model has no parameters to train"):
+            locc.compile(model, "bp", example_inputs=batch()[0])
+
+
+def test_a_frozen_stretch_is_no_module():
+    model = mlp()
+    model.get_submodule("first").requires_grad_(False)
+    with pytest.raises(SplitError, match="the module before split 'relu1' has no parameters to train"):
+        compiled(model, "bp", ["relu1"])
+
+
+def test_a_number_beside_markers():
+    with pytest.raises(
+        SplitError, match=r"splits=2 asks for balanced modules, but the forward marks its own splits"
+    ):
+        compiled(Marked(), "bp", 2)
+
+
+def test_a_number_without_example_inputs_waits_for_the_first_step():
+    program = locc.compile(mlp(), "bp", 3)
+    program.step(*batch())
+    assert len(program.ir.modules) == 3
+
+
+# ---- balance -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_balanced_modules_have_about_the_same_cost(count):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
+    program = locc.compile(model, "bp", count, example_inputs=torch.randn(3, 8), loss="mse")
+    sizes = [sum(p.numel() for p in program.ir.parameters(o.name).values()) for o in program.ir.modules]
+    assert sizes == [12 // count * 72] * count
+
+
+def test_balance_follows_the_work_and_is_deterministic():
+    def build() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        )
+
+    found = [modules(build(), 2, example_inputs=torch.randn(3, 4)) for _ in range(3)]
+    assert found[0] == found[1] == found[2]
+    # 64x64 weighs more than all others together: it stands with as little else as possible
+    assert found[0][0] in ("0", "1")
+
+
+def test_balancing_leaves_buffers_hooks_and_the_random_state_alone():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    seen: list[int] = []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    before, state = snapshot(model), torch.get_rng_state()
+    compiled(model, "bp", 2, verify=False)
+    assert same(before, snapshot(model))
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(model[0]._forward_hooks) == 1
+
+
+# ---- where a cut falls, and what crosses it -----------------------------------------------------
+
+
+class Stream(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)
+
+
+def test_a_cut_slides_past_the_residual_addition():
+    ir = compiled(Stream(), "bp", ["blocks.0", "blocks.1"]).ir
+    assert [len(ir.boundaries(consumer=o.name)) for o in ir.modules] == [0, 1, 1]
+    assert {b.value.name for b in ir.boundaries()} == {"add", "add_1"}
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.mid = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 5)
+        self.up2, self.up1 = nn.Linear(10, 6), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = torch.tanh(self.down1(x))
+        two = torch.tanh(self.down2(one))
+        mid = torch.tanh(self.mid(two))
+        up = torch.tanh(self.up2(torch.cat([mid, two], 1)))
+        return self.up1(torch.cat([up, one], 1))
+
+
+def test_a_skip_goes_straight_to_its_consumer():
+    ir = compiled(UNet(), "bp", ["down1", "down2", "mid", "up2"]).ir
+    pairs = sorted((b.producer, b.consumer) for b in ir.boundaries())
+    # the concatenations belong to the modules before the cuts: one value crosses instead of two
+    assert pairs == [("down1", "down2"), ("down2", "mid"), ("down2", "up2"), ("mid", "up2"), ("up2", "up1")]
+    assert all(str(b.spec).startswith("f32[B,") for b in ir.boundaries())
+
+
+class Masked(nn.Module):
+    """A mask and positions made from the input alone: every reader makes its own."""
+
+    def __init__(self, noisy: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(0, 1, 4))
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.noisy = noisy
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x > 0).to(x.dtype) + self.table * torch.arange(4)
+        if self.noisy:
+            mask = mask + torch.rand_like(mask)
+        h = torch.tanh(self.a(x) * mask)
+        h = torch.tanh(self.b(h) * mask)
+        return self.c(h) * mask
+
+
+def test_parameter_free_values_are_recomputed_by_each_reader():
+    ir = compiled(Masked(), "bp", ["a", "b"]).ir
+    assert [len(ir.boundaries(consumer=o.name)) for o in ir.modules] == [0, 1, 1]
+    made = [[n for n in ir.nodes(o.name) if ir.inputs[0] in n.all_input_nodes] for o in ir.modules]
+    assert all(any("gt" in n.name for n in found) for found in made[1:])
+    assert not any("gt" in n.name for n in made[0])
+
+
+def test_random_values_are_drawn_once_and_cross():
+    ir = compiled(Masked(noisy=True), "bp", ["a", "b"]).ir
+    assert sum(bool(n.meta.get("random")) for n in ir.graph.nodes) == 1
+    assert [len(ir.boundaries(consumer=o.name)) for o in ir.modules] == [0, 2, 2]
+
+
+# ---- modules that take turns --------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """Two recurrent cells that take turns in a loop over time."""
+
+    def __init__(self, feedback: bool = False) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.GRUCell(4, 5), nn.GRUCell(5, 5), nn.Linear(5, 3)
+        self.feedback = feedback
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = g = x.new_zeros(x.shape[0], 5)
+        for _ in range(3):
+            h = self.one(x, g if self.feedback else h)
+            g = self.two(h, g)
+        return self.out(g)
+
+
+def test_recurrent_cells_that_take_turns_are_modules_of_their_own():
+    model = Stack().double()
+    eager = copy.deepcopy(model)
+    x, y = batch(dtype=torch.float64)
+    program = compiled(model, "bp", ["one", "two"], optimizer=sgd())
+    assert [o.name for o in program.ir.modules] == ["one", "two", "out"]
+    assert {str(n.target) for n in program.ir.nodes("one") if n.op == "call_module"} == {"model.one"}
+    optimizer = sgd()(eager.parameters())
+    for _ in range(2):
+        program.step(x, y)
+        optimizer.zero_grad()
+        functional.cross_entropy(eager(x), y).backward()
+        optimizer.step()
+    for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-12)
+
+
+def test_feedback_between_cells_is_refused():
+    with pytest.raises(SplitError, match="information flows back between these splits"):
+        compiled(Stack(feedback=True), "bp", ["one", "two"])

@@ -1,0 +1,508 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import locc
+from locc import RunError
+from locc.runtime import Program
+from support import Residual, batch, compiled, mlp, same, sgd, snapshot
+
+F64 = torch.float64
+
+
+def eager_gap(program: Program, eager: nn.Module) -> float:
+    pairs = zip(program.model.state_dict().values(), eager.state_dict().values(), strict=True)
+    return max(float((p - q).abs().max()) for p, q in pairs)
+
+
+# ---- inputs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 17])
+def test_other_batch_sizes(size):
+    model = Residual().double()
+    eager = copy.deepcopy(model)
+    program = compiled(model, "bp", ["blocks.*"], optimizer=sgd())
+    x, y = batch(size, F64)
+    report = program.step(x, y)
+    loss = functional.cross_entropy(eager(x), y)
+    loss.backward()
+    sgd()(eager.parameters()).step()
+    assert abs(report.loss.item() - loss.item()) < 1e-12
+    assert eager_gap(program, eager) < 1e-12
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, image: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+        h = torch.tanh(self.a(image)) * scale
+        return self.b(h if shift is None else h + shift)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(5, 7), r"input 'input' was compiled as f32\[B,4\] and now is f32\[5,7\]"),
+        (torch.zeros(5, 4, 1), r"input 'input' was compiled as f32\[B,4\]"),
+        (torch.zeros(5, 4, dtype=F64), r"input 'input' was compiled as f32\[B,4\] and now is f64\[5,4\]"),
+        ((torch.zeros(5, 4), torch.zeros(5, 4)), "the inputs differ from the example inputs"),
+        (None, "the inputs differ from the example inputs"),
+        ("text", "the inputs differ from the example inputs"),
+    ],
+)
+def test_other_inputs_are_refused(x, message):
+    program = compiled(mlp(), "bp", ["first"])
+    before = snapshot(program.model)
+    with pytest.raises(RunError, match=message):
+        program.step(x, batch()[1])
+    assert same(before, snapshot(program.model))
+    program.step(*batch())
+
+
+def test_a_missing_or_new_keyword_is_refused_by_name():
+    example = {"image": torch.zeros(5, 4), "scale": torch.ones(5, 6)}
+    program = locc.compile(Keywords(), "bp", ["a"], example_inputs=example)
+    y = batch()[1]
+    program.step(example, y)
+    with pytest.raises(RunError, match="scale"):
+        program.step({"image": torch.zeros(5, 4)}, y)
+    with pytest.raises(RunError, match="shift"):
+        program.step({**example, "shift": torch.zeros(5, 6)}, y)
+    with pytest.raises(RunError, match=r"input 'scale' was compiled as f32\[B,6\] and now is f32\[5,2\]"):
+        program.step({**example, "scale": torch.ones(5, 2)}, y)
+
+
+def test_eval_mode_is_refused():
+    program = compiled(mlp(), "bp", ["first"])
+    for mode in (program.eval, program.model.eval):
+        mode()
+        with pytest.raises(RunError, match=r"in eval mode; call program.train\(\)"):
+            program.step(*batch())
+        program.train()
+    program.step(*batch())
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not():
+    program = compiled(mlp(), "bp", ["first"])
+    with torch.inference_mode(), pytest.raises(RunError, match=r"inference_mode\(\) cannot train"):
+        program.step(*batch())
+    before = snapshot(program.model)
+    with torch.no_grad():
+        program.step(*batch())
+    assert not same(before, snapshot(program.model))
+
+
+def test_a_copy_of_a_program_does_not_train_the_original():
+    program = compiled(mlp(), "bp", ["first"])
+    twin = copy.deepcopy(program)
+    with pytest.raises(RunError, match=r"a copy of a program.*copy program.model and compile again"):
+        twin.step(*batch())
+
+
+# ---- parameters --------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_stay():
+    model = Residual().double()
+    model.blocks[1][0].bias.requires_grad_(False)
+    model.inp.weight.requires_grad_(False)
+    eager = copy.deepcopy(model)
+    program = compiled(model, "bp", ["blocks.*"], optimizer=lambda ps: torch.optim.AdamW(ps, lr=0.1))
+    optimizer = torch.optim.AdamW([p for p in eager.parameters() if p.requires_grad], lr=0.1)
+    x, y = batch(dtype=F64)
+    for _ in range(2):
+        program.step(x, y)
+        optimizer.zero_grad()
+        functional.cross_entropy(eager(x), y).backward()
+        optimizer.step()
+    assert eager_gap(program, eager) < 1e-12
+    assert not model.inp.weight.requires_grad
+
+
+def test_no_gradient_outlives_a_step():
+    program = compiled(Residual(), "dgl", ["blocks.*"])
+    program.step(*batch())
+    assert all(p.grad is None for p in program.parameters())
+
+
+def test_accumulation_equals_one_large_batch():
+    """Four steps of two samples are one step on the mean gradient of eight."""
+    model = Residual().double()
+    eager = copy.deepcopy(model)
+    program = compiled(model, "bp", ["blocks.0"], optimizer=sgd(), accumulate=4)
+    x, y = batch(8, F64)
+    before = snapshot(model)
+    for i in range(4):
+        assert same(before, snapshot(model))
+        program.step(x[2 * i : 2 * i + 2], y[2 * i : 2 * i + 2])
+    functional.cross_entropy(eager(x), y).backward()
+    sgd()(eager.parameters()).step()
+    assert eager_gap(program, eager) < 1e-12
+    assert all(p.grad is None for p in program.parameters())
+
+
+def test_clipping_is_per_module_and_on_the_mean_gradient():
+    model = mlp().double()
+    eager = copy.deepcopy(model)
+    x, y = batch(6, F64)
+    program = compiled(model, "bp", ["relu1", "relu2"], optimizer=sgd(), clip=0.01, accumulate=2)
+    program.step(x[:3], y[:3])
+    program.step(x[3:], y[3:])
+    functional.cross_entropy(eager(x), y).backward()
+    for name in ("first", "second", "third"):
+        layer = eager.get_submodule(name)
+        assert nn.utils.clip_grad_norm_(layer.parameters(), 0.01) > 0.01
+    sgd()(eager.parameters()).step()
+    assert eager_gap(program, eager) < 1e-12
+
+
+def test_sparse_gradients():
+    model = nn.Sequential(nn.Embedding(11, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    tokens = torch.randint(11, (5, 2))
+    program = locc.compile(model, "bp", ["1"], example_inputs=tokens, optimizer=sgd(), accumulate=2)
+    before = model[0].weight.clone()
+    program.step(tokens, batch()[1])
+    program.step(tokens, batch()[1])
+    assert not torch.equal(before, model[0].weight)
+
+
+# ---- precision, device -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_autocast_runs_the_forward_in_low_precision(dtype):
+    seen: list[torch.dtype] = []
+    model = mlp()
+    model.get_submodule("second").register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    program = compiled(model, "dgl", ["relu1", "relu2"], autocast=dtype, optimizer=sgd(0.5))
+    seen.clear()
+    x = batch(32)[0]
+    losses = [float(program.step(x, (x[:, 0] > 0).long()).loss) for _ in range(60)]
+    assert set(seen) == {torch.bfloat16}
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_the_users_own_autocast_sees_every_update():
+    """Its cache of cast weights must not outlive an update, or a stretch without a tape."""
+    torch.manual_seed(0)
+    model = mlp()
+    twin = copy.deepcopy(model)
+    mine = compiled(model, "dgl", ["relu1", "relu2"], autocast="bfloat16", optimizer=sgd(0.5), seed=0)
+    theirs = compiled(twin, "dgl", ["relu1", "relu2"], optimizer=sgd(0.5), seed=0)
+    for _ in range(5):
+        mine.step(*batch(32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(5):
+            theirs.step(*batch(32))
+    assert same(snapshot(model), snapshot(twin))
+
+
+def test_to_keeps_training_and_refuses_another_precision():
+    program = compiled(mlp(), "bp", ["first"])
+    program.step(*batch())
+    assert program.to("cpu") is program
+    program.step(*batch())
+    before = snapshot(program.model)
+    for cast in (program.double, program.half, lambda: program.to(torch.bfloat16)):
+        with pytest.raises(
+            locc.LoccError, match=r"compiled for torch.float32; cast the model before compiling"
+        ):
+            cast()
+    assert same(before, snapshot(program.model))
+    program.float().step(*batch())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("how", ["model first", "program", "model later"])
+@pytest.mark.parametrize("method", ["bp", "dgl", "dtp"])
+def test_cuda(how, method):
+    def train(device: str) -> list[float]:
+        torch.manual_seed(0)
+        model = mlp().double()
+        if how == "model first":
+            model.to(device)
+        program = compiled(model, method, ["relu1", "relu2"], seed=0, example_inputs=batch(dtype=F64)[0])
+        program.step(*batch(dtype=F64))
+        if how == "program":
+            program.to(device)
+        if how == "model later":
+            model.to(device)
+        losses = [float(program.step(*batch(dtype=F64)).loss) for _ in range(3)]
+        assert {p.device.type for p in program.parameters()} == {device}
+        return losses
+
+    # a method that draws noise draws another one on the device
+    assert train("cuda") == pytest.approx(train("cpu"), abs=1e-8 if method == "bp" else 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_defers_the_error_and_skips_the_update():
+    program = compiled(
+        mlp().cuda(), "dgl", ["relu1"], optimizer=lambda ps: torch.optim.Adam(ps, fused=True), loss=nan_at(1)
+    )
+    x, y = batch()
+    program.step(x, y)
+    before = snapshot(program.model)
+    program.step(x, y)
+    assert same(
+        {k: v for k, v in before.items() if not k.startswith("first")},
+        {k: v for k, v in snapshot(program.model).items() if not k.startswith("first")},
+    )
+    with pytest.raises(RunError, match="objective"):
+        program.built.executor.raise_deferred()
+
+
+# ---- random numbers ----------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5))
+        self.b = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5))
+        self.c = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def masks(splits: list[str], method: str = "bp", seed: int = 5, steps: int = 2) -> dict[str, list[Tensor]]:
+    torch.manual_seed(0)
+    model = Noisy()
+    found: dict[str, list[Tensor]] = {}
+    program = compiled(model, method, splits, seed=seed, optimizer=sgd(0.0))
+    for name in ("a", "b", "c"):
+        drop = model.get_submodule(name)[1]
+        found[name] = []
+        drop.register_forward_hook(lambda m, a, out, name=name: found[name].append((out == 0).detach()))
+    for _ in range(steps):
+        program.step(*batch())
+    return found
+
+
+def test_dropout_of_a_module_does_not_depend_on_how_the_later_ones_are_split():
+    two, three = masks(["a"]), masks(["a", "b"])
+    assert all(torch.equal(m, n) for m, n in zip(two["a"], three["a"], strict=True))
+    assert torch.equal(two["a"][0], masks(["a"], "dgl")["a"][0])
+
+
+def test_dropout_differs_between_modules_steps_and_seeds():
+    found = masks(["a", "b"])
+    assert not torch.equal(found["a"][0], found["b"][0])
+    assert not torch.equal(found["a"][0], found["a"][1])
+    assert not torch.equal(found["a"][0], masks(["a", "b"], seed=6)["a"][0])
+    assert torch.equal(found["a"][0], masks(["a", "b"])["a"][0])
+
+
+def test_the_users_random_state_is_left_alone():
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    program = compiled(Noisy(), "dgl", ["a", "b"], verify=True)
+    # building the model draws; nothing after it may
+    torch.set_rng_state(state)
+    program.step(*batch())
+    program.fit([batch()], epochs=2, progress=False)
+    program.evaluate([batch()])
+    assert torch.equal(state, torch.get_rng_state())
+    model = Noisy()
+    state = torch.get_rng_state()
+    compiled(model, "dgl", ["a", "b"])
+    with pytest.raises(locc.LoccError):
+        compiled(model, "dgl", ["nowhere"])
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.initial_seed() == 123
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------
+
+
+def nan_at(step: int, value: float = float("nan")) -> Callable[[Tensor, Tensor], Tensor]:
+    calls = [0]
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        calls[0] += not isinstance(output, torch._subclasses.FakeTensor)
+        return functional.cross_entropy(output, target) * (value if calls[0] == step + 1 else 1.0)
+
+    loss.calls = calls  # type: ignore[attr-defined]
+    return loss
+
+
+def flaky(mode: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if "raise" in mode:
+            raise mode["raise"]
+        return functional.cross_entropy(output, target) * mode.get("factor", 1.0)
+
+    return loss
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_non_finite_objective_names_module_and_objective_and_changes_nothing_there(value):
+    mode: dict[str, Any] = {}
+    program = compiled(mlp(), "dgl", ["relu1", "relu2"], loss=flaky(mode))
+    program.step(*batch())
+    before = snapshot(program.model)
+    mode["factor"] = value
+    with pytest.raises(
+        RunError, match=rf"objective '\w+' of module 'relu1' is {value}; the step stopped before"
+    ):
+        program.step(*batch())
+    assert same(before, snapshot(program.model))
+    assert all(p.grad is None for p in program.parameters())
+    assert program.steps == 1
+    del mode["factor"]
+    program.step(*batch())
+
+
+class LastIsBroken(nn.Module):
+    """The second module divides by zero when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        self.b = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x))) / scale
+
+
+def broken(atomic: bool, **options: Any) -> tuple[Program, tuple[Any, Tensor], tuple[Any, Tensor]]:
+    x, y = batch()
+    good, bad = (x, torch.ones(5, 1)), (x, torch.zeros(5, 1))
+    program = compiled(LastIsBroken(), "dgl", ["a"], example_inputs=good, atomic=atomic, **options)
+    return program, (good, y), (bad, y)
+
+
+def test_without_atomic_the_earlier_module_has_moved():
+    program, good, bad = broken(False)
+    program.step(*good)
+    before = snapshot(program.model)
+    with pytest.raises(RunError, match=r"of module 'b'"):
+        program.step(*bad)
+    after = snapshot(program.model)
+    assert torch.equal(before["b.weight"], after["b.weight"])
+    assert not torch.equal(before["a.0.weight"], after["a.0.weight"])
+
+
+@pytest.mark.parametrize("earlier", [0, 1, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_atomic_undoes_the_whole_step_bit_for_bit(earlier, accumulate):
+    """A run with the bad step equals one without: parameters, buffers, optimizers, accumulated gradients."""
+    runs = []
+    for failing in (False, True):
+        torch.manual_seed(0)
+        options = {
+            "optimizer": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+            "accumulate": accumulate,
+        }
+        program, good, bad = broken(True, seed=0, **options)
+        for _ in range(earlier):
+            program.step(*good)
+        if failing:
+            with pytest.raises(RunError):
+                program.step(*bad)
+        states = [[dict(s) for s in o.state.values()] for o in program.optimizers.values()]
+        for _ in range(3):
+            program.step(*good)
+        runs.append((states, snapshot(program.root)))
+    assert str(runs[0][0]) == str(runs[1][0])
+    assert same(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_the_users_own_exceptions_arrive_and_leave_no_gradient(error):
+    mode: dict[str, Any] = {}
+    program = compiled(mlp(), "bp", ["relu1"], loss=flaky(mode), accumulate=2)
+    program.step(*batch())
+    mode["raise"] = error
+    with pytest.raises(type(error)) as caught:
+        program.step(*batch())
+    assert caught.value is error
+    assert all(p.grad is None for p in program.parameters())
+    mode.clear()
+    program.step(*batch())
+
+
+def test_a_loss_that_is_no_scalar():
+    mode: dict[str, Any] = {}
+
+    def loss(output: Tensor, target: Tensor) -> Any:
+        found = functional.cross_entropy(output, target, reduction="none")
+        return found if mode.get("rows") else found.mean() if not mode.get("number") else float(found.mean())
+
+    program = compiled(mlp(), "bp", ["relu1"], loss=loss)
+    for what, found in (("rows", r"shape \(5,\)"), ("number", "float")):
+        mode[what] = True
+        with pytest.raises(locc.LoccError, match=rf"loss 'loss' must return a 0-d tensor; found {found}"):
+            program.step(*batch())
+        mode.clear()
+
+
+def test_a_first_step_without_example_inputs_completes_the_program():
+    program = locc.compile(mlp(), "bp", ["first"])
+    assert "not complete" in repr(program)
+    with pytest.raises(RunError, match="pass example_inputs to compile, or run a step first"):
+        program.ir  # noqa: B018
+    with pytest.raises(locc.CaptureError):
+        program.step(torch.zeros(5, 9), batch()[1])
+    program.step(*batch())
+    assert [o.name for o in program.ir.modules] == ["first", "output"]
+
+
+# ---- sequential --------------------------------------------------------------------------------
+
+
+def test_sequential_trains_one_module_at_a_time_and_freezes_it():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for i in range(2):
+        model.add_module(
+            f"b{i}", nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.ReLU())
+        )
+    model.add_module("out", nn.Linear(4, 3))
+    program = compiled(model, "dgl", ["b0", "b1"], schedule="sequential")
+    assert [p.name for p in program.phases] == ["b0", "b1", "out"]
+    for phase in program.phases:
+        program.phase = phase.name
+        before = snapshot(model)
+        modes: dict[str, bool] = {}
+        handles = [
+            m.register_forward_hook(lambda m, a, o, name=name, modes=modes: modes.update({name: m.training}))
+            for name, m in model.named_children()
+        ]
+        program.step(*batch())
+        for handle in handles:
+            handle.remove()
+        after = snapshot(model)
+        changed = {k.split(".")[0] for k in after if not torch.equal(before[k], after[k])}
+        assert changed == {phase.name}
+        position = ["b0", "b1", "out"].index(phase.name)
+        assert modes == {name: i == position for i, name in enumerate(["b0", "b1", "out"]) if i <= position}
+        assert all(m.training for m in model.modules())
+
+
+def test_sequential_fit_goes_through_the_modules():
+    program = compiled(mlp(), "dgl", ["relu1", "relu2"], schedule="sequential")
+    history = program.fit([batch()] * 2, epochs=2, progress=False)
+    assert [e.phase for e in history.epochs] == ["relu1", "relu1", "relu2", "relu2", "third", "third"]
+    assert all(len(e.objectives) == 1 for e in history.epochs)
+
+
+def test_sequential_is_refused_where_a_module_needs_a_later_one():
+    with pytest.raises(
+        locc.MethodError, match=r"but method 'bp' needs 'output' to train 'first'; use schedule='lockstep'"
+    ):
+        compiled(mlp(), "bp", ["first"], schedule="sequential")

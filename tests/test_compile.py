@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import locc
+from locc import LoccError, MethodError, SplitError, compiler
+from support import Residual, Tied, batch, compiled, mlp, same, sgd, snapshot
+
+X, Y = batch()
+
+
+def compile_(**changes: Any) -> locc.Program:
+    arguments: dict[str, Any] = {
+        "model": mlp(),
+        "method": "bp",
+        "splits": ["relu1"],
+        "example_inputs": X,
+        **changes,
+    }
+    return locc.compile(arguments.pop("model"), arguments.pop("method"), arguments.pop("splits"), **arguments)
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": 3}, "model must be a torch.nn.Module; found int"),
+        ({"model": mlp}, "model must be a torch.nn.Module; found function"),
+        ({"method": "dglx"}, "there is no method 'dglx'; nearest: 'dgl'"),
+        ({"method": 3}, "method must be an id or a Method; found int"),
+        ({"sigma": 1.0}, "method 'bp' has no option 'sigma'; it takes no options"),
+        ({"method": "dgl", "widht": 1}, "method 'dgl' has no option 'widht'; "),
+        (
+            {"optimiser": sgd()},
+            "compile has no argument 'optimiser', nor has method 'bp'; nearest: 'optimizer'",
+        ),
+        ({"method": locc.method("bp"), "sigma": 1}, r"configured already; give sigma to locc.method\(...\)"),
+        (
+            {"loss": "cross_entrpy"},
+            "there is no loss 'cross_entrpy'; nearest: 'cross_entropy', or pass a callable",
+        ),
+        ({"loss": 3}, r"loss must be a name or a callable\(output, target\); found int"),
+        ({"optimizer": 3}, "optimizer must be a callable that builds one from parameters.*found int"),
+        ({"optimizer": torch.optim.SGD(mlp().parameters())}, "optimizer must be a callable.*found SGD"),
+        ({"optimizer": lambda ps: 3}, r"optimizer\(params\) returned a int for 'relu1', not an Optimizer"),
+        (
+            {"optimizer": lambda ps: torch.optim.SGD(mlp().parameters())},
+            "does not hold exactly the parameters it was given",
+        ),
+        ({"optimizer": lambda ps: torch.optim.SGD(ps[:1])}, "does not hold exactly the parameters"),
+        ({"optimizer": lambda: None}, r"optimizer\(params\) failed for 'relu1': TypeError"),
+        ({"optimizer": torch.optim.LBFGS}, r"LBFGS evaluates the loss several times a step \(a closure\)"),
+        ({"schedule": "lokstep"}, "schedule='lokstep' is not available; nearest: 'lockstep'"),
+        ({"schedule": ["lockstep"]}, "schedule=.* is not available"),
+        ({"backend": "inductr"}, "backend='inductr' is not available; "),
+        ({"tied": "no"}, "tied='no': choose 'error', 'owner' or 'copy'"),
+        ({"clip": 0}, "clip=0: give the largest gradient norm of a module, above 0"),
+        ({"clip": -1.0}, r"clip=-1.0: give"),
+        ({"clip": "1"}, "clip='1': give"),
+        ({"clip": float("nan")}, "clip=nan: give"),
+        ({"clip": True}, "clip=True: give"),
+        ({"accumulate": 0}, "accumulate=0: give the number of steps per update, at least 1"),
+        ({"accumulate": 2.0}, "accumulate=2.0: give"),
+        ({"accumulate": True}, "accumulate=True: give"),
+        ({"autocast": "f16"}, "autocast='f16' is unknown; nearest: '.*float16'"),
+        ({"autocast": torch.int8}, "autocast=torch.int8 is unknown"),
+        ({"autocast": 16}, "autocast=16 is unknown"),
+        ({"seed": "x"}, "seed='x': give a whole number"),
+        ({"scheduler": 3}, "scheduler must be a callable.*found int"),
+        ({"scheduler": {"relu1": 3}}, "scheduler must be a callable.*found int"),
+        (
+            {"scheduler": {"relu": torch.optim.lr_scheduler.StepLR}},
+            "scheduler for 'relu', which is no module that trains; nearest",
+        ),
+        (
+            {"scheduler": torch.optim.lr_scheduler.StepLR},
+            r"scheduler\(optimizer\) failed for 'relu1': TypeError",
+        ),
+        ({"splits": ["relu3"]}, "split 'relu3' matches no submodule; nearest: 'relu"),
+        (
+            {"schedule": "sequential"},
+            "schedule='sequential' trains one module after the other, but method 'bp' needs",
+        ),
+    ],
+)
+def test_arguments_that_make_no_sense(changes, message):
+    with pytest.raises(LoccError, match=message):
+        compile_(**changes)
+
+
+@pytest.mark.parametrize("example", [torch.zeros(5, 7), (), "abc", {"z": X}])
+def test_example_inputs_on_which_the_model_fails(example):
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(locc.CaptureError, match=r"the model itself fails on the example inputs"):
+        compile_(model=model, example_inputs=example)
+    assert same(before, snapshot(model))
+
+
+def test_everything_that_needs_no_inputs_is_checked_without_them():
+    for changes in ({"clip": 0}, {"loss": 3}, {"tied": 1}, {"method": "x"}, {"scheduler": 3}, {"sigma": 2}):
+        with pytest.raises(LoccError):
+            compile_(example_inputs=None, **changes)
+
+
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", "mse", "bce", "l1", nn.CrossEntropyLoss(), functional.cross_entropy]
+)
+def test_losses(loss):
+    program = compile_(loss=loss)
+    assert torch.isfinite(program.step(X, Y).loss)
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce", "l1"])
+def test_classes_are_one_hot_rows_for_losses_between_equal_shapes(loss):
+    rows = functional.one_hot(Y, 3).float()
+    one, other = compile_(loss=loss, splits=[]), compile_(loss=loss, splits=[])
+    other.model.load_state_dict(one.model.state_dict())
+    assert float(one.step(X, Y).loss) == float(other.step(X, rows).loss)
+
+
+# ---- the program -------------------------------------------------------------------------------
+
+
+def test_the_three_lines_are_a_complete_call():
+    model = mlp()
+    program = locc.compile(model, "dgl", ["relu1", "relu2"])
+    before = snapshot(model)
+    report = program.step(X, Y)
+    assert report.loss.dim() == 0
+    assert [name.rpartition(".")[0] for name in report.objectives] == ["relu1", "relu2", "third"]
+    assert not same(before, snapshot(model))
+    assert all(isinstance(o, torch.optim.Adam) for o in program.optimizers.values())
+
+
+def test_the_representation_names_method_and_modules():
+    assert "method=dgl, modules=['relu1', 'output']" in repr(compile_(method="dgl"))
+    assert "not complete: no example inputs yet" in repr(compile_(example_inputs=None))
+
+
+def test_calling_a_program_is_calling_the_model():
+    model = mlp(dropout=0.5)
+    program = compile_(model=model)
+    assert program.eval() is program
+    assert not model.training
+    assert torch.equal(program(X), model(X))
+    program.train()
+    assert model.training
+    torch.manual_seed(0)
+    one = program(X)
+    torch.manual_seed(0)
+    assert torch.equal(one, model(X))
+    assert not torch.equal(program(X), program(X))
+
+
+def test_the_models_own_parameters_are_trained():
+    model = mlp()
+    before = list(model.parameters())
+    program = compile_(model=model)
+    assert program.model is model
+    assert all(p is q for p, q in zip(before, model.parameters(), strict=True))
+
+
+def test_two_programs_may_train_one_model_in_turn():
+    model = mlp()
+    one, two = compile_(model=model), compile_(model=model, method="dgl")
+    one.step(X, Y)
+    two.step(X, Y)
+    one.step(X, Y)
+
+
+def test_a_seed_makes_a_run_reproducible():
+    def run() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = mlp(dropout=0.5)
+        program = compile_(model=model, method="dtp", seed=4)
+        torch.rand(3)  # what else the user draws does not matter
+        for _ in range(2):
+            program.step(X, Y)
+        return snapshot(program.root)
+
+    assert same(run(), run())
+
+
+def test_registered_methods_say_what_they_are():
+    found = locc.methods()
+    assert {"bp", "dgl", "dtp", "dni", "fa", "dfa", "predsim"} <= set(found)
+    for name, info in found.items():
+        assert info.name == name
+        assert info.family
+        assert info.reference
+        assert info.summary
+        assert info.package == "locc_passes"
+        assert all(option.isidentifier() for option in info.options)
+    assert found["bp"].options == {}
+
+
+def test_a_configured_method():
+    program = compile_(method=locc.method("dgl"))
+    assert program.method == "dgl"
+    with pytest.raises(MethodError, match="there is no method 'nope'"):
+        locc.method("nope")
+
+
+# ---- a failed call leaves the model as it was --------------------------------------------------
+
+
+class Everything(nn.Module):
+    """A model with buffers, hooks, attributes, modes and frozen parameters to be kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.5))
+        self.more = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.head = nn.Linear(8, 3)
+        self.alias = nn.Linear(8, 3)
+        self.alias.weight = self.head.weight
+        self.body[0].bias.requires_grad_(False)
+        self.more[1].eval()
+        self.counter = 0
+        self.body[0].register_forward_hook(self.count)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def count(self, *_: Any) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.more(self.body(x))
+        return self.head(h) + self.alias(h * h)
+
+
+def portrait(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a compilation might disturb."""
+    return {
+        "ids": {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)},
+        "buffers": {n: id(b) for n, b in model.named_buffers()},
+        "values": {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())},
+        "grad": {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()},
+        "training": {n: m.training for n, m in model.named_modules()},
+        "hooks": {n: (list(m._forward_hooks), list(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
+        "classes": {n: type(m) for n, m in model.named_modules()},
+        "counter": getattr(model, "counter", None),
+        "random": torch.get_rng_state(),
+    }
+
+
+def unchanged(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    values, random = before.pop("values"), before.pop("random")
+    return same(values, after.pop("values")) and torch.equal(random, after.pop("random")) and before == after
+
+
+class Boom(Exception):
+    pass
+
+
+STAGES = ["marker_ancestors", "resolve", "capture", "partition", "apply", "prove", "_phases"]
+
+
+@pytest.mark.parametrize("tied", ["owner", "copy"])
+@pytest.mark.parametrize("stage", [*STAGES, "learners", "schedulers"])
+def test_a_failure_in_any_stage_leaves_the_model_as_it_was(monkeypatch, stage, tied):
+    model = Everything()
+    before = portrait(model)
+    original = getattr(compiler, stage, None)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if original is not None:
+            original(*arguments, **options)  # after it has done its work
+        raise Boom
+
+    options: dict[str, Any] = {}
+    if stage == "learners":
+        options["optimizer"] = fail
+    elif stage == "schedulers":
+        options["scheduler"] = fail
+    else:
+        monkeypatch.setattr(compiler, stage, fail)
+    program = locc.compile(model, "dgl", ["body", "more"], tied=tied, **options)
+    with pytest.raises((Boom, MethodError)):
+        program.complete(X)
+    assert unchanged(before, portrait(model))
+    assert not program.root.aux
+    monkeypatch.undo()
+    locc.compile(model, "dgl", ["body", "more"], tied=tied, example_inputs=X).step(X, Y)
+
+
+def test_a_successful_compilation_changes_no_more_than_a_failed_one():
+    model = Everything()
+    before = portrait(model)
+    locc.compile(model, "dgl", ["body", "more"], example_inputs=X)
+    assert unchanged(before, portrait(model))
+
+
+def test_a_failed_first_step_can_be_tried_again():
+    program = locc.compile(mlp(), "dgl", ["relu1"])
+    with pytest.raises(locc.CaptureError):
+        program.step(torch.zeros(5, 9), Y)
+    with pytest.raises(LoccError):
+        locc.compile(Tied(), "bp", ["mid"]).step(torch.zeros(3, 4, dtype=torch.long), Y)
+    program.step(X, Y)
+
+
+# ---- a model nobody here wrote -----------------------------------------------------------------
+
+
+def test_a_transformer_of_pytorchs_own():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoder(layer, 3), nn.Linear(8, 3)).double()
+    eager = copy.deepcopy(model)
+    x, y = torch.randn(2, 5, 4, dtype=torch.float64), torch.randint(3, (2, 5))
+    program = locc.compile(model, "bp", ["0", "1"], example_inputs=x, optimizer=sgd())
+    optimizer = sgd()(eager.parameters())
+    for _ in range(2):
+        report = program.step(x, y)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(eager(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        optimizer.step()
+        assert float(report.loss) == pytest.approx(loss.item(), abs=1e-12)
+    assert gap(model, eager) < 1e-12
+
+
+# ---- properties --------------------------------------------------------------------------------
+
+
+def gap(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return max(float((p - q).abs().max()) for p, q in pairs)
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[nn.Module, list[str], int]:
+    """A model, some of its splits in any order, and a batch size."""
+    depth = draw(st.integers(2, 5))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    if draw(st.booleans()):
+        model: nn.Module = Residual(depth)
+        names = ["inp", *(f"blocks.{i}" for i in range(depth))]
+    else:
+        width = draw(st.sampled_from([3, 4, 7]))
+        parts: list[nn.Module] = [nn.Linear(4, width)]
+        for _ in range(depth - 1):
+            parts.append(nn.Sequential(nn.Tanh(), nn.Linear(width, width), *draw(extras(width))))
+        model = nn.Sequential(*parts, nn.Linear(width, 3))
+        names = [str(i) for i in range(depth)]
+    splits = draw(st.lists(st.sampled_from(names), unique=True))
+    return model.double(), draw(st.permutations(splits)), draw(st.integers(2, 6))
+
+
+def extras(width: int) -> st.SearchStrategy[list[nn.Module]]:
+    return st.sampled_from([0, 1, 2]).map(
+        lambda kind: [[], [nn.ReLU(inplace=True)], [nn.BatchNorm1d(width)]][kind]
+    )
+
+
+@settings(max_examples=15)
+@given(chains(), st.sampled_from([1, 2]))
+def test_backpropagation_in_pieces_is_backpropagation(case, accumulate):
+    model, splits, size = case
+    eager = copy.deepcopy(model)
+    x, y = batch(size, torch.float64)
+    program = compiled(model, "bp", splits, example_inputs=x, optimizer=sgd(), accumulate=accumulate)
+    optimizer = sgd()(eager.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        for _ in range(accumulate):
+            report = program.step(x, y)
+            loss = functional.cross_entropy(eager(x), y)
+            (loss / accumulate).backward()
+        optimizer.step()
+        assert abs(report.loss.item() - loss.item()) < 1e-12
+    assert gap(model, eager) < 1e-12
+
+
+@settings(max_examples=10)
+@given(chains(), st.sampled_from(["dgl", "dtp", "dfa"]))
+def test_no_step_leaves_anything_behind(case, method):
+    model, splits, size = case
+    x, y = batch(size, torch.float64)
+    try:
+        program = compiled(model, method, splits, example_inputs=x)
+    except (MethodError, SplitError):
+        return
+    left: dict[str, Any] = {}
+
+    def observe(_: object, values: dict[str, Any]) -> None:
+        left["values"] = values
+
+    program.built.executor.observe = observe
+    report = program.step(x, y)
+    assert left["values"] == {}
+    assert all(p.grad is None for p in program.parameters())
+    assert all(v.dim() == 0 and not v.requires_grad for v in report.objectives.values())
