@@ -1,0 +1,451 @@
+"""`dni`: the printed program, hand-written oracles, and what is to hold of synthetic gradients."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import locc
+from examples.digits import digits, loaders
+from examples.models import SmallCNN
+from locc.errors import MethodError
+from locc.ir import TensorSpec
+from locc.runtime.program import Program
+from support import Residual, Tied, batch, compiled, mlp, same, sgd, snapshot
+
+SPLITS = ["relu1", "relu2"]
+
+
+def linear(value: TensorSpec, output: TensorSpec) -> nn.Module:
+    """A synthesiser without batch statistics, not at zero."""
+    (width,) = value.features
+    return nn.Linear(width, width)
+
+
+# ---- the program -------------------------------------------------------------------------------
+
+BEFORE = """\
+# 3 modules: relu1, relu2, third
+def step(self, input_1, target):
+    # ---- module 0: relu1
+    first = self.first(input_1)  # f32[B,8]
+    relu1 = self.relu1(first)  # f32[B,8]
+    # ---- module 1: relu2
+    relu1_at_relu2 = stop_gradient(relu1)  # f32[B,8]
+    drop = self.drop(relu1_at_relu2)  # f32[B,8]
+    second = self.second(drop)  # f32[B,8]
+    relu2 = self.relu2(second)  # f32[B,8]
+    # ---- module 2: third
+    relu2_at_third = stop_gradient(relu2)  # f32[B,8]
+    third = self.third(relu2_at_third)  # f32[B,3]
+    return third
+"""
+
+AFTER = """\
+# 3 modules: relu1, relu2, third
+def step(self, input_1, target):
+    # ---- module 0: relu1
+    first = self.first(input_1)  # f32[B,8]
+    relu1 = self.relu1(first)  # f32[B,8]
+    # ---- auxiliary: relu1.synthesiser, learning rate x0.1
+    relu1_at_relu1_synthesiser = stop_gradient(relu1)  # f32[B,8]
+    aux_relu1_synthesiser = self.aux.relu1_synthesiser(relu1_at_relu1_synthesiser)  # f32[B,8]
+    # ---- module 0: relu1
+    aux_relu1_synthesiser_at_relu1 = stop_gradient(aux_relu1_synthesiser)  # f32[B,8]
+    synthetic = of_batch(aux_relu1_synthesiser_at_relu1, 0)  # f32[B,8]
+    chain = inner(relu1, synthetic)
+    objective(chain)  # relu1.synthetic
+    # ---- module 1: relu2
+    relu1_at_relu2 = stop_gradient(relu1)  # f32[B,8]
+    drop = self.drop(relu1_at_relu2)  # f32[B,8]
+    second = self.second(drop)  # f32[B,8]
+    relu2 = self.relu2(second)  # f32[B,8]
+    # ---- auxiliary: relu2.synthesiser, learning rate x0.1
+    relu2_at_relu2_synthesiser = stop_gradient(relu2)  # f32[B,8]
+    aux_relu2_synthesiser = self.aux.relu2_synthesiser(relu2_at_relu2_synthesiser)  # f32[B,8]
+    # ---- module 1: relu2
+    aux_relu2_synthesiser_at_relu2 = stop_gradient(aux_relu2_synthesiser)  # f32[B,8]
+    synthetic_1 = of_batch(aux_relu2_synthesiser_at_relu2, 0)  # f32[B,8]
+    chain_1 = inner(relu2, synthetic_1)
+    objective(chain_1)  # relu2.synthetic
+    grad_relu1_at_relu2 = gradient(chain_1, relu1_at_relu2)  # f32[B,8]
+    # ---- auxiliary: relu1.synthesiser, learning rate x0.1
+    grad_relu1_at_relu2_at_relu1_synthesiser = stop_gradient(grad_relu1_at_relu2)  # f32[B,8]
+    target_1 = of_sample(grad_relu1_at_relu2_at_relu1_synthesiser, 0)  # f32[B,8]
+    regression = squared_distance(aux_relu1_synthesiser, target_1, 0)
+    objective(regression)  # relu1.synthesiser.regression
+    # ---- module 2: third
+    relu2_at_third = stop_gradient(relu2)  # f32[B,8]
+    third = self.third(relu2_at_third)  # f32[B,3]
+    loss = cross_entropy(third, target)  # f32[]
+    objective(loss)  # third.loss
+    grad_relu2_at_third = gradient(loss, relu2_at_third)  # f32[B,8]
+    # ---- auxiliary: relu2.synthesiser, learning rate x0.1
+    grad_relu2_at_third_at_relu2_synthesiser = stop_gradient(grad_relu2_at_third)  # f32[B,8]
+    target_2 = of_sample(grad_relu2_at_third_at_relu2_synthesiser, 0)  # f32[B,8]
+    regression_1 = squared_distance(aux_relu2_synthesiser, target_2, 0)
+    objective(regression_1)  # relu2.synthesiser.regression
+    return third
+"""
+
+
+def test_the_printed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCC_DUMP", str(tmp_path))
+    program = compiled(mlp(), "dni", SPLITS, lr_scale=0.1)
+    assert (tmp_path / "000_partition.py").read_text() == BEFORE
+    assert str(program.ir) == AFTER
+
+
+def test_a_module_updates_before_the_next_one_runs() -> None:
+    """Update-unlocked: nothing of a later module comes between a module's forward and its update."""
+    lines = str(compiled(mlp(), "dni", SPLITS).plan()).splitlines()
+    updates = [i for i, line in enumerate(lines) if line in ("relu1: update", "relu2: update")]
+    starts = [
+        next(i for i, line in enumerate(lines) if line.startswith(f"{m}: forward"))
+        for m in ("relu2", "third")
+    ]
+    assert all(update < start for update, start in zip(updates, starts, strict=True))
+
+
+def test_one_evaluation_of_a_synthesiser_trains_module_and_synthesiser() -> None:
+    program = compiled(mlp(), "dni", SPLITS, width=16)
+    calls: list[Any] = []
+    program.root.aux["relu1_synthesiser"].register_forward_hook(lambda *a: calls.append(a))
+    program.step(*batch())
+    assert len(calls) == 1
+
+
+# ---- oracles -----------------------------------------------------------------------------------
+
+
+def by_hand(model: nn.Sequential, nets: list[nn.Module], x: Tensor, y: Tensor, rate: float) -> list[float]:
+    """One SGD step of DNI on `mlp` with a mean loss: bootstrapped, per-sample synthetic gradients."""
+    size = len(x)
+    h1 = model.relu1(model.first(x))
+    s1 = nets[0](h1.detach())
+    in2 = h1.detach().requires_grad_()
+    h2 = model.relu2(model.second(in2))
+    s2 = nets[1](h2.detach())
+    in3 = h2.detach().requires_grad_()
+    loss = nn.functional.cross_entropy(model.third(in3), y)
+    (h1 * s1.detach() / size).sum().backward()
+    (h2 * s2.detach() / size).sum().backward()
+    loss.backward()
+    assert in2.grad is not None
+    assert in3.grad is not None
+    errors = [((s - size * d) ** 2).sum(1).mean() for s, d in ((s1, in2.grad), (s2, in3.grad))]
+    torch.autograd.backward(errors)
+    with torch.no_grad():
+        for p in (*model.parameters(), *nets[0].parameters(), *nets[1].parameters()):
+            assert p.grad is not None
+            p -= rate * p.grad
+            p.grad = None
+    return [float(v.detach()) for v in (*errors, loss)]
+
+
+def test_steps_equal_the_formulas() -> None:
+    model = mlp().double()
+    x, y = batch(dtype=torch.float64)
+    program = compiled(model, "dni", SPLITS, optimizer=sgd(0.05), factory=linear)
+    aux = [program.root.aux[f"{name}_synthesiser"] for name in SPLITS]
+    other, nets = copy.deepcopy(model), copy.deepcopy(aux)
+    for _ in range(4):
+        report = program.step(x, y)
+        expected = by_hand(other, nets, x, y, 0.05)
+        names = ["relu1.synthesiser.regression", "relu2.synthesiser.regression", "third.loss"]
+        for name, value in zip(names, expected, strict=True):
+            assert abs(float(report.objectives[name]) - value) < 1e-10
+        for a, b in ((model, other), *zip(aux, nets, strict=True)):
+            for p, q in zip(a.parameters(), b.parameters(), strict=True):
+                assert torch.allclose(p, q, rtol=0, atol=1e-10)
+
+
+class Oracle(nn.Module):
+    """Returns the gradient that it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: Tensor | None = None
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.zeros_like(h) if self.told is None else self.told
+
+
+def true_gradients(program: Program, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The gradient of the loss with respect to every value that crosses a cut, by plain backpropagation."""
+    values: dict[str, Tensor] = {}
+
+    class Keep(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, Tensor) and result.requires_grad:
+                result.retain_grad()
+                values[n.name.removeprefix("model_")] = result
+            return result
+
+    (output,) = Keep(torch.fx.GraphModule(program.root, program.ir.captured.training)).run(x)
+    nn.functional.cross_entropy(output, y).backward()
+    found = {name: v.grad for name, v in values.items() if v.grad is not None}
+    program.model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_oracle_makes_it_backpropagation(reduction: str) -> None:
+    """On a model with residual connections, where modules send two values, and a value has two readers."""
+    model = Residual().double()
+    twin = copy.deepcopy(model)
+    x, y = batch(dtype=torch.float64)
+    oracles: list[Oracle] = []
+
+    def factory(value: TensorSpec, output: TensorSpec) -> nn.Module:
+        oracles.append(Oracle())
+        return oracles[-1]
+
+    program = compiled(model, "dni", ["blocks.*"], optimizer=sgd(0.3), factory=factory, reduction=reduction)
+    bp = compiled(twin, "bp", ["blocks.*"], optimizer=sgd(0.3))
+    sent = [n.meta["predicts"] for n in program.ir.graph.nodes if "predicts" in n.meta]
+    assert len(sent) == len(oracles) == 4
+    for _ in range(3):
+        slopes = true_gradients(program, x, y)
+        # What is predicted of `inp` is what comes back from its readers in other modules.
+        slopes["inp"] = slopes["inp"] - through_block(model, slopes["blocks_0"], x)
+        by_network = dict(zip(program.root.aux.values(), _in_order(program), strict=True))
+        for network, name in by_network.items():
+            assert isinstance(network, Oracle)
+            network.told = slopes[name] * (len(x) if reduction == "mean" else 1)
+        report = program.step(x, y)
+        bp.step(x, y)
+        for name, value in report.objectives.items():
+            if "regression" in name and reduction == "mean":
+                assert float(value) < 1e-20
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.allclose(p, q, rtol=0, atol=1e-12), name
+
+
+def _in_order(program: Program) -> list[str]:
+    """The names of the values whose gradients the networks of `aux` predict, in the order of `aux`."""
+    calls = {n.target: n.meta["predicts"].name for n in program.ir.graph.nodes if "predicts" in n.meta}
+    return [calls[f"aux.{key}"] for key in program.root.aux]
+
+
+def through_block(model: Residual, slope: Tensor, x: Tensor) -> Tensor:
+    h = model.inp(x).detach().requires_grad_()
+    (found,) = torch.autograd.grad(model.blocks[0](h), h, slope)
+    return found
+
+
+def test_the_first_hidden_update_is_zero_and_the_second_is_not() -> None:
+    model = mlp()
+    x, y = batch()
+    program = compiled(model, "dni", SPLITS, width=16)
+    network = program.root.aux["relu2_synthesiser"]
+    assert network.last.weight.shape == (8, 16)
+    assert not network.last.weight.any()
+    assert not network.last.bias.any()
+    before = snapshot(model)
+    program.step(x, y)
+    after = snapshot(model)
+    still = ["first.weight", "first.bias", "second.weight", "second.bias"]
+    assert [k for k in before if torch.equal(before[k], after[k])] == still
+    assert network.last.weight.any()
+    assert network.last.bias.any()
+    program.step(x, y)
+    assert not torch.equal(after["second.weight"], model.second.weight)
+
+
+def test_every_parameter_trains() -> None:
+    x, y = batch(16)
+    program = compiled(mlp(), "dni", SPLITS, example_inputs=x, width=16)
+    before = snapshot(program.root)
+    for _ in range(6):
+        program.step(x, y)
+    after = snapshot(program.root)
+    assert [k for k in before if torch.equal(before[k], after[k])] == []
+
+
+# ---- scale -------------------------------------------------------------------------------------
+
+
+def gradients_of_a_step(
+    size: int, reduction: str, loss: Any, data: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """How far SGD(1) moves every parameter, auxiliaries included, on the same samples `size` times over."""
+    torch.manual_seed(0)
+    x, y = data
+    program = compiled(
+        mlp().double(),
+        "dni",
+        SPLITS,
+        optimizer=sgd(1.0),
+        factory=linear,
+        loss=loss,
+        reduction=reduction,
+        seed=0,
+    )
+    before = snapshot(program.root)
+    program.step(x.repeat(size, 1), y.repeat(size))
+    return {k: v - before[k] for k, v in snapshot(program.root).items()}
+
+
+def test_predictions_are_of_one_sample_so_the_batch_size_may_change() -> None:
+    data = batch(dtype=torch.float64)
+    once = gradients_of_a_step(1, "mean", "cross_entropy", data)
+    thrice = gradients_of_a_step(3, "mean", "cross_entropy", data)
+    assert all(torch.allclose(once[k], thrice[k], rtol=0, atol=1e-12) for k in once)
+    assert all(bool(v.any()) for v in once.values())
+
+
+def total(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, target, reduction="sum")
+
+
+def test_a_summed_loss_says_so() -> None:
+    data = batch(dtype=torch.float64)
+    once = gradients_of_a_step(1, "sum", total, data)
+    thrice = gradients_of_a_step(3, "sum", total, data)
+    for name, value in once.items():
+        # A module's gradient is a sum over samples, a synthesiser's regression a mean.
+        times = 1 if name.startswith("aux") else 3
+        assert torch.allclose(times * value, thrice[name], rtol=0, atol=1e-12), name
+    mean = gradients_of_a_step(1, "mean", "cross_entropy", data)
+    for name, value in once.items():
+        if name.startswith("aux"):
+            assert torch.allclose(value, mean[name], rtol=0, atol=1e-12), name
+
+
+# ---- pitfalls ----------------------------------------------------------------------------------
+
+
+def test_a_regression_does_not_reach_the_module() -> None:
+    """s reads sg h: with a synthesiser stuck at zero, hidden modules never move."""
+
+    class Stuck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h * self.scale - h * self.scale.detach()
+
+    model = mlp()
+    program = compiled(model, "dni", SPLITS, factory=lambda value, output: Stuck(), optimizer=sgd(0.1))
+    before = snapshot(model)
+    for _ in range(3):
+        program.step(*batch())
+    assert torch.equal(before["second.weight"], model.second.weight)
+    assert program.root.aux["relu2_synthesiser"].scale.any()
+
+
+def test_inference_bypasses_the_interfaces() -> None:
+    x, y = batch()
+    model = mlp()
+    program = compiled(model, "dni", SPLITS)
+    program.step(x, y)
+    program.eval()
+    with torch.no_grad():
+        for p in program.root.aux.parameters():
+            p.fill_(float("nan"))
+    assert torch.equal(program(x), model(x))
+    assert bool(torch.isfinite(program(x)).all())
+    assert not any("target" in n.name or "aux" in str(n.target) for n in program.ir.inference.nodes)
+
+
+def test_one_module_is_bp() -> None:
+    x, y = batch()
+    a = mlp()
+    b = copy.deepcopy(a)
+    one, two = compiled(a, "dni"), compiled(b, "bp")
+    for _ in range(3):
+        one.step(x, y)
+        two.step(x, y)
+    assert same(snapshot(a), snapshot(b))
+
+
+def test_a_lent_parameter_gets_the_borrowers_gradient() -> None:
+    tokens = torch.randint(11, (4, 7))
+    model = Tied()
+    program = locc.compile(
+        model, "dni", ["embed", "mid"], example_inputs=tokens, tied="owner", optimizer=sgd(1.0)
+    )
+    before = copy.deepcopy(model)
+    hidden = torch.tanh(before.mid(before.embed(tokens))).detach()
+    nn.functional.cross_entropy((hidden @ before.head.weight.T).flatten(0, 1), tokens.flatten()).backward()
+    program.step(tokens, tokens)
+    grad = before.embed.weight.grad
+    assert grad is not None
+    # The synthetic part of the first step is zero.
+    assert torch.allclose(before.embed.weight - model.embed.weight, grad, atol=1e-6)
+
+
+def test_save_and_load_resume_bit_for_bit(tmp_path: Path) -> None:
+    x, y = batch()
+    program = compiled(mlp(dropout=0.2), "dni", SPLITS)
+    for _ in range(3):
+        program.step(x, y)
+    program.save(tmp_path / "state.safetensors")
+    for _ in range(3):
+        program.step(x, y)
+    wanted = snapshot(program.root)
+    program.load(tmp_path / "state.safetensors")
+    for _ in range(3):
+        program.step(x, y)
+    assert same(wanted, snapshot(program.root))
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reduction": "average"}, "reduction='average'"),
+        ({"lr_scale": 0.0}, "lr_scale"),
+        ({"width": 0}, "width"),
+        ({"labels": True}, "no option 'labels'"),
+        (
+            {"factory": lambda value, output: nn.Linear(8, 9)},
+            "synthesiser of module 'relu1' for .* gives shape",
+        ),
+        ({"factory": lambda value, output: torch.relu}, "not a module"),
+    ],
+)
+def test_unusable_options_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(MethodError, match=words):
+        compiled(mlp(), "dni", SPLITS, **options)
+
+
+# ---- learning ----------------------------------------------------------------------------------
+
+
+def test_images_and_sequences_train() -> None:
+    x, y = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    program = compiled(SmallCNN(4), "dni", ["layer1", "layer2", "layer3"], example_inputs=x, width=8)
+    before = snapshot(program.root)
+    for _ in range(5):
+        program.step(x, y)
+    after = snapshot(program.root)
+    assert [k for k in before if torch.equal(before[k], after[k])] == []
+
+
+def test_it_learns_digits() -> None:
+    """Four epochs of Adam(1e-3); a head on untrained layers reaches less."""
+    torch.set_num_threads(1)  # as fast on tensors this small
+    training, validation = loaders(64)
+    stages = ["layer1", "layer2", "layer3"]
+    accuracies = []
+    for frozen in (False, True):
+        torch.manual_seed(0)
+        example = digits().train_x[:64]
+        program = compiled(SmallCNN(8), "dni", stages, example_inputs=example, width=16, seed=0)
+        for name in stages if frozen else []:
+            program.optimizers[name].param_groups[0]["lr"] = 0.0
+        program.fit(training, epochs=4, progress=False)
+        accuracies.append(program.evaluate(validation).accuracy or 0.0)
+    assert accuracies[0] > 0.85
+    assert accuracies[0] > accuracies[1] + 0.05

@@ -1,0 +1,49 @@
+"""What `locc_passes.crossing` finds among the values that modules send."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from locc_passes.crossing import activations, squared_distance
+from support import compiled, sgd
+
+
+class Biased(nn.Module):
+    """The first module computes a table from a parameter alone, which both later modules add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.table = nn.Parameter(torch.randn(1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.tanh(self.table)
+        x = torch.tanh(self.first(x) + bias)
+        x = torch.tanh(self.second(x) + bias)
+        return self.third(x) + bias[:, :3]
+
+
+def test_a_value_without_rows_is_no_activation_and_gets_its_readers_gradients() -> None:
+    model = Biased().double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    twin = copy.deepcopy(model)
+    program = compiled(model, "dni", ["first", "second"], example_inputs=x, optimizer=sgd(1.0), width=16)
+    assert [v.name for v in activations(program.ir, "first")] == ["first"]
+    assert len(program.ir.crossing("first")) == 2
+    # Synthetic gradients start at zero, so in the first step the loss alone reaches the table.
+    table = torch.tanh(twin.table)
+    second = twin.second(torch.tanh(twin.first(x) + table)).detach()
+    nn.functional.cross_entropy(twin.third(torch.tanh(second + table)) + table[:, :3], y).backward()
+    program.step(x, y)
+    assert twin.table.grad is not None
+    assert torch.allclose(twin.table - model.table, twin.table.grad, rtol=0, atol=1e-12)
+
+
+def test_squared_distance_is_a_sum_over_units_and_a_mean_over_rows() -> None:
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    for dim in (0, 1):
+        wanted = ((a - b) ** 2).transpose(0, dim).flatten(1).sum(1).mean()
+        assert torch.allclose(squared_distance(a, b, dim), wanted)
