@@ -224,7 +224,7 @@ WORKLOADS = {
 }
 """`mlp-small` has modules of about a millisecond at K = 12: there the cost beyond arithmetic shows."""
 
-DEFAULT = ("mlp", "resnet", "gpt")
+DEFAULT = ("mlp", "resnet", "resnet-basic", "gpt", "mlp-small")
 
 
 def splits(modules: int) -> list[str]:

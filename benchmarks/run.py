@@ -13,6 +13,7 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Row:
     time_to_handwritten: Timing | None
     peak: Peak
     memory_to_end_to_end: float
+    memory_to_largest_module: float
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,53 @@ def compiled(workload: Workload, model: Chain, x: Tensor, y: Tensor, modules: in
     return Contestant(modules, LOCC, lambda: program.step(x, y), gradients_of(program))
 
 
-def boundary_widths(workload: Workload, parts: Sequence[nn.Module], x: Tensor) -> list[int]:
-    """Return the width of each boundary, without leaving a trace in the parts' buffers."""
-    widths = []
+def boundaries(parts: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Return the value at each boundary, without leaving a trace in the parts' buffers."""
+    values = []
     with torch.no_grad():
         for part in copy.deepcopy(list(parts))[:-1]:
             x = part(x)
-            widths.append(x.shape[workload.feature_axis])
-    return widths
+            values.append(x)
+    return values
+
+
+def boundary_widths(workload: Workload, parts: Sequence[nn.Module], x: Tensor) -> list[int]:
+    """Return the width of each boundary."""
+    return [value.shape[workload.feature_axis] for value in boundaries(parts, x)]
+
+
+def largest_module(workload: Workload, model: Chain, x: Tensor, y: Tensor, modules: int) -> int:
+    """Return the peak of the most expensive module when each trains alone on its recorded input.
+
+    As in the chain, a module holds its input, and its output, which it hands on.
+    """
+    parts = segments(copy.deepcopy(model), modules)
+    inputs = [x, *boundaries(parts, x)]
+    heads = [workload.head(width) for width in boundary_widths(workload, parts, x)]
+    peaks = []
+    for part, head, entering in zip(parts, [*heads, nn.Identity()], inputs, strict=True):
+        optimizer = torch.optim.Adam([*part.parameters(), *head.parameters()])
+        step = partial(alone, part, head, optimizer, workload.loss, None if entering is x else entering, x, y)
+        step()  # the optimizer's state exists only after the first step
+        peaks.append(peak(step, gradients_of(part, head)).total)
+    return max(peaks)
+
+
+def alone(
+    part: nn.Module,
+    head: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    entering: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """Train one module on its input and return its output; the batch itself counts for nobody."""
+    output = part(x if entering is None else entering.clone())
+    loss(head(output), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return output.detach()
 
 
 def contestants(workload: Workload, counts: Sequence[int], with_locc: bool) -> list[Contestant]:
@@ -108,6 +149,9 @@ def measure(workload: Workload, counts: Sequence[int], rounds: int, with_locc: b
     names = [f"{c.label} K={c.modules}" for c in entered]
     times = interleave({name: c.step for name, c in zip(names, entered, strict=True)}, rounds)
     peaks = [peak(c.step, c.parameters) for c in entered]
+    torch.manual_seed(0)
+    model, (x, y) = workload.model(), workload.batch()
+    largest = {1: peaks[0].total} | {k: largest_module(workload, model, x, y, k) for k in counts}
     return [
         Row(
             workload.name,
@@ -118,6 +162,7 @@ def measure(workload: Workload, counts: Sequence[int], rounds: int, with_locc: b
             ratio(times, name, f"{HANDWRITTEN} K={contestant.modules}") if contestant.label == LOCC else None,
             used,
             used.total / peaks[0].total,
+            used.total / largest[contestant.modules],
         )
         for contestant, name, used in zip(entered, names, peaks, strict=True)
     ]
@@ -128,7 +173,10 @@ def show(console: Console, rows: Sequence[Row]) -> None:
     table = Table(title=f"{rows[0].model}: 12 blocks", title_justify="left")
     table.add_column("K", justify="right")
     table.add_column("contestant")
-    for column in ("step, ms", "time / end-to-end", "time / handwritten", "peak, MiB", "peak / end-to-end"):
+    for column in (
+        *("step, ms", "time / end-to-end", "time / handwritten"),
+        *("peak, MiB", "peak / end-to-end", "peak / largest module"),
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -139,6 +187,7 @@ def show(console: Console, rows: Sequence[Row]) -> None:
             spread(row.time_to_handwritten) if row.time_to_handwritten else "",
             f"{row.peak.total / 2**20:.1f}",
             f"{row.memory_to_end_to_end:.3f}",
+            f"{row.memory_to_largest_module:.3f}",
         )
     console.print(table)
 
@@ -194,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += found
     console.print(
         f"Median of {options.rounds} interleaved rounds (fastest to slowest). "
-        "Peak: activations and gradients above what lives between two steps."
+        "Peak: activations and gradients above what lives between two steps; the largest module's is "
+        "measured with that module training alone on its recorded input."
     )
     if options.json:
         data = {"environment": environment(), "rounds": options.rounds, "rows": [asdict(row) for row in rows]}

@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=50, help="of the step-time measurement")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the ONNX files go")
     options = parser.parse_args(argv)
