@@ -12,6 +12,7 @@ from locc.errors import (
     RunError,
     SplitError,
 )
+from locc.examine import Examination, examine
 from locc.markers import split
 from locc.registry import method, methods
 from locc.rewrite import Method, Pass
@@ -24,6 +25,7 @@ __all__ = [
     "CaptureError",
     "Certificate",
     "CheckpointError",
+    "Examination",
     "ExportError",
     "GraphError",
     "LocalityError",
@@ -36,6 +38,7 @@ __all__ = [
     "SplitError",
     "StepReport",
     "compile",
+    "examine",
     "method",
     "methods",
     "split",

@@ -36,7 +36,8 @@ def _registered() -> dict[str, tuple[str, str]]:
         for name, location in point.load().items():
             if name in found and found[name][0] != location:
                 raise MethodError(
-                    f"two packages register the method '{name}': {found[name][0]} and {location}; uninstall one"
+                    f"two packages register the method '{name}': {found[name][0]} and {location}; "
+                    "uninstall one"
                 )
             found[name] = (location, point.name)
     return found
@@ -57,7 +58,9 @@ def load(name: str) -> type[Method]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise MethodError(f"method '{name}' is registered as {location}, which cannot be loaded: {error}") from error
+        raise MethodError(
+            f"method '{name}' is registered as {location}, which cannot be loaded: {error}"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise MethodError(f"method '{name}' is registered as {location}, which is not a locc Method class")
     return found
@@ -75,7 +78,9 @@ def method(name: str, **given: Any) -> Method:
 def name_of(instance: Method) -> str:
     """Return the id under which a method's class is registered, or the class's own name."""
     place = f"{type(instance).__module__}:{type(instance).__qualname__}"
-    return next((n for n, (location, _) in _registered().items() if location == place), type(instance).__name__)
+    return next(
+        (n for n, (location, _) in _registered().items() if location == place), type(instance).__name__
+    )
 
 
 def methods() -> dict[str, MethodInfo]:

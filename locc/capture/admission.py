@@ -61,7 +61,6 @@ class _Watching(fx.Interpreter):
         self.seen.values[n] = _look(value)
         return value
 
-
     def _held(self, n: fx.Node) -> Callable[[], list[tuple[Tensor, Tensor, Tensor]]] | None:
         """Note the buffers of a leaf without parameters: one that leaves them alone may run twice."""
         if n.op != "call_module":

@@ -160,6 +160,3 @@ def owned_tensor(root: nn.Module, path: str) -> Tensor | nn.Module | None:
     if isinstance(target, (Tensor, nn.Module)):
         return target
     raise LoccError(f"'{path}' is neither a tensor nor a module")
-
-
-

@@ -144,7 +144,8 @@ class TrainingGraph:
         return [
             n
             for n in self.graph.nodes
-            if (owner is None or n.meta.get("owner") == owner) and (role is None or n.meta.get("role") == role)
+            if (owner is None or n.meta.get("owner") == owner)
+            and (role is None or n.meta.get("role") == role)
         ]
 
     def boundaries(self, producer: str | None = None, consumer: str | None = None) -> list[Boundary]:
@@ -212,15 +213,18 @@ class TrainingGraph:
         """Add a call of `function` to the owner's program and return its node."""
         return self._place("call_function", function, args, kwargs, owner, role, name, spec)
 
-    def call(self, owner: str, path: str, *args: Any, role: str = "forward", spec: Spec = None, **kw: Any) -> fx.Node:
+    def call(
+        self, owner: str, path: str, *args: Any, role: str = "forward", spec: Spec = None, **kw: Any
+    ) -> fx.Node:
         """Add a call of the submodule at `path` (as `add_module` returned it)."""
         return self._place("call_module", path, args, kw, owner, role, None, spec)
 
     def read(self, owner: str, path: str, role: str = "parameter") -> fx.Node:
         """Add a read of the parameter, buffer or module at `path`; one node for each owner and path."""
-        for node in self.graph.nodes:
-            if node.op == "get_attr" and node.target == path and node.meta["owner"] == owner:
-                return node
+        found: fx.Node
+        for found in self.graph.nodes:
+            if found.op == "get_attr" and found.target == path and found.meta["owner"] == owner:
+                return found
         tensor = owned_tensor(self.root, path)
         spec = TensorSpec.of(tensor) if isinstance(tensor, torch.Tensor) else None
         node = self._place("get_attr", path, (), {}, owner, role, None, spec)
@@ -232,7 +236,15 @@ class TrainingGraph:
         return first
 
     def _place(
-        self, op: str, target: Any, args: Any, kwargs: Any, owner: str, role: str, name: str | None, spec: Spec
+        self,
+        op: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        owner: str,
+        role: str,
+        name: str | None,
+        spec: Spec,
     ) -> fx.Node:
         if owner not in self.owners:
             raise GraphError(f"pass '{self._making}' emits for owner '{owner}', which does not exist")
@@ -286,7 +298,15 @@ class TrainingGraph:
     def gradient(self, scalar: fx.Node, wrt: fx.Node) -> fx.Node:
         """Add d(scalar)/d(wrt) as a value; both belong to the same owner."""
         owner = scalar.meta["owner"]
-        return self.emit(owner, ops.gradient, scalar, wrt, role="gradient", name=f"grad_{wrt.name}", spec=wrt.meta.get("spec"))
+        return self.emit(
+            owner,
+            ops.gradient,
+            scalar,
+            wrt,
+            role="gradient",
+            name=f"grad_{wrt.name}",
+            spec=wrt.meta.get("spec"),
+        )
 
     def assign(self, owner: str, path: str, value: fx.Node) -> fx.Node:
         """Set the parameter or buffer at `path` to `value` after everything in the step has read it."""
@@ -307,7 +327,9 @@ class TrainingGraph:
             )
         return self.loss
 
-    def replay(self, owner: str, inputs: dict[fx.Node, fx.Node], wanted: list[fx.Node], role: str) -> list[fx.Node]:
+    def replay(
+        self, owner: str, inputs: dict[fx.Node, fx.Node], wanted: list[fx.Node], role: str
+    ) -> list[fx.Node]:
         """Run the owner's forward once more on other inputs.
 
         Args:

@@ -61,7 +61,8 @@ def _edges_cut(ir: TrainingGraph) -> Iterator[str]:
 def _gradients_local(ir: TrainingGraph) -> Iterator[str]:
     for node in ir.gradients():
         scalar, wrt = node.args
-        assert isinstance(scalar, fx.Node) and isinstance(wrt, fx.Node)
+        assert isinstance(scalar, fx.Node)
+        assert isinstance(wrt, fx.Node)
         if not scalar.meta["owner"] == wrt.meta["owner"] == node.meta["owner"]:
             yield f"gradient '{node.name}' mixes owners: '{scalar.name}' with respect to '{wrt.name}'"
         if not is_leaf(wrt):
@@ -72,7 +73,11 @@ def _assigns_own(ir: TrainingGraph) -> Iterator[str]:
     for node in ir.graph.nodes:
         if node.target is ops.assign:
             state = node.args[0]
-            if not isinstance(state, fx.Node) or state.op != "get_attr" or state.meta["owner"] != node.meta["owner"]:
+            if (
+                not isinstance(state, fx.Node)
+                or state.op != "get_attr"
+                or state.meta["owner"] != node.meta["owner"]
+            ):
                 yield f"assign '{node.name}' sets something that is not a state of '{node.meta['owner']}'"
 
 
@@ -87,7 +92,10 @@ def _inference_kept(ir: TrainingGraph) -> Iterator[str]:
     if ir.folded:
         return
     values = ir.output.args if isinstance(ir.output.target, Rebuild) else (ir.output,)
-    for graph, found in ((ir.captured.training, list(values)), (ir.captured.inference, _results(ir.inference))):
+    for graph, found in (
+        (ir.captured.training, list(values)),
+        (ir.captured.inference, _results(ir.inference)),
+    ):
         if fingerprint(_results(graph)) != fingerprint(found):
             yield "the inference path no longer computes the captured model"
 

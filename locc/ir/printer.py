@@ -44,7 +44,9 @@ def _header(ir: TrainingGraph) -> list[str]:
     lines = [f"# {len(ir.modules)} modules: " + ", ".join(o.name for o in ir.modules)]
     for phase in ir.phases:
         when = "before the first epoch" if phase.warmup else "in each epoch"
-        lines.append(f"# phase '{phase.name}', {phase.epochs} pass(es) {when}, trains: {', '.join(phase.trains)}")
+        lines.append(
+            f"# phase '{phase.name}', {phase.epochs} pass(es) {when}, trains: {', '.join(phase.trains)}"
+        )
     for region in ir.repeats.values():
         carried = ", ".join(f"{a.name} <- {b.name}" for a, b in region.carried)
         lines.append(f"# region '{region.name}' runs {region.times} times, carrying {carried}")

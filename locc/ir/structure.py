@@ -82,4 +82,9 @@ def _one(node: fx.Node, seen: dict[fx.Node, Hashable], known: dict[Hashable, int
         return seen[args[0]]
     if op == "placeholder":
         return (op, node.target)
-    return (op, target if isinstance(target, Hashable) else repr(target), _key(args, seen, known), _key(kwargs, seen, known))
+    return (
+        op,
+        target if isinstance(target, Hashable) else repr(target),
+        _key(args, seen, known),
+        _key(kwargs, seen, known),
+    )

@@ -41,11 +41,11 @@ def test_the_method_of_the_guide_trains(mono_forward, capsys):
 
 def test_the_method_of_the_guide_is_dgl_with_a_bare_projection(mono_forward):
     import torch
+    from mono_forward import MonoForward
     from torch import nn
 
     import locc
     import support
-    from mono_forward import MonoForward
 
     x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
     model = support.mlp().double()
@@ -57,17 +57,23 @@ def test_the_method_of_the_guide_is_dgl_with_a_bare_projection(mono_forward):
     nn.functional.cross_entropy(torch.relu(first(x)) @ m.T, y).backward()
     program.step(x, y)
     torch.testing.assert_close(model.first.weight, first.weight - 0.1 * first.weight.grad, rtol=0, atol=1e-10)
-    torch.testing.assert_close(program.root.aux["relu1_relu1"].weight, matrix - 0.1 * m.grad, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        program.root.aux["relu1_relu1"].weight, matrix - 0.1 * m.grad, rtol=0, atol=1e-10
+    )
 
 
 def test_a_model_that_the_method_does_not_fit_is_refused(mono_forward):
     import torch
+    from mono_forward import MonoForward
 
     import locc
     import support
-    from mono_forward import MonoForward
 
     with pytest.raises(locc.MethodError, match=r"it predicts f32\[B,4,11\], not one row of class scores"):
         locc.compile(
-            support.Tied(), MonoForward(), ["mid"], tied="copy", example_inputs=torch.zeros(2, 4, dtype=torch.long)
+            support.Tied(),
+            MonoForward(),
+            ["mid"],
+            tied="copy",
+            example_inputs=torch.zeros(2, 4, dtype=torch.long),
         )

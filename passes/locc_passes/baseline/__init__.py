@@ -1,0 +1,1 @@
+"""The baseline: end-to-end backpropagation."""

@@ -449,5 +449,7 @@ def test_a_layer_that_only_export_can_open_is_refused_and_not_left_exact():
         def forward(self, x):
             return self.head(self.block(self.stem(x)).mean(1))
 
-    with pytest.raises(locc.MethodError, match=r"block\.self_attn\.in_proj_weight' is multiplied with activations"):
+    with pytest.raises(
+        locc.MethodError, match=r"block\.self_attn\.in_proj_weight' is multiplied with activations"
+    ):
         locc.compile(Model(), "fa", ["block"], example_inputs=torch.randn(5, 6, 4))

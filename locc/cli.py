@@ -1,0 +1,422 @@
+"""The command line: `locc methods | inspect | train | verify | export`.
+
+Exit codes: 0 when all went well, 1 when a check failed or locc refused, 2 when the command line itself is
+wrong, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.text import Text
+from torch import nn
+
+from locc import registry
+from locc.commands.flags import MisuseError
+from locc.commands.loading import Data, example_of, load_data, load_model, shape_of
+from locc.commands.method_command import MethodCommand, method_options
+from locc.commands.show import (
+    describe,
+    fail,
+    method_table,
+    out,
+    show_examination,
+    show_history,
+    show_method,
+)
+from locc.compiler import Splits, compile
+from locc.errors import LoccError, nearest
+from locc.examine import examine
+from locc.runtime import Program
+
+HELP = """Train neural networks by local learning: no gradient crosses a module boundary, and that is proved.
+
+MODEL is package.module:factory or path/to/file.py:factory; the factory returns a torch.nn.Module
+(a class or an instance will do). Try:
+
+    locc train examples/models.py:small_cnn --data digits --method predsim --splits layer1,layer2,layer3
+
+Exit codes: 0 all went well, 1 a check failed or locc refused, 2 the command line is wrong, 130 Ctrl-C.
+"""
+
+app = typer.Typer(
+    name="locc",
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="package.module:factory or path/to/file.py:factory")
+]
+MethodOption = Annotated[
+    str, typer.Option("--method", "-m", help="id of the method; `locc methods` lists them")
+]
+SplitsOption = Annotated[
+    str,
+    typer.Option(
+        "--splits", "-s",
+        help="cut after these submodules: names or globs with commas between them; or the number of modules "
+        "of balanced cost (a submodule called 3 is written '3,')",
+    ),
+]  # fmt: skip
+LossOption = Annotated[
+    str, typer.Option(help="cross_entropy, mse, bce, l1, or package.module:function of (output, target)")
+]
+TiedOption = Annotated[
+    str, typer.Option(help="policy for a parameter that two modules use: error, owner or copy")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        help="digits (scikit-learn's), or package.module:factory of a loader or of (training, validation)"
+    ),
+]
+ShapeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape", help="sizes of one sample, such as 1,8,8; once for each input of the model"
+    ),
+]
+DtypeOption = Annotated[
+    str, typer.Option("--input-dtype", help="dtype of the inputs that --input-shape describes")
+]
+SeedOption = Annotated[
+    int, typer.Option(help="of the initial weights, the auxiliaries, the noise and the shuffling")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+BatchOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="samples in a batch of digits or example inputs")
+]
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Tell an error in one message; with --debug, let it through."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            out().print("interrupted")
+            raise typer.Exit(130) from None
+        except Exception as error:  # the user's code runs here: one message for whatever it raises
+            if kwargs.get("debug"):
+                raise
+            message, misuse = describe(error)
+            fail(message, misuse)
+
+    return run
+
+
+def splits_of(text: str) -> Splits:
+    """Read the value of --splits."""
+    if text.strip().isdigit():
+        return int(text)
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def loss_of(text: str) -> Any:
+    """Read the value of --loss."""
+    from locc.commands.loading import named_object
+
+    return named_object(text, "loss") if ":" in text else text
+
+
+def inputs_of(data: Data | None, shapes: list[str] | None, dtype: str, batch: int) -> Any:
+    """Return example inputs from the data, or of the given shapes.
+
+    Raises:
+        MisuseError: there are neither.
+    """
+    if data is not None:
+        return data.example()
+    if shapes:
+        return example_of(shapes, dtype, batch)
+    raise MisuseError(
+        "the model's inputs are unknown: give --input-shape, such as --input-shape 1,8,8, or --data"
+    )
+
+
+def data_of(text: str | None, batch_size: int, seed: int, shapes: list[str] | None) -> Data | None:
+    """Read the value of --data."""
+    return load_data(text, batch_size, seed, shape_of(shapes[0]) if shapes else None) if text else None
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="show everything about this method")] = None,
+) -> None:
+    """List the registered methods, or show one."""
+    try:
+        known = registry.methods()
+    except LoccError as error:
+        fail(describe(error)[0])
+    if name is None:
+        out().print(method_table(known.values()))
+        return
+    if name not in known:
+        fail(f"there is no method '{name}'; {nearest(name, known)}", misuse=True)
+    show_method(known[name])
+
+
+@app.command(cls=MethodCommand)
+@guarded
+def inspect(
+    ctx: typer.Context,
+    model: ModelArgument,
+    method: MethodOption = "bp",
+    splits: SplitsOption = "",
+    loss: LossOption = "cross_entropy",
+    tied: TiedOption = "error",
+    input_shape: ShapeOption = None,
+    input_dtype: DtypeOption = "float32",
+    data: DataOption = None,
+    batch_size: BatchOption = 4,
+    seed: SeedOption = 0,
+    ir: Annotated[bool, typer.Option("--ir", help="print the training graph as Python")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="print the instructions of one step")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what compiling would do, or why not.
+
+    Prints modules, boundaries and objectives, and the training graph with --ir. Trains nothing.
+    """
+    torch.manual_seed(seed)
+    network = load_model(model)
+    example = inputs_of(data_of(data, batch_size, seed, input_shape), input_shape, input_dtype, batch_size)
+    found = examine(
+        network,
+        method,
+        splits_of(splits),
+        loss=loss_of(loss),
+        tied=tied,
+        example_inputs=example,
+        **method_options(ctx),
+    )
+    show_examination(found, ir, plan)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command(cls=MethodCommand)
+@guarded
+def train(
+    ctx: typer.Context,
+    model: ModelArgument,
+    data: DataOption = None,
+    method: MethodOption = "bp",
+    splits: SplitsOption = "",
+    loss: LossOption = "cross_entropy",
+    tied: TiedOption = "error",
+    epochs: Annotated[
+        int, typer.Option(min=0, help="epochs to train now (after --resume: further ones)")
+    ] = 10,
+    batch_size: BatchOption = 64,
+    lr: Annotated[float, typer.Option(min=0.0, help="learning rate of every module")] = 1e-3,
+    optimizer: Annotated[
+        str, typer.Option(help="adam, adamw, sgd or momentum (sgd with momentum 0.9)")
+    ] = "adam",
+    schedule: Annotated[
+        str, typer.Option(help="lockstep, or sequential (one module after the other)")
+    ] = "lockstep",
+    clip: Annotated[float | None, typer.Option(help="largest gradient norm of a module")] = None,
+    seed: SeedOption = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    input_shape: ShapeOption = None,
+    save: Annotated[Path | None, typer.Option(help="write a checkpoint at the end, and on Ctrl-C")] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on from this checkpoint")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="export the trained network to this file")] = None,
+    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+    debug: DebugOption = False,
+) -> None:
+    """Train a model.
+
+    Prints the objectives of every module and the final accuracy. Ctrl-C stops after the last whole step;
+    with --save, the checkpoint is written then, too.
+    """
+    if data is None:
+        raise MisuseError(
+            "there is nothing to train on: give --data digits, or --data package.module:factory"
+        )
+    for path in (save, onnx):
+        if path is not None and not path.parent.is_dir():
+            raise MisuseError(f"the folder '{path.parent}' of '{path}' does not exist; create it first")
+    torch.manual_seed(seed)
+    loaders = data_of(data, batch_size, seed, input_shape)
+    assert loaders is not None
+    program = compile(
+        _placed(load_model(model), device),
+        method,
+        splits_of(splits),
+        loss=loss_of(loss),
+        tied=tied,
+        example_inputs=loaders.example(),
+        optimizer=optimizer_of(optimizer, lr),
+        schedule=schedule,
+        clip=clip,
+        seed=seed,
+        **method_options(ctx),
+    )
+    if resume is not None:
+        program.load(resume)
+    _train(program, loaders, epochs, progress, save, onnx)
+
+
+def _train(
+    program: Program, data: Data, epochs: int, progress: bool, save: Path | None, onnx: Path | None
+) -> None:
+    console = out()
+    history = program.fit(data.training, epochs, validation=data.validation, progress=progress)
+    if not progress:
+        console.print(Text(str(history)), soft_wrap=True)
+    show_history(history)
+    if save is not None:
+        program.save(save)
+        console.print(Text(f"saved {save}"), soft_wrap=True)
+    if history.interrupted:
+        console.print(f"interrupted after {program.steps} steps")
+        raise typer.Exit(130)
+    for name, loader in (("training", data.training), ("validation", data.validation)):
+        if loader is not None:
+            console.print(f"{name}: {program.evaluate(loader)}")
+    if onnx is not None:
+        console.print(Text(f"exported {program.export_onnx(onnx)}"), soft_wrap=True)
+
+
+def _placed(model: nn.Module, device: str) -> nn.Module:
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise MisuseError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def optimizer_of(name: str, lr: float) -> Callable[..., torch.optim.Optimizer]:
+    """Return the factory that --optimizer and --lr describe.
+
+    Raises:
+        MisuseError: the name is unknown.
+    """
+    factories: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adam": lambda parameters: torch.optim.Adam(parameters, lr=lr),
+        "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=lr),
+        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=lr),
+        "momentum": lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    }
+    if name not in factories:
+        raise MisuseError(f"--optimizer {name}: {nearest(name, factories)}")
+    return factories[name]
+
+
+@app.command(cls=MethodCommand)
+@guarded
+def verify(
+    ctx: typer.Context,
+    model: ModelArgument,
+    method: MethodOption = "bp",
+    splits: SplitsOption = "",
+    loss: LossOption = "cross_entropy",
+    tied: TiedOption = "error",
+    input_shape: ShapeOption = None,
+    input_dtype: DtypeOption = "float32",
+    data: DataOption = None,
+    batch_size: BatchOption = 4,
+    seed: SeedOption = 0,
+    json: Annotated[Path | None, typer.Option(help="write the certificate to this file")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Prove that no gradient crosses a boundary.
+
+    Prints the certificate; --json writes it to a file as well.
+    """
+    from locc.verify import verify as prove
+
+    program = _compiled(
+        ctx, model, method, splits, loss, tied, input_shape, input_dtype, data, batch_size, seed
+    )
+    certificate = prove(program)
+    out().print(Text(str(certificate)), soft_wrap=True)
+    if json is not None:
+        _write(json, certificate.to_json())
+
+
+@app.command(cls=MethodCommand)
+@guarded
+def export(
+    ctx: typer.Context,
+    model: ModelArgument,
+    onnx: Annotated[Path | None, typer.Option(help="write the whole network to this file")] = None,
+    modules: Annotated[
+        Path | None, typer.Option(help="write one file per module and a manifest to this folder")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="export the weights of this checkpoint")] = None,
+    method: MethodOption = "bp",
+    splits: SplitsOption = "",
+    loss: LossOption = "cross_entropy",
+    tied: TiedOption = "error",
+    input_shape: ShapeOption = None,
+    input_dtype: DtypeOption = "float32",
+    data: DataOption = None,
+    batch_size: BatchOption = 4,
+    seed: SeedOption = 0,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; default: the exporter's own choice")] = None,
+    check: Annotated[
+        bool, typer.Option(help="compare with PyTorch in onnxruntime at three batch sizes")
+    ] = True,
+    debug: DebugOption = False,
+) -> None:
+    """Write ONNX: one file, or one for each module.
+
+    With --checkpoint, give the method, splits and options that the checkpoint was trained with.
+    """
+    if onnx is None and modules is None:
+        raise MisuseError("nothing to write: give --onnx model.onnx, --modules folder, or both")
+    program = _compiled(
+        ctx, model, method, splits, loss, tied, input_shape, input_dtype, data, batch_size, seed
+    )
+    if checkpoint is not None:
+        program.load(checkpoint)
+    if onnx is not None:
+        out().print(Text(f"exported {program.export_onnx(onnx, opset=opset, check=check)}"), soft_wrap=True)
+    if modules is not None:
+        manifest = program.export_onnx_modules(modules, opset=opset, check=check)
+        out().print(Text(f"exported {manifest}"), soft_wrap=True)
+
+
+def _compiled(
+    ctx: typer.Context, model: str, method: str, splits: str, loss: str, tied: str,
+    shapes: list[str] | None, dtype: str, data: str | None, batch_size: int, seed: int,
+) -> Program:  # fmt: skip
+    """Compile without the proof: `verify` makes its own, and an export needs none."""
+    torch.manual_seed(seed)
+    network = load_model(model)
+    example = inputs_of(data_of(data, batch_size, seed, shapes), shapes, dtype, batch_size)
+    return compile(
+        network, method, splits_of(splits), loss=loss_of(loss), tied=tied, seed=seed, verify=False,
+        example_inputs=example, **method_options(ctx),
+    )  # fmt: skip
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LoccError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

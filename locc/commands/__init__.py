@@ -1,0 +1,1 @@
+"""What the command line needs beside its commands: loading, method flags, tables."""
