@@ -192,7 +192,7 @@ WORKLOADS = {
     "resnet": Workload(
         "resnet",
         resnet,
-        lambda: (torch.randn(16, 3, 32, 32), torch.randint(0, CLASSES, (16,))),
+        lambda: (torch.randn(64, 3, 32, 32), torch.randint(0, CLASSES, (64,))),
         F.cross_entropy,
         pooled_head,
         feature_axis=1,
@@ -208,7 +208,7 @@ WORKLOADS = {
     "resnet-basic": Workload(
         "resnet-basic",
         resnet_basic,
-        lambda: (torch.randn(16, 3, 32, 32), torch.randint(0, CLASSES, (16,))),
+        lambda: (torch.randn(64, 3, 32, 32), torch.randint(0, CLASSES, (64,))),
         F.cross_entropy,
         pooled_head,
         feature_axis=1,

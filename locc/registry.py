@@ -11,6 +11,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
+from torch import nn
+
 from locc.errors import MethodError, nearest
 from locc.rewrite.passes import Method, configure, options
 
@@ -27,6 +30,28 @@ class MethodInfo:
     summary: str
     options: dict[str, Any]
     package: str
+
+    @property
+    def modularity(self) -> str:
+        """The verdict of the certificate for this method on a chain of four layers, with default options.
+
+        Compiles that chain, the first time. On another model, or with other options, the certificate of
+        the compiled program is what counts.
+
+        Raises:
+            MethodError: the method is undefined on a chain of four linear layers.
+        """
+        return _modularity(self.name)
+
+
+@cache
+def _modularity(name: str) -> str:
+    from locc.compiler import compile  # the compiler asks the registry for methods
+
+    with torch.random.fork_rng():
+        chain = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)), nn.Linear(8, 8))
+        program = compile(chain, name, ["0", "1", "2"], example_inputs=torch.zeros(4, 8), seed=0)
+    return program.certificate.verdict
 
 
 @cache

@@ -402,3 +402,12 @@ def test_no_step_leaves_anything_behind(case, method):
     assert left["values"] == {}
     assert all(p.grad is None for p in program.parameters())
     assert all(v.dim() == 0 and not v.requires_grad for v in report.objectives.values())
+
+
+def test_the_modularity_of_a_method_is_read_off_its_graph():
+    state = torch.get_rng_state()
+    found = locc.methods()
+    assert found["bp"].modularity == found["fa"].modularity == "not modular"
+    assert found["dgl"].modularity == found["al"].modularity == "strictly modular"
+    assert found["dni"].modularity == found["dfa"].modularity == "weakly modular"
+    assert torch.equal(state, torch.get_rng_state())

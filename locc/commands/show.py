@@ -47,7 +47,8 @@ def show_method(info: MethodInfo) -> None:
     cls = load(info.name)
     console = out()
     console.print(
-        Text(info.name, style="bold"), Text(f"({info.family}; {info.reference}; from {info.package})")
+        Text(info.name, style="bold"),
+        Text(f"({info.family}; {info.reference}; {info.modularity} on a chain; from {info.package})"),
     )
     console.print()
     for line in (cls.__doc__ or "").strip().splitlines():
