@@ -16,7 +16,7 @@ from locc.ir import TensorSpec, TrainingGraph
 from locc.ir.graph import node_parameters
 from locc.ir.ops import Rebuild
 from locc.losses import Loss
-from locc.nn import Factory, Layout, build_head, build_pred_head, check_shapes, layout_of
+from locc.nn import Factory, Layout, build_head, build_pred_head, check_shapes, guess_layout, layout_of
 from locc.rewrite import Pass
 from locc_passes.chain import add_all
 
@@ -34,13 +34,13 @@ class AttachHeads(Pass):
 
     Attributes:
         head: a kind of `locc.nn.build_head`, "pred" for `build_pred_head`, or a factory (boundary spec,
-            output spec) -> module.
+            output spec) -> module. "auto" is "mlp-sr" on images and "linear" elsewhere.
         layout: hint for `locc.nn.guess_layout` where the shape of a boundary misleads it.
         undropped: read a value before the dropout that ends its module, as `before_dropout` finds it.
         options: further keywords of the builder.
     """
 
-    head: str | Factory = "mlp-sr"
+    head: str | Factory = "auto"
     layout: str | None = None
     undropped: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -61,10 +61,16 @@ class AttachHeads(Pass):
             options = {"layout": self.layout or layout_at(ir, value), "output_layout": output_layout(ir)}
             maker: Callable[..., nn.Module] = build_pred_head
             if self.head != "pred":
-                maker, options = build_head, options | {"kind": self.head}
+                maker, options = build_head, options | {"kind": self._kind(spec_of(value), options["layout"])}
             make = partial(maker, **options, **self.options)
             return build(make, owner, spec_of(value), prediction_spec(ir))
         return build_custom(self.head, owner, spec_of(value), prediction_spec(ir), "head")
+
+    def _kind(self, boundary: TensorSpec, hint: Any) -> str:
+        """MLP-SR was made for feature maps: its BatchNorm takes from a vector the scale that tells most."""
+        if self.head != "auto":
+            return str(self.head)
+        return "mlp-sr" if guess_layout(boundary, hint).kind == "image" else "linear"
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
         """Each module but the last has a head for each of its outputs; the last has none."""

@@ -25,10 +25,11 @@ class DGL(Method):
     reference: ClassVar[str] = "Belilovsky, Eickenberg & Oyallon 2020, Decoupled greedy learning of CNNs"
 
     head: str | Factory = field(
-        default="mlp-sr",
+        default="auto",
         metadata={
-            "help": "mlp-sr, mlp or linear; each adapts to flat, sequence and image boundaries. From Python "
-            "also a factory (boundary spec, output spec) -> module"
+            "help": "mlp-sr, mlp or linear; each adapts to flat, sequence and image boundaries. auto: mlp-sr "
+            "on images, as in the paper, and linear elsewhere. From Python also a factory (boundary spec, "
+            "output spec) -> module"
         },
     )
     layout: str | None = field(

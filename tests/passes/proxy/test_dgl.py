@@ -338,3 +338,14 @@ def test_options() -> None:
     assert set(locc.methods()["dgl"].options) == {"head", "layout", "local_loss"}
     with pytest.raises(locc.MethodError, match="no option 'heads'; nearest: 'head'"):
         locc.compile(mlp(), "dgl", ["first"], heads="mlp")
+
+
+def test_the_default_head_is_the_papers_on_images_and_linear_elsewhere():
+    from locc.nn import LinearHead, MLPSRHead
+
+    image = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+    program = locc.compile(image, "dgl", ["0"], example_inputs=torch.randn(4, 1, 8, 8))
+    assert [type(head) for head in program.root.aux.values()] == [MLPSRHead]
+    flat = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    program = locc.compile(flat, "dgl", ["1"], example_inputs=torch.randn(4, 4))
+    assert [type(head) for head in program.root.aux.values()] == [LinearHead]
