@@ -44,6 +44,8 @@ def assign(
     else:
         ends = [_settle(root, nodes, position[inside[c][-1]], c, free) for c in ordered]
         owners = {n: sum(end < i for end in ends) for i, n in enumerate(nodes)}
+        if _divides(root, owners):
+            owners = _undivided(root, nodes, [inside[c] for c in ordered]) or owners
     _keep_structures_at_home(owners)
     _reject_empty(root, owners, ordered)
     return owners, ordered
@@ -108,6 +110,26 @@ def _unreached(cut: Cut, nodes: Sequence[fx.Node]) -> str:
 def _take_turns(inside: dict[Cut, list[fx.Node]], position: dict[fx.Node, int]) -> bool:
     spans = [(position[nodes[0]], position[nodes[-1]]) for cut, nodes in inside.items() if not cut.marker]
     return any(a[0] < b[0] < a[1] < b[1] for a in spans for b in spans)
+
+
+def _divides(root: nn.Module, owners: dict[fx.Node, int]) -> bool:
+    """Whether two modules would use one parameter."""
+    users: dict[int, set[int]] = {}
+    for node, owner in owners.items():
+        for parameter in _parameters(root, node):
+            users.setdefault(id(parameter), set()).add(owner)
+    return any(len(found) > 1 for found in users.values())
+
+
+def _undivided(
+    root: nn.Module, nodes: Sequence[fx.Node], inside: Sequence[list[fx.Node]]
+) -> dict[fx.Node, int] | None:
+    """Return owners by level where these keep every parameter in one module: one cell of a loop is split."""
+    try:
+        owners = _by_level(nodes, inside)
+    except SplitError:
+        return None
+    return None if _divides(root, owners) else owners
 
 
 def _by_level(nodes: Sequence[fx.Node], inside: Sequence[list[fx.Node]]) -> dict[fx.Node, int]:

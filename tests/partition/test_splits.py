@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import locc
+import zoo
 from locc import SplitError
 from support import Residual, batch, compiled, mlp, same, sgd, snapshot
 
@@ -355,3 +356,11 @@ def test_recurrent_cells_that_take_turns_are_modules_of_their_own():
 def test_feedback_between_cells_is_refused():
     with pytest.raises(SplitError, match="information flows back between these splits"):
         compiled(Stack(feedback=True), "bp", ["one", "two"])
+
+
+def test_one_cell_of_a_loop_can_be_split_from_the_other():
+    case = zoo.find("gru_cells")
+    program = locc.compile(case.build(), "bp", ["cell1"], loss=case.loss, example_inputs=case.inputs())
+    owned = {name: set(program.ir.parameters(name)) for name in program.ir.owners}
+    assert {path.split(".")[1] for path in owned["cell1"]} == {"embed", "cell1"}
+    assert {path.split(".")[1] for path in owned["output"]} == {"cell2", "head"}

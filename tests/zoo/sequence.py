@@ -97,7 +97,7 @@ CASES: list[Case] = [
     case("gru_lm", lambda: RecurrentLM(nn.GRU), tokens(5, VOCABULARY), classes(VOCABULARY, 5),
          [["rnns.0"], ["embed", "rnns.0", "rnns.1"]], token_loss, "recurrent dropout tokens"),
     case("lstm_state", LastState, tokens(5, VOCABULARY), classes(4), [["embed"], ["rnn"]], tags="recurrent"),
-    case("gru_cells", CellLoop, normal(3, 3), classes(4), [["cell2"]],
+    case("gru_cells", CellLoop, normal(3, 3), classes(4), [["cell2"], ["cell1"], ["cell1", "cell2"]],
          tags="recurrent loop", origins=("concrete",)),
     case("tied_head", Tied, tokens(5, VOCABULARY), classes(VOCABULARY, 5), [["body"], ["body.0"]], token_loss,
          "tied tokens"),
