@@ -66,7 +66,8 @@ def compile(
         splits: submodules after which to cut, by name or glob; or K for K modules of balanced cost
             (counted operations and parameters). Markers (`locc.split`) in the forward are used as well.
         loss: "cross_entropy", "mse", "bce", "l1", or a callable(output, target) that returns a 0-d tensor.
-        example_inputs: a batch as `step` takes it. Without one, the first step completes the compilation.
+        example_inputs: a batch as `step` takes it; two samples are enough, and compiling runs the whole
+            model on them. Without one, the first step compiles on the first few samples of its batch.
         optimizer: callable(params) -> Optimizer, called for each owner; the default is Adam(lr=1e-3).
         schedule: "lockstep", or "sequential" (each module is trained to the end, then frozen).
         backend: "eager".

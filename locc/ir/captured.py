@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from locc.errors import LoccError, RunError
 from locc.ir.ops import Rebuild
@@ -59,6 +60,19 @@ class Inputs:
         if isinstance(x, (tuple, list)):
             return cls(tuple(x), {})
         return cls((x,), {})
+
+    def head(self, samples: int) -> Inputs:
+        """Return the first samples of the batch; the batch is the first tensor's first dimension."""
+        tensors = [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
+        if not tensors or tensors[0].dim() == 0 or tensors[0].shape[0] <= samples:
+            return self
+        size = tensors[0].shape[0]
+
+        def cut(value: Any) -> Any:
+            batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+            return value[:samples] if batched else value
+
+        return Inputs(*tree_map(cut, (self.args, self.kwargs)))
 
 
 def _takes_keywords(model: nn.Module, x: Mapping[Any, Any]) -> bool:

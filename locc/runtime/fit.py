@@ -16,7 +16,7 @@ from torch import Tensor
 from locc.errors import LoccError
 from locc.ir import Phase
 from locc.losses import correct
-from locc.runtime.program import Program
+from locc.runtime.program import FEW, Program
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def fit(
         first = next(batches, None)
         if first is None:
             raise LoccError("the loader yielded no batch")
-        program.complete(batch_of(first)[0])
+        program.complete(batch_of(first)[0], FEW)
         if batches is loader:  # a generator: put the batch back
             loader = itertools.chain([first], batches)
     history = History()

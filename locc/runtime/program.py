@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from locc.errors import LoccError, RunError, nearest
+from locc.errors import CaptureError, LoccError, RunError, nearest
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.lower import Plan, lower
 from locc.runtime.executor import Executor, Learner
@@ -20,6 +20,10 @@ from locc.runtime.settings import Settings
 if TYPE_CHECKING:
     from locc.runtime.fit import Evaluation, History
     from locc.verify import Certificate
+
+
+FEW = 4
+"""Samples of the first batch on which a program without example inputs is compiled."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,21 @@ class Program(nn.Module):
             )
         return self._built
 
-    def complete(self, x: Any) -> None:
-        """Finish the compilation with example inputs, if that has not happened yet."""
+    def complete(self, x: Any, samples: int | None = None) -> None:
+        """Finish the compilation with example inputs, if that has not happened yet.
+
+        Compiling runs the whole model end to end, which may be what does not fit in memory: `samples`
+        takes that many from the batch, and all of it only for a model that cannot be captured so.
+        """
         if self._built is None:
-            self._built = self._build(self, Inputs.of(self.model, x))
+            inputs = Inputs.of(self.model, x)
+            few = inputs if samples is None else inputs.head(samples)
+            try:
+                self._built = self._build(self, few)
+            except CaptureError:
+                if few is inputs:
+                    raise
+                self._built = self._build(self, inputs)
             if self.settings.schedule == "sequential":
                 self.phase = self._built.phases[0].name
 
@@ -153,7 +168,7 @@ class Program(nn.Module):
         Raises:
             RunError: an objective is not finite, or the inputs have another shape than compiled for.
         """
-        self.complete(x)
+        self.complete(x, FEW)
         built = self.built
         if not (self.training and self.model.training):
             raise RunError("the program is in eval mode; call program.train() before a step")

@@ -506,3 +506,29 @@ def test_sequential_is_refused_where_a_module_needs_a_later_one():
         locc.MethodError, match=r"but method 'bp' needs 'output' to train 'first'; use schedule='lockstep'"
     ):
         compiled(mlp(), "bp", ["first"], schedule="sequential")
+
+
+def test_without_example_inputs_only_a_few_samples_are_run_end_to_end():
+    model, sizes = mlp(), []
+    model.first.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    x, y = batch(64)
+    program = locc.compile(model, "dgl", ["first"])
+    program.step(x, y)
+    assert max(sizes[:-1]) <= 8
+    assert sizes[-1] == 64
+
+
+def test_a_model_that_needs_its_full_batch_is_compiled_on_it():
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(8, 3)
+
+        def forward(self, x):
+            if x.shape[0] != 12:
+                raise ValueError("twelve, please")
+            return self.b(self.a(x).repeat(1, 2))
+
+    x, y = batch(12)
+    report = locc.compile(Pairs(), "dgl", ["a"]).step(x, y)
+    assert torch.isfinite(report.loss)
