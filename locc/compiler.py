@@ -185,6 +185,7 @@ def _phases(request: Request, ir: TrainingGraph) -> tuple[Phase, ...]:
     if request.settings.schedule != "sequential":
         return ir.phases
     _check_upward(request.name, ir)
+    _check_freezable(ir)
     stages = []
     for module in ir.modules:
         trains = tuple(o.name for o in ir.owners.values() if o.index == module.index)
@@ -209,3 +210,15 @@ def _check_upward(name: str, ir: TrainingGraph) -> None:
                     f"schedule='sequential' trains one module after the other, but method '{name}' needs "
                     f"'{owner.name}' to train '{module.name}'; use schedule='lockstep'"
                 )
+
+
+def _check_freezable(ir: TrainingGraph) -> None:
+    """Refuse the sequential schedule where eval mode would not silence a frozen module's dropout."""
+    for node in ir.nodes(role="forward"):
+        if node.meta.get("random") and node.op != "call_module" and node.meta["owner"] != ir.last.name:
+            where = f" ({node.meta['line']})" if node.meta.get("line") else ""
+            raise MethodError(
+                f"schedule='sequential' freezes module '{node.meta['owner']}' in eval mode, but its forward "
+                f"draws random numbers in '{node.name}'{where} whatever the mode; use nn.Dropout, or keep "
+                "that line inside a submodule that no split opens"
+            )

@@ -532,3 +532,18 @@ def test_a_model_that_needs_its_full_batch_is_compiled_on_it():
     x, y = batch(12)
     report = locc.compile(Pairs(), "dgl", ["a"]).step(x, y)
     assert torch.isfinite(report.loss)
+
+
+def test_sequential_refuses_dropout_that_eval_mode_would_not_silence():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.a(functional.dropout(x, 0.5, self.training))
+            return self.b(x)
+
+    with pytest.raises(locc.MethodError, match="freezes module 'a' in eval mode, but its forward draws"):
+        compiled(Functional(), "dgl", ["a"], schedule="sequential")
+    compiled(mlp(dropout=0.5), "dgl", ["second"], schedule="sequential")
