@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from locc import registry
 from locc.capture import capture, marker_ancestors
 from locc.errors import LoccError, MethodError
-from locc.ir import Inputs, Phase, Root, TrainingGraph
+from locc.ir import Inputs, Root, TrainingGraph
 from locc.losses import Loss
+from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
 from locc.rewrite import Method, apply, configure, options
 from locc.runtime import Built, Executor, Program, Settings
@@ -110,7 +111,7 @@ def build(request: Request, program: Program, inputs: Inputs) -> Built:
         try:
             ir = rewrite(request, inputs, policy)
             program.root.aux.to(program.device)
-            phases = _phases(request, ir)
+            phases = stages(ir, request.name) if request.settings.schedule == "sequential" else ir.phases
             learners = request.settings.learners(ir)
             certificate = prove(ir, request.name, learners, inputs) if request.verify else None
             schedulers = request.settings.schedulers(learners)
@@ -179,46 +180,3 @@ def _on_device(inputs: Inputs, device: torch.device) -> Inputs:
 
     args, kwargs = torch.utils._pytree.tree_map(move, (inputs.args, inputs.kwargs))
     return Inputs(args, kwargs)
-
-
-def _phases(request: Request, ir: TrainingGraph) -> tuple[Phase, ...]:
-    if request.settings.schedule != "sequential":
-        return ir.phases
-    _check_upward(request.name, ir)
-    _check_freezable(ir)
-    stages = []
-    for module in ir.modules:
-        trains = tuple(o.name for o in ir.owners.values() if o.index == module.index)
-        stages.append(Phase(module.name, trains))
-    return tuple(stages)
-
-
-def _check_upward(name: str, ir: TrainingGraph) -> None:
-    """Refuse the sequential schedule where a module's objective needs a later module."""
-    from locc.lower.tasks import analyse
-
-    for module in ir.modules:
-        trains = frozenset(o.name for o in ir.owners.values() if o.index == module.index)
-        if not any(ir.objectives(owner) for owner in trains):
-            raise MethodError(
-                f"schedule='sequential': method '{name}' gives module '{module.name}' no objective"
-            )
-        for node in analyse(ir, trains).needed:
-            owner = ir.owners.get(node.meta.get("owner", ""))
-            if owner is not None and owner.index > module.index:
-                raise MethodError(
-                    f"schedule='sequential' trains one module after the other, but method '{name}' needs "
-                    f"'{owner.name}' to train '{module.name}'; use schedule='lockstep'"
-                )
-
-
-def _check_freezable(ir: TrainingGraph) -> None:
-    """Refuse the sequential schedule where eval mode would not silence a frozen module's dropout."""
-    for node in ir.nodes(role="forward"):
-        if node.meta.get("random") and node.op != "call_module" and node.meta["owner"] != ir.last.name:
-            where = f" ({node.meta['line']})" if node.meta.get("line") else ""
-            raise MethodError(
-                f"schedule='sequential' freezes module '{node.meta['owner']}' in eval mode, but its forward "
-                f"draws random numbers in '{node.name}'{where} whatever the mode; use nn.Dropout, or keep "
-                "that line inside a submodule that no split opens"
-            )

@@ -22,6 +22,7 @@ from locc.ir import ops
 from locc.ir.captured import Captured, Root, owned_tensor
 from locc.ir.order import program_order
 from locc.ir.spec import Spec, TensorSpec
+from locc.ir.tape import tape_of
 
 DATA = "data"
 
@@ -171,7 +172,8 @@ class TrainingGraph:
         and without parameters that another module borrows.
         """
         values = [v for v in self.crossing(owner) if v.op != "get_attr"]
-        return [v for v in values if not any(v in _live_ancestors(w) for w in values if w is not v)]
+        tapes = {v: tape_of(v) for v in values}
+        return [v for v in values if not any(v in tapes[w] for w in values if w is not v)]
 
     def objectives(self, owner: str | None = None) -> list[fx.Node]:
         """Return the objective nodes."""
@@ -274,8 +276,8 @@ class TrainingGraph:
     def add_module(self, name: str, module: nn.Module) -> str:
         """Register an auxiliary network and return its path."""
         key = name.replace(".", "_")
-        if key in self.root.aux:
-            raise GraphError(f"auxiliary '{key}' exists twice")
+        while key in self.root.aux:  # submodules `a.b_c` and `a_b.c` would share one name
+            key += "_"
         self.root.aux[key] = module
         return f"aux.{key}"
 
@@ -399,17 +401,6 @@ class TrainingGraph:
         from locc.ir.printer import render
 
         return render(self)
-
-
-def _live_ancestors(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    todo = list(node.all_input_nodes)
-    while todo:
-        source = todo.pop()
-        if source not in seen and source.target is not ops.stop_gradient:
-            seen.add(source)
-            todo.extend(source.all_input_nodes)
-    return seen
 
 
 def node_parameters(root: nn.Module, node: fx.Node) -> list[tuple[str, nn.Parameter]]:

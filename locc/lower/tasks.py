@@ -17,6 +17,7 @@ from locc.errors import GraphError
 from locc.ir import ops
 from locc.ir.graph import TrainingGraph, node_parameters
 from locc.ir.order import dependencies
+from locc.ir.tape import changers, tape_of
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
     chosen = frozenset(ir.owners) if active is None else active
     objectives = [n for n in ir.objectives() if n.meta["owner"] in chosen]
     assigns = [n for n in ir.graph.nodes if n.target is ops.assign and n.meta["owner"] in chosen]
-    changers = _changers(ir)
-    states = [n for n in changers if n.op == "get_attr" and n.meta["owner"] in chosen]
-    needed = _ancestors([*objectives, *assigns, *(c for n in states for c in changers[n])], changers)
+    changed = changers(ir.graph)
+    states = [n for n in changed if n.op == "get_attr" and n.meta["owner"] in chosen]
+    needed = _ancestors([*objectives, *assigns, *(c for n in states for c in changed[n])], changed)
     if ir.loss is not None:
         if ir.loss.meta["owner"] in chosen:
-            needed |= _ancestors([ir.loss], changers)
+            needed |= _ancestors([ir.loss], changed)
         elif all(n in needed for n in ir.loss.all_input_nodes):
             needed.add(ir.loss)
     scalars: dict[fx.Node, tuple[bool, list[fx.Node]]] = {}
@@ -83,7 +84,7 @@ def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
     backwards = [
         BackwardTask(str(s.meta["owner"]), s, learns, tuple(g)) for s, (learns, g) in scalars.items()
     ]
-    tapes = {b: tape_of(b.scalar, changers) for b in backwards}
+    tapes = {b: tape_of(b.scalar, changed) for b in backwards}
     leaves = {g.args[1] for b in backwards for g in b.gradients if isinstance(g.args[1], fx.Node)}
     taped = {n for tape in tapes.values() for n in tape}
     trained = {b.owner for b in backwards if b.trains}
@@ -102,16 +103,7 @@ def _learns(ir: TrainingGraph, owner: str) -> bool:
     return any(p.requires_grad for p in ir.parameters(owner).values())
 
 
-def _changers(ir: TrainingGraph) -> dict[fx.Node, list[fx.Node]]:
-    """Return, for each node whose storage is changed in place, the nodes that change it."""
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node in ir.graph.nodes:
-        for changed in node.meta.get("mutates", ()):
-            found.setdefault(changed, []).append(node)
-    return found
-
-
-def _ancestors(roots: list[fx.Node], changers: Mapping[fx.Node, list[fx.Node]]) -> set[fx.Node]:
+def _ancestors(roots: list[fx.Node], changed: Mapping[fx.Node, list[fx.Node]]) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     todo = list(roots)
     while todo:
@@ -119,25 +111,7 @@ def _ancestors(roots: list[fx.Node], changers: Mapping[fx.Node, list[fx.Node]]) 
         if node not in seen:
             seen.add(node)
             todo.extend(node.all_input_nodes)
-            todo.extend(changers.get(node, ()))
-    return seen
-
-
-def tape_of(scalar: fx.Node, changers: Mapping[fx.Node, list[fx.Node]] | None = None) -> set[fx.Node]:
-    """Return the nodes through which a gradient of `scalar` can flow.
-
-    An in-place change is part of the tape of what it changes, though no edge leads there: `changers`.
-    """
-    seen: set[fx.Node] = set()
-    todo = [scalar]
-    while todo:
-        node = todo.pop()
-        if node in seen or node.target is ops.gradient:
-            continue
-        seen.add(node)
-        if node.target is not ops.stop_gradient:
-            todo.extend(node.all_input_nodes)
-            todo.extend((changers or {}).get(node, ()))
+            todo.extend(changed.get(node, ()))
     return seen
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from locc.ir import TrainingGraph, inner
+from locc.ir.tape import tape_of
 from locc.rewrite import Pass
 
 
@@ -32,21 +33,32 @@ class GradientChain(Pass):
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the objectives from the last module but one down to the first."""
         for module in reversed(ir.modules[:-1]):
-            terms = [t for value in ir.crossing(module.name) for t in self._terms(ir, module.name, value)]
+            terms = [
+                t for value in ir.crossing(module.name) for t in handed_down(ir, module.name, value, "chain")
+            ]
             if terms:
                 ir.objective(module.name, add_all(ir, module.name, terms), "chain")
 
-    @staticmethod
-    def _terms(ir: TrainingGraph, owner: str, value: fx.Node) -> list[fx.Node]:
-        terms = []
-        for boundary in ir.boundaries(producer=owner):
-            if boundary.value is value:
-                for objective in ir.objectives(boundary.consumer):
-                    scalar = objective.args[0]
-                    assert isinstance(scalar, fx.Node)
-                    arriving = ir.stop_gradient(owner, ir.gradient(scalar, boundary.entry))
-                    terms.append(ir.emit(owner, inner, value, arriving, role="chain"))
-        return terms
+
+def returning(ir: TrainingGraph, value: fx.Node) -> list[fx.Node]:
+    """Return the gradients of the readers' objectives with respect to a value that they depend on."""
+    found = []
+    for boundary in ir.boundaries(producer=value.meta["owner"]):
+        if boundary.value is value:
+            for objective in ir.objectives(boundary.consumer):
+                scalar = objective.args[0]
+                assert isinstance(scalar, fx.Node)
+                if boundary.entry in tape_of(scalar):
+                    found.append(ir.gradient(scalar, boundary.entry))
+    return found
+
+
+def handed_down(ir: TrainingGraph, owner: str, value: fx.Node, role: str) -> list[fx.Node]:
+    """Return <value, sg[gradient]> for each gradient that the readers of a value return to its owner."""
+    return [
+        ir.emit(owner, inner, value, ir.stop_gradient(owner, gradient), role=role)
+        for gradient in returning(ir, value)
+    ]
 
 
 def add_all(ir: TrainingGraph, owner: str, terms: list[fx.Node]) -> fx.Node:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from locc.ir import TrainingGraph, inner, ops
+from locc.ir import TrainingGraph
 from locc.rewrite import Pass
-from locc_passes.chain import add_all
+from locc_passes.chain import add_all, handed_down
 
 
 def activations(ir: TrainingGraph, owner: str) -> list[fx.Node]:
@@ -42,33 +42,6 @@ def unreached(ir: TrainingGraph) -> Iterator[str]:
             )
 
 
-def returning(ir: TrainingGraph, value: fx.Node) -> list[fx.Node]:
-    """Return the gradients of the readers' objectives with respect to a value that they depend on."""
-    found = []
-    for boundary in ir.boundaries(producer=value.meta["owner"]):
-        if boundary.value is value:
-            for objective in ir.objectives(boundary.consumer):
-                scalar = objective.args[0]
-                assert isinstance(scalar, fx.Node)
-                if _reaches(scalar, boundary.entry):
-                    found.append(ir.gradient(scalar, boundary.entry))
-    return found
-
-
-def _reaches(scalar: fx.Node, entry: fx.Node) -> bool:
-    """Whether a gradient of `scalar` flows to `entry`."""
-    seen: set[fx.Node] = set()
-    todo = [scalar]
-    while todo:
-        node = todo.pop()
-        if node is entry:
-            return True
-        if node not in seen and node.target not in (ops.stop_gradient, ops.gradient):
-            seen.add(node)
-            todo.extend(node.all_input_nodes)
-    return False
-
-
 def squared_distance(a: Tensor, b: Tensor, dim: int = 0) -> Tensor:
     """Return ||a - b||^2 summed over units, mean over the rows along `dim` (shape [])."""
     return (a - b).square().sum() / a.shape[dim]
@@ -86,11 +59,7 @@ class LentGradients(Pass):
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the objectives, from the last module but one down to the first."""
         for module in reversed(ir.modules[:-1]):
-            terms = [
-                ir.emit(module.name, inner, value, ir.stop_gradient(module.name, gradient), role="lent")
-                for value in ir.crossing(module.name)
-                if not has_rows(value)
-                for gradient in returning(ir, value)
-            ]
+            lent = [value for value in ir.crossing(module.name) if not has_rows(value)]
+            terms = [t for value in lent for t in handed_down(ir, module.name, value, "lent")]
             if terms:
                 ir.objective(module.name, add_all(ir, module.name, terms), "lent")

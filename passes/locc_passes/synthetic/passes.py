@@ -14,8 +14,8 @@ from locc.errors import MethodError
 from locc.ir import TensorSpec, TrainingGraph, inner
 from locc.nn import Factory, build_synthesiser, check_shapes, guess_layout
 from locc.rewrite import Pass
-from locc_passes.chain import add_all
-from locc_passes.crossing import activations, returning, rows, squared_distance
+from locc_passes.chain import add_all, returning
+from locc_passes.crossing import activations, rows, squared_distance
 from locc_passes.objectives import build, build_custom, layout_at, output_layout, prediction_spec, spec_of
 
 

@@ -1,0 +1,41 @@
+"""Through which nodes a gradient can flow: the one walk that partition, methods and lowering share.
+
+The proof in `locc.verify` has a walk of its own, so that a mistake here does not hide itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from locc.ir import ops
+
+
+def changers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each node whose storage is changed in place, the nodes that change it."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for changed in node.meta.get("mutates", ()):
+            found.setdefault(changed, []).append(node)
+    return found
+
+
+def tape_of(scalar: fx.Node, changed: Mapping[fx.Node, list[fx.Node]] | None = None) -> set[fx.Node]:
+    """Return the nodes through which a gradient of `scalar` can flow, `scalar` and the leaves included.
+
+    An in-place change is part of the tape of what it changes, though no edge leads there: `changed`, as
+    `changers` returns it (found anew where it is not given).
+    """
+    changed = changers(scalar.graph) if changed is None else changed
+    seen: set[fx.Node] = set()
+    todo = [scalar]
+    while todo:
+        node = todo.pop()
+        if node in seen or node.target is ops.gradient:
+            continue
+        seen.add(node)
+        if node.target is not ops.stop_gradient:
+            todo.extend(node.all_input_nodes)
+            todo.extend(changed.get(node, ()))
+    return seen
