@@ -264,7 +264,7 @@ class Boom(Exception):
     pass
 
 
-STAGES = ["marker_ancestors", "resolve", "capture", "partition", "apply", "prove", "_phases"]
+STAGES = ["marker_ancestors", "resolve", "capture", "partition", "apply", "prove", "stages"]
 
 
 @pytest.mark.parametrize("tied", ["owner", "copy"])
@@ -286,6 +286,7 @@ def test_a_failure_in_any_stage_leaves_the_model_as_it_was(monkeypatch, stage, t
         options["scheduler"] = fail
     else:
         monkeypatch.setattr(compiler, stage, fail)
+        options["schedule"] = "sequential" if stage == "stages" else "lockstep"
     program = locc.compile(model, "dgl", ["body", "more"], tied=tied, **options)
     with pytest.raises((Boom, MethodError)):
         program.complete(X)
