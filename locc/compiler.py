@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from locc import registry
 from locc.capture import capture, marker_ancestors
-from locc.errors import LoccError, MethodError
+from locc.errors import CaptureError, LoccError, MethodError
 from locc.ir import Inputs, Root, TrainingGraph
 from locc.losses import Loss
 from locc.lower import stages
@@ -91,6 +91,7 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise LoccError(f"model must be a torch.nn.Module; found {type(model).__name__}")
+    _refuse_lazy(model)
     chosen, name = _method(method, method_options)
     settings = Settings(optimizer, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic)
     request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify)
@@ -151,6 +152,14 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
     captured = capture(root, inputs, opened)
     return partition(captured, cuts, request.loss, policy)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise CaptureError(
+                f"'{path}' has no shape yet (a lazy module); run the model once on a batch, then compile it"
+            )
 
 
 def _method(method: str | Method, given: dict[str, Any]) -> tuple[Method, str]:

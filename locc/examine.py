@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from locc.compiler import Request, Splits, _method, _on_device, cut
 from locc.errors import LoccError
-from locc.ir import Inputs, Root, TensorSpec, TrainingGraph
+from locc.ir import Coupling, Inputs, Root, TensorSpec, TrainingGraph
 from locc.ir.captured import strip
 from locc.losses import Loss
 from locc.lower import lower
@@ -82,7 +82,7 @@ class Examination:
     captured_by: str | None = None
     modules: list[ModuleReport] = field(default_factory=list)
     crossings: list[Crossing] = field(default_factory=list)
-    couplings: list[str] = field(default_factory=list)
+    couplings: list[Coupling] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     complete: bool = False
     partition: str | None = None

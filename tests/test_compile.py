@@ -57,7 +57,10 @@ def compile_(**changes: Any) -> locc.Program:
             {"optimizer": lambda ps: torch.optim.SGD(mlp().parameters())},
             "does not hold exactly the parameters it was given",
         ),
-        ({"optimizer": lambda ps: torch.optim.SGD(ps[:1])}, "does not hold exactly the parameters"),
+        (
+            {"optimizer": lambda ps: torch.optim.SGD(ps[:1])},
+            r"given \(it lacks 'first.bias'\); build it",
+        ),
         ({"optimizer": lambda: None}, r"optimizer\(params\) failed for 'relu1': TypeError"),
         ({"optimizer": torch.optim.LBFGS}, r"LBFGS evaluates the loss several times a step \(a closure\)"),
         ({"schedule": "lokstep"}, "schedule='lokstep' is not available; nearest: 'lockstep'"),
@@ -86,6 +89,10 @@ def compile_(**changes: Any) -> locc.Program:
             {"scheduler": torch.optim.lr_scheduler.StepLR},
             r"scheduler\(optimizer\) failed for 'relu1': TypeError",
         ),
+        (
+            {"scheduler": lambda _: torch.optim.lr_scheduler.StepLR(torch.optim.SGD([X.clone()]), 1)},
+            "scheduler\\(optimizer\\) for 'relu1' schedules another optimizer than the one it was given",
+        ),
         ({"splits": ["relu3"]}, "split 'relu3' matches no submodule; nearest: 'relu"),
         (
             {"schedule": "sequential"},
@@ -105,6 +112,14 @@ def test_example_inputs_on_which_the_model_fails(example):
     with pytest.raises(locc.CaptureError, match=r"the model itself fails on the example inputs"):
         compile_(model=model, example_inputs=example)
     assert same(before, snapshot(model))
+
+
+def test_a_lazy_module_is_refused_until_it_has_run():
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 3))
+    with pytest.raises(locc.CaptureError, match=r"'0\.weight' has no shape yet .*run the model once"):
+        compile_(model=model, splits=["0"])
+    model(X)
+    compile_(model=model, splits=["0"])
 
 
 def test_everything_that_needs_no_inputs_is_checked_without_them():

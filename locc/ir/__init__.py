@@ -1,6 +1,7 @@
 """The training graph: nodes, ownership, the four ops, printer, invariants. Imports no other stage."""
 
 from locc.ir.captured import BatchGuard, Captured, Inputs, Root, Signature
+from locc.ir.coupling import Coupling
 from locc.ir.graph import Boundary, Owner, Phase, Repeat, TrainingGraph, carry
 from locc.ir.ops import assign, gradient, inner, objective, stop_gradient
 from locc.ir.spec import BatchDim, TensorSpec
@@ -10,6 +11,7 @@ __all__ = [
     "BatchGuard",
     "Boundary",
     "Captured",
+    "Coupling",
     "Inputs",
     "Owner",
     "Phase",

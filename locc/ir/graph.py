@@ -20,6 +20,7 @@ from torch import fx, nn
 from locc.errors import GraphError
 from locc.ir import ops
 from locc.ir.captured import Captured, Root, owned_tensor
+from locc.ir.coupling import Coupling
 from locc.ir.order import program_order
 from locc.ir.spec import Spec, TensorSpec
 from locc.ir.tape import tape_of
@@ -124,7 +125,7 @@ class TrainingGraph:
     phases: tuple[Phase, ...] = ()
     repeats: dict[str, Repeat] = field(default_factory=dict)
     folded: bool = False
-    couplings: list[str] = field(default_factory=list)
+    couplings: list[Coupling] = field(default_factory=list)
     initial: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _making: str = "partition"
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 from locc.errors import SplitError
 from locc.ir import ops
 from locc.ir.captured import Captured, Root, owned_tensor, strip
+from locc.ir.coupling import Coupling
 from locc.ir.graph import DATA, Owner, TrainingGraph, node_parameters
 from locc.ir.spec import TensorSpec
 from locc.markers import split as marker
@@ -42,6 +43,7 @@ def partition(captured: Captured, cuts: Sequence[Cut], loss: Loss, tied: TiedPol
     shared = tied.decide(captured.root, captured.training, indices, names)
     builder = _Builder(captured, names, indices, shared, free)
     ir = builder.build(owners, loss)
+    ir.couplings += tied.copies
     ir.inference = _inference(captured, ordered, names)
     ir.tidy()
     return ir
@@ -75,7 +77,7 @@ class _Builder:
         self.graph = fx.Graph()
         self.made: dict[tuple[fx.Node, str], fx.Node] = {}
         self.free = free
-        self.couplings: list[str] = []
+        self.couplings: list[Coupling] = []
 
     def build(self, owners: dict[str, Owner], loss: Loss) -> TrainingGraph:
         inputs: list[fx.Node] = []
@@ -238,9 +240,8 @@ class _Builder:
                 return user
         entry = self._entry(value, owner, spec)
         entry.meta["tied"] = key
-        self.couplings.append(
-            f"'{owner}' uses parameter '{strip(path)}', which '{self.names[home]}' owns and trains"
-        )
+        text = f"'{owner}' uses parameter '{strip(path)}', which '{self.names[home]}' owns and trains"
+        self.couplings.append(Coupling(strip(path), (self.names[home], owner), text))
         return entry
 
 

@@ -11,12 +11,13 @@ from torch import fx, nn
 
 from locc.errors import SplitError
 from locc.ir.captured import Root, strip
+from locc.ir.coupling import Coupling
 from locc.ir.graph import node_parameters
 
 
 @dataclass
 class TiedPolicy:
-    """What to do with a parameter that two modules use.
+    """What to do with a parameter that two modules use; `copies` lists what "copy" has taken apart.
 
     - "error": refuse.
     - "owner": the first module that uses it trains it; the others read its current value.
@@ -24,6 +25,7 @@ class TiedPolicy:
     """
 
     policy: str
+    copies: list[Coupling] = field(default_factory=list)
     _undo: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,7 +82,12 @@ class TiedPolicy:
             for name, p in module._parameters.items()
             if p is parameter
         ]
-        for index in sorted(found)[1:]:
+        first, *others = sorted(found)
+        for index in others:
+            path = strip(found[index][0][1])
+            one, other = names[first], names[index]
+            text = f"'{other}' trains a copy of parameter '{path}', which it shared with '{one}'"
+            self.copies.append(Coupling(path, (one, other), text, live=False))
             fresh = nn.Parameter(copy.deepcopy(parameter.data), parameter.requires_grad)
             for node, _ in found[index]:
                 mine = [(m, n) for m, n in slots if self._under(root, m, str(node.target), node.op)]
@@ -119,3 +126,4 @@ class TiedPolicy:
         for module, name, parameter in reversed(self._undo):
             setattr(module, name, parameter)
         self._undo.clear()
+        self.copies.clear()

@@ -12,6 +12,7 @@ from torch import nn
 
 from locc.errors import LoccError, MethodError, nearest
 from locc.ir import TrainingGraph
+from locc.ir.captured import strip
 from locc.runtime.executor import Learner
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -90,16 +91,19 @@ class Settings:
             MethodError: the factory fails, or returns an optimizer of other parameters.
         """
         found = {}
+        paths = {id(p): strip(path) for path, p in ir.root.named_parameters()}
         for name, owner in ir.owners.items():
             parameters = [p for p in ir.parameters(name).values() if p.requires_grad]
             if ir.objectives(name) and parameters:
-                optimizer = self._optimizer(name, parameters)
+                optimizer = self._optimizer(name, parameters, paths)
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"] * owner.lr_scale
                 found[name] = Learner(name, parameters, optimizer, self.clip)
         return found
 
-    def _optimizer(self, owner: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def _optimizer(
+        self, owner: str, parameters: list[nn.Parameter], paths: dict[int, str]
+    ) -> torch.optim.Optimizer:
         if self.optimizer is None:
             # Only the fused one skips an update on the device, so that a step needs no synchronisation.
             fused = all(p.is_cuda and p.is_floating_point() for p in parameters)
@@ -116,10 +120,16 @@ class Settings:
                 f"optimizer(params) returned a {type(optimizer).__name__} for '{owner}', not an Optimizer"
             )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held != {id(p) for p in parameters}:
+        given = {id(p) for p in parameters}
+        if held != given:
+            change = ", ".join(
+                f"{what} '{paths[key]}'" if key in paths else f"{what} a tensor that is no parameter"
+                for what, keys in (("it also holds", held - given), ("it lacks", given - held))
+                for key in sorted(keys, key=lambda k: paths.get(k, ""))[:3]
+            )
             raise MethodError(
-                f"optimizer(params) for '{owner}' does not hold exactly the parameters it was given; "
-                "build it from its argument, not from model.parameters()"
+                f"optimizer(params) for '{owner}' does not hold exactly the parameters it was given "
+                f"({change}); build it from its argument, not from model.parameters()"
             )
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -145,11 +155,17 @@ class Settings:
 
 def _built(owner: str, make: SchedulerFactory, learner: Learner) -> Any:
     try:
-        return make(learner.optimizer)
+        made = make(learner.optimizer)
     except Exception as error:
         raise MethodError(
             f"scheduler(optimizer) failed for '{owner}': {type(error).__name__}: {error}"
         ) from error
+    if getattr(made, "optimizer", learner.optimizer) is not learner.optimizer:
+        raise MethodError(
+            f"scheduler(optimizer) for '{owner}' schedules another optimizer than the one it was given; "
+            "build it from its argument"
+        )
+    return made
 
 
 def _is_number(value: object) -> bool:

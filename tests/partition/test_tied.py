@@ -73,7 +73,9 @@ def test_the_owner_trains_with_the_gradient_of_both_uses():
         sum(model.embed.weight is p for o in program.ir.owners for p in program.ir.parameters(o).values())
         == 1
     )
-    assert program.ir.couplings == ["'head' uses parameter 'head.weight', which 'mid' owns and trains"]
+    (coupling,) = program.ir.couplings
+    assert str(coupling) == "'head' uses parameter 'head.weight', which 'mid' owns and trains"
+    assert coupling.owners == ("mid", "head")
 
 
 def test_the_owner_updates_after_every_reader():
