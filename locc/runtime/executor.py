@@ -75,7 +75,11 @@ def _copied(value: Any) -> Any:
 
 @dataclass
 class Executor:
-    """Runs steps of a plan; holds what persists between them."""
+    """Runs steps of a plan; holds what persists between them.
+
+    `observe` is called after each instruction, with the values in flight. With `guarded=False` an
+    objective that is not finite does not stop the step.
+    """
 
     learners: dict[str, Learner]
     seed: int
@@ -85,6 +89,7 @@ class Executor:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     observe: Callable[[Instruction, dict[str, Any]], None] | None = None
     deferred: bool = True
+    guarded: bool = True
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
 
     def run(self, plan: Plan, values: Iterable[Any], step: int) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -155,6 +160,7 @@ class _Step:
             elif isinstance(instruction, Backward):
                 self._backward(instruction)
             elif isinstance(instruction, Update):
+                self._seed(instruction.owner, "update")  # others may have drawn since its backward pass
                 self.executor.learners[instruction.owner].update(self.executor.accumulate)
             else:
                 self._loop(instruction)
@@ -163,9 +169,13 @@ class _Step:
             for name in instruction.frees:
                 del values[name]
 
+    def _seed(self, owner: str, stretch: int | str) -> None:
+        executor = self.executor
+        seed_all(stream(executor.seed, executor.owners[owner], self.step, stretch, self.round))
+
     def _segment(self, segment: Segment) -> None:
         executor, values = self.executor, self.values
-        seed_all(stream(executor.seed, executor.owners[segment.owner], self.step, segment.number, self.round))
+        self._seed(segment.owner, segment.number)
         if executor.autocast is None and torch.is_autocast_enabled(executor.device.type):
             # The user's own autocast keeps cast weights, made without a tape or before an update.
             torch.clear_autocast_cache()
@@ -197,6 +207,8 @@ class _Step:
         value = scalar.detach()
         for name in task.objectives:
             self.objectives[name] = value
+        if not self.executor.guarded:
+            return
         learner = self.executor.learners.get(task.owner)
         if value.device.type == "cpu":
             if not math.isfinite(value):
@@ -223,9 +235,9 @@ class _Step:
             del values[entry]
 
 
-def stream(seed: int, owner: int, step: int, segment: int, repetition: int) -> int:
+def stream(seed: int, owner: int, step: int, stretch: int | str, repetition: int) -> int:
     """Return the seed of one stretch of one owner's program: the same under every schedule."""
-    text = f"{seed}/{owner}/{step}/{segment}/{repetition}".encode()
+    text = f"{seed}/{owner}/{step}/{stretch}/{repetition}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 

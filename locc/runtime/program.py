@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 FEW = 4
 """Samples of the first batch on which a program without example inputs is compiled."""
+
+observers: list[Callable[[Program], None]] = []
+"""Called with each program whose compilation is complete; the pytest plugin adds its own."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class Program(nn.Module):
                 self._built = self._build(self, inputs)
             if self.settings.schedule == "sequential":
                 self.phase = self._built.phases[0].name
+            for notify in observers:
+                notify(self)
 
     @property
     def model(self) -> nn.Module:
@@ -179,23 +185,28 @@ class Program(nn.Module):
                 "this is a copy of a program, and its code is bound to the model of the original; copy "
                 "program.model and compile again"
             )
-        self._follow_device()
-        inputs = Inputs.of(self.model, self._move(x))
-        tensors = built.ir.captured.signature.bind(inputs)
+        values = self.bind(x, y)
         plan = self.plan(self.phase)
         backup = self._backup() if self.settings.atomic else None
-        frozen = self._freeze(plan)
         try:
-            objectives, loss = built.executor.run(plan, [*tensors, self._move(y)], self.steps)
+            with self.frozen(plan):
+                objectives, loss = built.executor.run(plan, values, self.steps)
         except BaseException:
             if backup is not None:
                 backup()
             raise
-        finally:
-            for module in frozen:
-                module.training = True
         self.steps += 1
         return StepReport(objectives, loss)
+
+    def bind(self, x: Any, y: Any = None) -> list[Any]:
+        """Return the values of a plan's inputs for a batch as `step` takes it, on the model's device.
+
+        Raises:
+            RunError: the inputs have another shape than compiled for.
+        """
+        self._follow_device()
+        inputs = Inputs.of(self.model, self._move(x))
+        return [*self.ir.captured.signature.bind(inputs), self._move(y)]
 
     def plan(self, phase: str | None = None) -> Plan:
         """Return the instructions of a step in a phase; without one, of a step in which all train."""
@@ -210,15 +221,20 @@ class Program(nn.Module):
                 built.plans[phase] = lower(built.ir, frozenset(found[phase].trains))
         return built.plans[phase]
 
-    def _freeze(self, plan: Plan) -> list[nn.Module]:
+    @contextmanager
+    def frozen(self, plan: Plan) -> Iterator[None]:
         """Put the modules that earlier sequential stages have trained into eval mode for a step."""
-        if self.settings.schedule != "sequential" or self.phase is None:
-            return []
-        frozen = self._modules_of(o for o in plan.runs if o not in plan.trains)
-        changed = [m for m in frozen if m.training]
+        changed = []
+        if self.settings.schedule == "sequential" and self.phase is not None:
+            idle = self._modules_of(o for o in plan.runs if o not in plan.trains)
+            changed = [m for m in idle if m.training]
         for module in changed:
             module.training = False
-        return changed
+        try:
+            yield
+        finally:
+            for module in changed:
+                module.training = True
 
     def _modules_of(self, owners: Iterable[str]) -> set[nn.Module]:
         ir = self.ir
