@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,21 @@ def small_batch(ir: TrainingGraph, inputs: Inputs, target: Any = None) -> Batch:
         if _accepts(ir, size, candidate):
             return Batch(tuple(tensors), candidate, size, text)
     return Batch(tuple(tensors), None, size, "the user's loss accepts no target that could be made up", True)
+
+
+def whole_batch(ir: TrainingGraph, inputs: Inputs, small: Batch) -> Batch:
+    """Return the example inputs as they are, with the rows of a small batch's target repeated."""
+    signature = ir.captured.signature
+    tensors = [t.detach() for t in signature.bind(inputs)]
+    size = signature.batch_of(tensors)
+    target = torch.utils._pytree.tree_map(lambda t: _repeat(t, small.size, size), small.target)
+    return replace(small, tensors=tuple(tensors), target=target, size=size)
+
+
+def _repeat(value: Any, size: int, wanted: int) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != size:
+        return value
+    return value[torch.arange(wanted, device=value.device) % size]
 
 
 def _resize(tensor: Tensor, spec: TensorSpec, size: int) -> Tensor:

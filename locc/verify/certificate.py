@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from locc.errors import LoccError
-from locc.ir import TrainingGraph
+from locc.ir import Coupling, TrainingGraph
 from locc.ir.captured import strip
 from locc.verify.facts import Flow
+from locc.verify.memory import Memory
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class OwnerFacts:
         trains_on_gradient: the gradient that came through a later module's layers and in which its
             objective is linear, or None.
         gradient_hops: how many modules' layers that gradient crossed.
+        peak_memory: bytes of activations and gradients that are alive at most while its code runs, those
+            of other owners included; None where no estimate could be made.
     """
 
     name: str
@@ -75,6 +78,7 @@ class OwnerFacts:
     backward_depth: int
     trains_on_gradient: str | None
     gradient_hops: int
+    peak_memory: int | None
 
     @property
     def update_locked(self) -> bool:
@@ -118,9 +122,10 @@ class Certificate:
     critical_path: tuple[str, ...]
     table: TableRow
     gradients: tuple[tuple[str, str], ...]
-    couplings: tuple[str, ...]
+    couplings: tuple[Coupling, ...]
     warnings: tuple[str, ...]
     checks: tuple[CheckRun, ...]
+    memory: Memory | None
     graph_hash: str
     version: int = VERSION
 
@@ -204,11 +209,17 @@ def _read(cls: type[Certificate], data: dict[str, Any]) -> Certificate:
             **_tuples(data),
             "owners": owners,
             "flows": tuple(Flow(**f) for f in data["flows"]),
+            "couplings": tuple(Coupling(**_tuples(c)) for c in data["couplings"]),
             "table": TableRow(**data["table"]),
             "checks": tuple(CheckRun(**c) for c in data["checks"]),
+            "memory": data["memory"] and _memory(data["memory"]),
             "gradients": tuple((name, text) for name, text in data["gradients"]),
         }
     )
+
+
+def _memory(data: dict[str, Any]) -> Memory:
+    return Memory(**{**data, "owners": tuple((name, size) for name, size in data["owners"])})
 
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
@@ -216,10 +227,18 @@ def _tuples(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def graph_hash(ir: TrainingGraph) -> str:
-    """Return a hash of the training graph: its text, owners, phases, and the shapes of its tensors."""
+    """Return a hash of the training graph: its text, the functions and modules in it, its tensors' shapes."""
     digest = hashlib.sha256()
-    text = re.sub(r" at 0x[0-9a-f]+", "", str(ir))  # an object's address is not part of the program
-    digest.update(text.encode())
+    functions = [_qualified(n.target) for n in ir.graph.nodes if n.op == "call_function"]
+    for text in (str(ir), repr(ir.root), *functions):
+        # An object's address is not part of the program.
+        digest.update(re.sub(r" at 0x[0-9a-f]+", "", text).encode() + b"\n")
     for path, tensor in sorted({**dict(ir.root.named_parameters()), **dict(ir.root.named_buffers())}.items()):
         digest.update(f"{strip(path)} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}\n".encode())
     return digest.hexdigest()
+
+
+def _qualified(function: Any) -> str:
+    """Return a function's module and qualified name: the graph's text has its bare name alone."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', '')}.{name}"

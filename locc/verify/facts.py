@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import networkx as nx
-from torch import fx, nn
+from torch import fx
 
-from locc.ir import inner, ops
-from locc.ir.captured import owned_tensor, strip
+from locc.ir import Coupling, inner, ops
+from locc.ir.captured import strip
 from locc.ir.graph import DATA, TrainingGraph, node_parameters
 from locc.lower.tasks import Analysis, BackwardTask, RegionTask, Task, analyse, order
 from locc.verify.derive import Derivation
+from locc.verify.names import Names
 
 STRICT, WEAK, NOT = "strictly modular", "weakly modular", "not modular"
 
@@ -225,28 +226,23 @@ def _some(names: list[str]) -> str:
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
 
 
-def couplings(ir: TrainingGraph, written: dict[str, set[str]] | None) -> list[str]:
-    """Return the state that modules share: tied parameters, buffers, BatchNorm statistics.
+def couplings(ir: TrainingGraph, written: dict[str, set[str]] | None) -> list[Coupling]:
+    """Return the state that modules share: tied parameters, buffers, BatchNorm statistics, attributes.
 
-    `written` says which buffers changed in a run and by whose code; None where nothing ran.
+    `written` says which buffers and tensor attributes changed in a run, and by whose code; None where
+    nothing ran.
     """
-    found = dict.fromkeys(ir.couplings)
-    users: dict[int, tuple[str, dict[str, None]]] = {}
-    for node in ir.graph.nodes:
-        held = owned_tensor(ir.root, str(node.target)) if node.op in ("call_module", "get_attr") else None
-        if isinstance(held, nn.Module):
-            buffers = {f"{node.target}.{name}": b for name, b in held.named_buffers()}
-        else:
-            buffers = (
-                {str(node.target): held} if held is not None and not isinstance(held, nn.Parameter) else {}
-            )
-        for path, buffer in buffers.items():
-            users.setdefault(id(buffer), (strip(path), {}))[1][str(node.meta.get("owner"))] = None
-    for path, owners in users.values():
-        if len(owners) > 1 and (written is None or path in written):
-            what = "BatchNorm statistics" if path.endswith(("running_mean", "running_var")) else "buffer"
-            found[f"{what} '{path}' is used by {_some(list(owners))}, and changes in a step"] = None
-    return list(found)
+    buffers = {o.path: o.owners for o in Names.of(ir).buffers.values()}
+    changed = buffers if written is None else {path: tuple(sorted(who)) for path, who in written.items()}
+    found = list(dict.fromkeys(ir.couplings))
+    attributes = {path: owners for path, owners in changed.items() if path not in buffers}
+    for path, owners in {**buffers, **attributes}.items():
+        if len(owners) > 1 and path in changed:
+            statistics = path.endswith(("running_mean", "running_var"))
+            what = "BatchNorm statistics" if statistics else "buffer" if path in buffers else "tensor"
+            text = f"{what} '{path}' is used by {_some(list(owners))}, and changes in a step"
+            found.append(Coupling(path, owners, text))
+    return found
 
 
 def auxiliaries(ir: TrainingGraph) -> dict[str, list[str]]:
@@ -265,7 +261,7 @@ def auxiliaries(ir: TrainingGraph) -> dict[str, list[str]]:
     return found
 
 
-def pipeline_exact(ir: TrainingGraph, traffic: list[Flow], coupled: list[str]) -> tuple[bool, str]:
+def pipeline_exact(ir: TrainingGraph, traffic: list[Flow], coupled: list[Coupling]) -> tuple[bool, str]:
     """Whether pipelined training has the trajectory of lock-step training, and why not."""
     down = [f for f in traffic if f.direction == "down"]
     if down:
@@ -274,8 +270,9 @@ def pipeline_exact(ir: TrainingGraph, traffic: list[Flow], coupled: list[str]) -
     state = [f for f in traffic if f.kind == "state" and f.producer != DATA]
     if state:
         return False, f"'{state[0].consumer}' reads '{state[0].value}', which '{state[0].producer}' trains"
-    if coupled:
-        return False, coupled[0]
+    live = [coupling for coupling in coupled if coupling.live]
+    if live:
+        return False, live[0].text
     return True, "only detached values and labels travel, and only upward"
 
 

@@ -45,11 +45,16 @@ class Names:
     def home(self, tensor: Tensor) -> str:
         """Return a clause that says which module owns a parameter or buffer."""
         found = self.parameters.get(id(tensor)) or self.buffers.get(id(tensor))
-        if found is None or not found.owners:
-            return "which no module of the program owns"
-        if len(found.owners) == 1:
-            return f"which module '{found.owners[0]}' owns"
-        return "which modules " + ", ".join(f"'{o}'" for o in found.owners) + " use"
+        return home(found.owners if found is not None else ())
+
+
+def home(owners: tuple[str, ...]) -> str:
+    """Return a clause that says which modules own a tensor."""
+    if not owners:
+        return "which no module of the program owns"
+    if len(owners) == 1:
+        return f"which module '{owners[0]}' owns"
+    return "which modules " + ", ".join(f"'{o}'" for o in owners) + " use"
 
 
 def _users(ir: TrainingGraph) -> dict[int, dict[str, None]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from rich import filesize
+
 from locc.verify.certificate import Certificate, OwnerFacts
 from locc.verify.facts import Flow
 
@@ -48,7 +50,22 @@ def _program(certificate: Certificate) -> Iterator[str]:
         yield f"  gradient value            {name}: {how}"
     if len(certificate.gradients) > 12:
         yield f"  gradient value            and {len(certificate.gradients) - 12} more"
+    yield f"  memory estimate           {_memory(certificate)}"
     yield f"  graph                     sha256 {certificate.graph_hash}"
+
+
+def _memory(certificate: Certificate) -> str:
+    memory = certificate.memory
+    if memory is None:
+        return "none"
+    return (
+        f"peak {_size(memory.peak)} of activations and gradients at a batch of {memory.batch}, in "
+        f"'{memory.at}'; parameters {_size(memory.parameters)}, optimizers {_size(memory.optimizer)}"
+    )
+
+
+def _size(count: int) -> str:
+    return filesize.decimal(count)
 
 
 def _folded(steps: Iterable[str]) -> Iterator[str]:
@@ -83,6 +100,8 @@ def _owner(certificate: Certificate, owner: OwnerFacts) -> Iterator[str]:
         for text in _flows(flows, end):
             yield f"  {word}    {text}"
     yield f"  locking   {_locking(owner)}"
+    if owner.peak_memory is not None:
+        yield f"  memory    {_size(owner.peak_memory)} at most while its code runs"
 
 
 def _flows(flows: tuple[Flow, ...], end: str) -> Iterator[str]:

@@ -13,16 +13,24 @@ from torch import fx, optim
 from locc.errors import LoccError
 from locc.ir import Inputs, TrainingGraph, assign
 from locc.ir.captured import strip
+from locc.lower import Plan
 from locc.runtime.executor import Learner
 from locc.verify import facts, sentinel, static, storage, walk
-from locc.verify.batch import Batch, small_batch
+from locc.verify.batch import Batch, small_batch, standing_in, whole_batch
 from locc.verify.certificate import Certificate, CheckRun, ObjectiveFacts, OwnerFacts, TableRow, graph_hash
 from locc.verify.derive import derive
 from locc.verify.findings import REACHABILITY, SENTINEL, STORAGE, WALK, refuse
+from locc.verify.memory import Memory, estimate
+from locc.verify.runner import plans_of
 from locc.verify.snapshot import preserved
+from locc.verify.worlds import reason
 
 if TYPE_CHECKING:
     from locc.runtime import Program
+
+_FEW_PARAMETERS = 1 << 24
+_FEW_OPERATIONS = 1e10
+"""Up to so many parameters, and operations in a small step, the sentinel runs on real tensors."""
 
 
 @dataclass
@@ -33,6 +41,7 @@ class _Evidence:
     warnings: list[str] = field(default_factory=list)
     walk: walk.Walk | None = None
     sentinel: sentinel.Sentinel | None = None
+    memory: Memory | None = None
     started: float = 0.0
 
     @contextmanager
@@ -48,7 +57,12 @@ class _Evidence:
 
 
 def prove(
-    ir: TrainingGraph, name: str, learners: Mapping[str, Learner], inputs: Inputs, target: Any = None
+    ir: TrainingGraph,
+    name: str,
+    learners: Mapping[str, Learner],
+    inputs: Inputs,
+    target: Any = None,
+    real: bool | None = None,
 ) -> Certificate:
     """Run every check on a training graph and return the certificate.
 
@@ -58,20 +72,25 @@ def prove(
         learners: the optimizer of each owner that trains.
         inputs: example inputs; a small batch is cut from them.
         target: the target of these inputs; without one, a target that the loss accepts is made up.
+        real: whether the sentinel runs on real tensors; None: where two small steps cost little.
 
     Raises:
         LocalityError: a gradient or a state change crosses a module boundary.
     """
     optimizers = {owner: learner.optimizer for owner, learner in learners.items()}
     seen = _Evidence()
-    _static(ir, name, optimizers, seen)
+    _static(ir, name, learners, seen)
     with preserved(ir.root, values=False):
         if not ir.root.model.training:
             ir.root.train()
         with seen.timed():
             batch = small_batch(ir, inputs, target)
-        _walk(ir, name, batch, seen)
-        _sentinel(ir, name, optimizers, batch, seen)
+        with standing_in(ir, batch.stand_in):
+            plans = plans_of(ir)
+            _walk(ir, name, plans, batch, seen)
+            operations = _weigh(ir, plans, optimizers, whole_batch(ir, inputs, batch), seen)
+            small = _parameters(ir) <= _FEW_PARAMETERS and operations * batch.size <= _FEW_OPERATIONS
+            _sentinel(ir, name, plans, optimizers, batch, small if real is None else real, seen)
     if batch.stand_in:
         seen.warnings.append(
             f"{batch.text}: the loss was replaced by a sum over the outputs in the autograd walk and the "
@@ -81,13 +100,16 @@ def prove(
     return _certificate(ir, name, batch, seen)
 
 
-def verify(program: Program, x: Any = None, y: Any = None) -> Certificate:
+def verify(program: Program, x: Any = None, y: Any = None, *, real: bool | None = None) -> Certificate:
     """Prove a live program local, from the beginning.
 
     Args:
         program: a compiled program; its state is bit for bit as it was afterwards.
         x: a batch as `step` takes it; the example inputs of the compilation without one.
         y: its target; made up without one.
+        real: True has the sentinel train two steps on real tensors whatever they cost, False on shapes
+            alone where the program runs so. The default is True up to 16 million parameters and ten
+            billion operations in a small step, and False beyond.
 
     Returns:
         The certificate, which `program.certificate` returns from then on.
@@ -102,43 +124,76 @@ def verify(program: Program, x: Any = None, y: Any = None) -> Certificate:
     inputs = Inputs.of(program.model, x) if x is not None else ir.captured.example
     if inputs is None:
         raise LoccError("the program keeps no example inputs; call locc.verify(program, x) with a batch")
-    certificate = prove(ir, program.method, program.built.learners, inputs, y)
+    certificate = prove(ir, program.method, program.built.learners, inputs, y, real)
     program.built.certificate = certificate
     return certificate
 
 
-def _static(ir: TrainingGraph, name: str, optimizers: dict[str, optim.Optimizer], seen: _Evidence) -> None:
+def _static(ir: TrainingGraph, name: str, learners: Mapping[str, Learner], seen: _Evidence) -> None:
+    optimizers = {owner: learner.optimizer for owner, learner in learners.items()}
+    cleared = {owner: learner.parameters for owner, learner in learners.items()}
     with seen.timed():
         refuse(name, static.check(ir))
         objectives, edges = len(ir.objectives()), sum(len(n.all_input_nodes) for n in ir.graph.nodes)
         seen.note(REACHABILITY, f"{objectives} objectives, {edges} edges")
     with seen.timed():
-        refuse(name, storage.check(ir, optimizers))
+        refuse(name, [*storage.check(ir, optimizers), *storage.cleared(ir, cleared)])
         held = sum(len(storage.held_by(o)) for o in optimizers.values())
         seen.note(STORAGE, f"{len(optimizers)} optimizers, {held} parameter tensors, no memory in common")
 
 
-def _walk(ir: TrainingGraph, name: str, batch: Batch, seen: _Evidence) -> None:
+def _walk(ir: TrainingGraph, name: str, plans: list[Plan], batch: Batch, seen: _Evidence) -> None:
     try:
-        found = walk.check(ir, batch)
+        found = walk.check(ir, batch, plans)
     except Exception as error:  # the model does not run on a made-up batch: say so, do not guess
         _incomplete(seen, WALK, f"{type(error).__name__}: {error}")
         return
     refuse(name, found.findings)
     seen.walk = found
-    seen.note(WALK, f"{found.how}, {walk.STEPS} steps, batch of {batch.size}, target: {batch.text}")
+    text = f"{found.how}, {walk.STEPS} steps, batch of {batch.size}, target: {batch.text}"
+    seen.note(WALK, text, complete=not batch.stand_in)
     seen.warnings += [
         f"a tensor {stranger} requires a gradient and is no parameter of the program; nothing trains it"
         for stranger in found.strangers
     ]
 
 
+def _weigh(
+    ir: TrainingGraph,
+    plans: list[Plan],
+    optimizers: dict[str, optim.Optimizer],
+    batch: Batch,
+    seen: _Evidence,
+) -> float:
+    """Estimate the memory of a step on the example inputs; return its operations for each sample."""
+    with seen.timed():
+        try:
+            seen.memory, operations = estimate(ir, optimizers, batch, plans)
+        except Exception as error:
+            seen.warnings.append(
+                "peak memory could not be estimated, since a step does not run on shapes alone: "
+                f"{reason(error)}"
+            )
+            return 0.0
+    return operations / max(batch.size, 1)
+
+
+def _parameters(ir: TrainingGraph) -> int:
+    return sum(t.numel() for t in (*ir.root.parameters(), *ir.root.buffers()))
+
+
 def _sentinel(
-    ir: TrainingGraph, name: str, optimizers: dict[str, optim.Optimizer], batch: Batch, seen: _Evidence
+    ir: TrainingGraph,
+    name: str,
+    plans: list[Plan],
+    optimizers: dict[str, optim.Optimizer],
+    batch: Batch,
+    real: bool,
+    seen: _Evidence,
 ) -> None:
     with seen.timed():
         try:
-            found = sentinel.check(ir, optimizers, batch)
+            found = sentinel.check(ir, optimizers, batch, plans, real)
         except Exception as error:
             _incomplete(seen, SENTINEL, f"{type(error).__name__}: {error}")
             return
@@ -147,7 +202,8 @@ def _sentinel(
             _incomplete(seen, SENTINEL, found.failure)
             return
         seen.sentinel = found
-        seen.note(SENTINEL, f"real tensors, {sentinel.STEPS} steps, batch of {batch.size}, state restored")
+        text = f"{found.how}, {sentinel.STEPS} steps, batch of {batch.size}, state restored"
+        seen.note(SENTINEL, text, complete=not batch.stand_in)
 
 
 def _incomplete(seen: _Evidence, name: str, reason: str) -> None:
@@ -167,6 +223,7 @@ def _certificate(ir: TrainingGraph, name: str, batch: Batch, seen: _Evidence) ->
     coupled = facts.couplings(ir, seen.sentinel.written if seen.sentinel is not None else None)
     exact, why = facts.pipeline_exact(ir, traffic, coupled)
     helpers = facts.auxiliaries(ir)
+    shown = static.reached(ir)
     depth = max((lock.depth for lock in locks.values()), default=0)
     backward = (
         "end to end" if verdict == facts.NOT else "none" if depth == 0 else f"{depth} hop" + "s" * (depth > 1)
@@ -181,7 +238,7 @@ def _certificate(ir: TrainingGraph, name: str, batch: Batch, seen: _Evidence) ->
         verdict=verdict,
         reasons=reasons,
         owners=tuple(
-            _owner(ir, owner, locks[owner], helpers.get(owner, []), seen) for owner in _in_order(ir)
+            _owner(ir, owner, locks[owner], helpers.get(owner, []), shown, seen) for owner in _in_order(ir)
         ),
         flows=tuple(traffic),
         pipeline_exact=exact,
@@ -192,6 +249,7 @@ def _certificate(ir: TrainingGraph, name: str, batch: Batch, seen: _Evidence) ->
         couplings=tuple(coupled),
         warnings=tuple(dict.fromkeys([*_untrained(ir, seen), *seen.warnings, *doubts])),
         checks=tuple(seen.checks),
+        memory=seen.memory,
         graph_hash=graph_hash(ir),
     )
 
@@ -204,6 +262,8 @@ def _critical(ir: TrainingGraph) -> list[str]:
     try:
         return facts.critical_path(ir)
     except LoccError:  # phases that cannot share a step: the longest of them counts
+        if not ir.phases:
+            raise
         paths = [facts.critical_path(ir, frozenset(phase.trains)) for phase in ir.phases]
         return max(paths, key=len)
 
@@ -224,10 +284,14 @@ def _gradients(ir: TrainingGraph, layered: set[Any], seen: _Evidence) -> list[tu
 
 
 def _owner(
-    ir: TrainingGraph, owner: str, lock: facts.Locking, helpers: list[str], seen: _Evidence
+    ir: TrainingGraph,
+    owner: str,
+    lock: facts.Locking,
+    helpers: list[str],
+    shown: dict[str, list[str]],
+    seen: _Evidence,
 ) -> OwnerFacts:
     parameters = {strip(path): p for path, p in ir.parameters(owner).items()}
-    shown = static.reached(ir)
     objectives = []
     for node in ir.objectives(owner):
         label = str(node.meta["objective"])
@@ -253,6 +317,7 @@ def _owner(
         backward_depth=lock.depth,
         trains_on_gradient=lock.trains_on,
         gradient_hops=lock.hops,
+        peak_memory=seen.memory.of(owner) if seen.memory is not None else None,
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 
 from locc.ir import TrainingGraph
 from locc.lower import Backward, Instruction, Loop, Plan, Segment, Update, lower
+from locc.verify.worlds import Real
 
 ROUNDS = 2
 """A repeated region runs this often in a check: once fresh, once on what it carries."""
@@ -82,3 +84,60 @@ class Runner:
         for (name, leaf), gradient in zip(task.gradients, found, strict=True):
             value = self.values[leaf]
             self.values[name] = torch.zeros_like(value) if gradient is None else gradient.detach()
+
+
+class Trainer(Runner):
+    """Runs a step in full, backward passes and optimizer steps included; frees values as the runtime does."""
+
+    def __init__(
+        self, ir: TrainingGraph, plan: Plan, optimizers: Mapping[str, optim.Optimizer], world: Real
+    ) -> None:
+        super().__init__(ir, plan)
+        self.optimizers, self.world = optimizers, world
+        self.parameters = {owner: list(ir.parameters(owner).values()) for owner in ir.owners}
+
+    def instructions(self, instructions: list[Instruction]) -> None:
+        """Run instructions in order, and let values go where the runtime does."""
+        for instruction in instructions:
+            super().instructions([instruction])
+            for name in instruction.frees:
+                del self.values[name]
+
+    def segment(self, segment: Segment) -> None:
+        """Run straight-line code of one owner."""
+        with self.world.mode:
+            super().segment(segment)
+
+    def backward(self, task: Backward) -> None:
+        """Back-propagate one scalar; parameters receive what an objective gives them."""
+        scalar: Tensor = self.values[task.scalar]
+        leaves = [self.values[leaf] for _, leaf in task.gradients]
+        found: list[Tensor | None] = [None] * len(leaves)
+        with self.world.mode:
+            if scalar.requires_grad and task.objectives:
+                scalar.backward(retain_graph=task.retain)
+                found = [leaf.grad for leaf in leaves]
+                for leaf in leaves:
+                    leaf.grad = None
+            elif scalar.requires_grad:
+                found = list(torch.autograd.grad(scalar, leaves, retain_graph=task.retain, allow_unused=True))
+        self.gradients_of(task, found)
+
+    def update(self, task: Update) -> None:
+        """Run one optimizer step of an owner, and drop its gradients."""
+        # Outside the world's mode: an optimizer's counters are real numbers even where tensors are shapes.
+        optimizer = self.optimizers.get(task.owner)
+        if optimizer is not None:
+            optimizer.step()
+        self.drop_gradients(task.owner)
+
+    def drop_gradients(self, owner: str) -> None:
+        """Let go of an owner's gradients after its update."""
+        for parameter in self.parameters[owner]:
+            parameter.grad = None
+
+    def loop(self, loop: Loop) -> None:
+        """Run a repeated region, at most `ROUNDS` times."""
+        super().loop(loop)
+        for _, entry, _ in loop.carried:
+            del self.values[entry]

@@ -21,13 +21,14 @@ def preserved(
 ) -> Iterator[None]:
     """Undo, on exit, whatever a run changes; inside, no parameter has a gradient.
 
-    With `values=False`, parameters and buffers are taken to keep their values (a run on fake tensors).
+    With `values=False`, what a run on fake tensors cannot change is not copied: parameters, buffers and
+    optimizer state, but for its counters.
     """
     undo: list[Callable[[], None]] = [_generators()]
     tensors = {id(t): t for t in (*root.parameters(), *root.buffers())}
     undo += [_tensor(t, values) for t in tensors.values()]
     undo += [_attributes(module) for module in root.modules()]
-    undo += [_optimizer(o) for o in optimizers]
+    undo += [_optimizer(o, values) for o in optimizers]
     for tensor in tensors.values():
         tensor.grad = None
     try:
@@ -132,7 +133,7 @@ def _refill(container: Any, saved: Any) -> None:
         container.update(saved)
 
 
-def _optimizer(optimizer: optim.Optimizer) -> Callable[[], None]:
+def _optimizer(optimizer: optim.Optimizer, values: bool) -> Callable[[], None]:
     attributes = dict(optimizer.__dict__)
     groups = [dict(group) for group in optimizer.param_groups]
     state = {key: dict(value) for key, value in optimizer.state.items()}
@@ -140,7 +141,7 @@ def _optimizer(optimizer: optim.Optimizer) -> Callable[[], None]:
         (value, value.detach().clone())
         for entries in (*state.values(), *groups)
         for value in entries.values()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and (values or value.dim() == 0)
     ]
 
     def restore() -> None:

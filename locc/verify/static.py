@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from locc.ir import ops
-from locc.ir.captured import strip
+from locc.ir.captured import owned_tensor, strip
 from locc.ir.graph import DATA, TrainingGraph, node_parameters
 from locc.verify.findings import REACHABILITY, Finding
 from locc.verify.names import Names, spell_node
@@ -80,9 +80,10 @@ def _objectives(ir: TrainingGraph, names: Names) -> Iterator[Finding]:
         named = False
         foreign = []
         for node in tape:
-            if node.target in (ops.stop_gradient, ops.gradient) or node.meta.get("owner") in (owner, DATA):
+            if node.target in (ops.stop_gradient, ops.gradient) or node.meta.get("owner") == owner:
                 continue
-            foreign.append(node)
+            if node.meta.get("owner") != DATA:
+                foreign.append(node)
             for path, parameter in node_parameters(ir.root, node):
                 if parameter.requires_grad:
                     named = True
@@ -221,19 +222,31 @@ def _assigns(ir: TrainingGraph, names: Names) -> Iterator[Finding]:
             continue
         state = node.args[0]
         owner = node.meta.get("owner")
-        if isinstance(state, fx.Node) and state.op == "get_attr" and state.meta.get("owner") == owner:
-            continue
         shown = (
             strip(str(state.target)) if isinstance(state, fx.Node) and state.op == "get_attr" else str(state)
         )
+        if isinstance(state, fx.Node) and state.op == "get_attr" and state.meta.get("owner") == owner:
+            others = [o for o in _users(ir, names, state) if o != owner]
+            if not others:
+                continue
+            why = f"'{others[0]}' uses as well"
+        else:
+            why = "is no state of its own"
         yield Finding(
             REACHABILITY,
-            f"'{owner}' assigns '{shown}', which is no state of its own",
+            f"'{owner}' assigns '{shown}', which {why}",
             (spell_node(node),),
             node.name,
             shown,
             "assign to a parameter or buffer of the same module",
         )
+
+
+def _users(ir: TrainingGraph, names: Names, state: fx.Node) -> tuple[str, ...]:
+    """Return the owners whose nodes use what a `get_attr` reads, under whatever path."""
+    tensor = owned_tensor(ir.root, str(state.target))
+    found = names.parameters.get(id(tensor)) or names.buffers.get(id(tensor))
+    return found.owners if found is not None else ()
 
 
 def untrained(ir: TrainingGraph, trained: set[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, optim
@@ -19,9 +19,38 @@ def check(ir: TrainingGraph, optimizers: Mapping[str, optim.Optimizer]) -> list[
     return [*_foreign(ir, optimizers, names), *_twice(optimizers, names), *_overlaps(optimizers, names)]
 
 
+def cleared(ir: TrainingGraph, parameters: Mapping[str, Iterable[Tensor]]) -> Iterator[Finding]:
+    """Yield every foreign parameter whose gradient an owner's update would clip, average and clear."""
+    names = Names.of(ir)
+    for owner, held in parameters.items():
+        own = {id(p) for p in ir.parameters(owner).values()} if owner in ir.owners else set()
+        for tensor in held:
+            if id(tensor) not in own:
+                yield Finding(
+                    STORAGE,
+                    f"the update of '{owner}' clips and clears the gradient of '{_path(names, tensor)}', "
+                    f"{names.home(tensor)}",
+                    (),
+                    None,
+                    _path(names, tensor),
+                    "give each learner the parameters of its own module",
+                )
+
+
 def held_by(optimizer: Any) -> list[Tensor]:
     """Return the tensors that an optimizer updates."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def fingerprint(optimizer: optim.Optimizer) -> list[Any]:
+    """Return what differs once an optimizer's settings or state have changed; values that autograd counts."""
+    tables = [*optimizer.param_groups, *optimizer.state.values()]
+    return [
+        (name, id(value), value._version) if isinstance(value, Tensor) else (name, value)
+        for table in tables
+        for name, value in table.items()
+        if name != "params"
+    ]
 
 
 def _path(names: Names, tensor: Tensor) -> str:

@@ -32,8 +32,8 @@ class Tape:
     leaves: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, scalar: Tensor) -> Tape:
-        """Walk from `scalar.grad_fn` to every leaf."""
+    def of(cls, scalar: Tensor, known: Callable[[Tensor], Tensor] = lambda leaf: leaf) -> Tape:
+        """Walk from `scalar.grad_fn` to every leaf, and note each under what it is `known` as."""
         tape = cls()
         start = scalar.grad_fn
         if start is None:
@@ -46,6 +46,7 @@ class Tape:
             node = todo.pop()
             variable = getattr(node, "variable", None)
             if isinstance(variable, Tensor):
+                variable = known(variable)
                 tape.leaves[id(variable)] = (variable, node)
             for following, _ in node.next_functions:
                 if following is not None and following not in tape.parent:

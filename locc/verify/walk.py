@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
 from locc.ir import TrainingGraph
 from locc.lower import Backward, Plan, Segment
@@ -26,6 +25,7 @@ from locc.verify.names import Names
 from locc.verify.runner import Runner, plans_of
 from locc.verify.snapshot import preserved
 from locc.verify.tape import Record, Tape, sequence_number
+from locc.verify.worlds import Fake, Meta, Real, reason
 
 STEPS = 2
 
@@ -49,35 +49,42 @@ class Walk:
     how: str = "fake tensors"
 
 
-def check(ir: TrainingGraph, batch: Batch) -> Walk:
+def check(ir: TrainingGraph, batch: Batch, plans: list[Plan] | None = None) -> Walk:
     """Walk every objective's tape; on tiny real tensors where the model cannot run on fake ones.
+
+    Args:
+        ir: the graph.
+        batch: what to run on.
+        plans: the graph's plans, if they are known (`plans_of`).
 
     Raises:
         Exception: whatever the model raises when it runs on real tensors.
     """
-    reason = ""
-    for how, world in _WORLDS.items():
+    why = ""
+    for world in _WORLDS:
         try:
-            walk = _walk(ir, batch, world, trace=False)
+            walk = _walk(ir, batch, plans, world, trace=False)
         except Exception as error:  # data-dependent code, .item(), NumPy: anything may fail without data
-            if world is _Real:
+            if world is Real:
                 raise
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+            why = reason(error)
             continue
-        walk.how = how if world is not _Real else f"tiny real tensors, since fake ones do not run ({reason})"
+        walk.how = (
+            world.title if world is not Real else f"tiny real tensors, since fake ones do not run ({why})"
+        )
         break
     if walk.findings:
         with suppress(Exception):  # once more, recording which line made which part of the tape
-            walk.findings = _walk(ir, batch, world, trace=True).findings or walk.findings
+            walk.findings = _walk(ir, batch, plans, world, trace=True).findings or walk.findings
     return walk
 
 
-def _walk(ir: TrainingGraph, batch: Batch, kind: type[_Real], trace: bool) -> Walk:
+def _walk(ir: TrainingGraph, batch: Batch, plans: list[Plan] | None, kind: type[Real], trace: bool) -> Walk:
     walk = Walk()
     anomaly = torch.autograd.set_detect_anomaly(True, check_nan=False) if trace else nullcontext()
     with (
         warnings.catch_warnings(),
-        preserved(ir.root, values=kind is _Real),
+        preserved(ir.root, values=kind is Real),
         standing_in(ir, batch.stand_in),
         anomaly,
     ):
@@ -85,78 +92,22 @@ def _walk(ir: TrainingGraph, batch: Batch, kind: type[_Real], trace: bool) -> Wa
         world = kind()
         inputs = torch.utils._pytree.tree_map(world.of, [*batch.tensors, batch.target])
         world.enter(ir)
-        with world.mode:
-            for plan in plans_of(ir):
-                walker = _Walker(ir, plan, walk)
+        with world.kernels, world.mode:
+            for plan in plans or plans_of(ir):
+                walker = _Walker(ir, plan, walk, world)
                 for _ in range(STEPS):
                     walker.run(inputs)
     walk.findings = list(dict.fromkeys(walk.findings))
     return walk
 
 
-class _Real:
-    """The walk's tensors as they are."""
-
-    mode: AbstractContextManager[Any] = nullcontext()
-
-    def of(self, value: Any) -> Any:
-        """Return what stands for a value of the batch."""
-        return value.clone() if isinstance(value, Tensor) else value
-
-    def enter(self, ir: TrainingGraph) -> None:
-        """Replace the program's tensors; `preserved` puts them back."""
-
-
-class _Meta(_Real):
-    """Tensors of the meta device: shapes alone, at little cost. Fails on a tensor held elsewhere."""
-
-    def __init__(self) -> None:
-        self.mode = torch.device("meta")
-        self.memo: dict[int, Tensor] = {}
-
-    def of(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in self.memo:
-            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-            held = isinstance(value, nn.Parameter)
-            self.memo[id(value)] = nn.Parameter(made, value.requires_grad) if held else made
-        return self.memo[id(value)]
-
-    def enter(self, ir: TrainingGraph) -> None:
-        for module in ir.root.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None:
-                        table[name] = self.of(tensor)
-            flat = getattr(module, "_flat_weights", None)
-            if isinstance(flat, list):  # what a recurrent layer computes with
-                flat[:] = [self.of(w) for w in flat]
-
-
-class _Fake(_Real):
-    """PyTorch's fake tensors: they accept real ones. Parameters stay, so that leaves are known."""
-
-    def __init__(self) -> None:
-        self.mode = self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def of(self, value: Any) -> Any:
-        return self.fake.from_tensor(value) if isinstance(value, Tensor) else value
-
-    def enter(self, ir: TrainingGraph) -> None:
-        for module in ir.root.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = self.of(buffer)
-
-
-_WORLDS: dict[str, type[_Real]] = {"fake tensors (meta)": _Meta, "fake tensors": _Fake, "real tensors": _Real}
+_WORLDS: tuple[type[Real], ...] = (Meta, Fake, Real)
 
 
 class _Walker(Runner):
-    def __init__(self, ir: TrainingGraph, plan: Plan, walk: Walk) -> None:
+    def __init__(self, ir: TrainingGraph, plan: Plan, walk: Walk, world: Real) -> None:
         super().__init__(ir, plan)
-        self.walk = walk
+        self.walk, self.world = walk, world
         self.names = Names.of(ir)
         self.own = {owner: {id(p) for p in ir.parameters(owner).values()} for owner in ir.owners}
         self.record = Record()
@@ -168,7 +119,7 @@ class _Walker(Runner):
 
     def backward(self, task: Backward) -> None:
         scalar = self.values[task.scalar]
-        tape = Tape.of(scalar)
+        tape = Tape.of(scalar, self.world.stands_for)
         label = ", ".join(task.objectives) or task.scalar
         for finding in findings_of(
             tape, task.owner, label, self.names, self.own, self.record, self.step, WALK

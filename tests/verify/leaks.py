@@ -1,72 +1,66 @@
-"""Models with planted leaks, and harmless ones that look like them.
+"""What code behind the graph's back can do to another module, each with a harmless twin.
 
-Each model is a chain of three leaf modules `a`, `b`, `c` of width 4; the leak, if any, is in `b` or `c`
-and reaches into an earlier module behind the graph's back.
+An act runs as the forward of a module `m` on `x`; `m.other` is an earlier module, whose weight is
+`m.other.linear.weight`, whose buffer is `m.other.shared` and which keeps its live output on `m.other.last`.
+Where a twin is `OWN`, it is the same act with `m.other` being `m` itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from locc.verify.findings import SENTINEL, WALK
+
+Act = Callable[[Any, Tensor], Tensor]
+
 
 class Leaf(nn.Module):
-    """A linear layer and tanh; the base of every planted module."""
+    """A linear layer and tanh; keeps what it computed, live, for anybody who asks."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width)
+        self.last: Tensor | None = None
+        self.register_buffer("shared", torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.linear(x))
+        self.last = plain(self, x)
+        return self.last
 
 
 class Planted(Leaf):
-    """A leaf whose forward goes through `act(self, x)`."""
+    """A leaf whose forward is an act on `other` (itself without one), while it is active."""
 
-    def __init__(self, act: Callable[[Any, Tensor], Tensor], other: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, act: Act, other: nn.Module | None, width: int = 4) -> None:
+        super().__init__(width)
         self.act = act
         self.others = (other,)  # in a tuple, so that it is not registered as a submodule
         self.active = True
-        self.register_buffer("state", torch.zeros(4))
+        self.register_buffer("state", torch.zeros(width))
 
     @property
     def other(self) -> Any:
-        return self.others[0]
+        return self if self.others[0] is None else self.others[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self, x) if self.active else super().forward(x)
-
-
-class Stashing(Leaf):
-    """Keeps what it computed, live, for anybody who asks."""
-
-    def __init__(self, detach: bool = False) -> None:
-        super().__init__()
-        self.last: Tensor | None = None
-        self.detach = detach
-        self.register_buffer("shared", torch.zeros(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = super().forward(x)
-        self.last = h.detach() if self.detach else h
-        return h
+        return self.act(self, x) if self.active else plain(self, x)
 
 
 class Chain(nn.Module):
-    """a -> b -> c -> head."""
+    """a -> b -> c -> head; `b` is planted."""
 
-    def __init__(self, act: Callable[[Any, Tensor], Tensor], first: nn.Module | None = None) -> None:
+    def __init__(self, act: Act, own: bool = False, first: nn.Module | None = None, width: int = 4) -> None:
         super().__init__()
-        self.a = first or Leaf()
-        self.b = Planted(act, self.a)
-        self.c = Leaf()
-        self.head = nn.Linear(4, 3)
+        self.a = first or Leaf(width)
+        self.b = Planted(act, None if own else self.a, width)
+        self.c = Leaf(width)
+        self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.c(self.b(self.a(x))))
@@ -76,72 +70,134 @@ def plain(m: Any, x: Tensor) -> Tensor:
     return torch.tanh(m.linear(x))
 
 
-# ---- leaks ----------------------------------------------------------------------------------
+# ---- live values ----------------------------------------------------------------------------
 
 
 def reads_stash(m: Any, x: Tensor) -> Tensor:
-    """An activation that the module before kept on an attribute, live."""
     return plain(m, x + m.other.last)
 
 
+def reads_detached_stash(m: Any, x: Tensor) -> Tensor:
+    return plain(m, x + m.other.last.detach())
+
+
 def reads_previous_stash(m: Any, x: Tensor) -> Tensor:
-    """A live activation of its own, kept for the next step."""
     before = getattr(m, "kept", None)
     h = plain(m, x if before is None else x + 0.1 * before.mean())
     m.kept = h
     return h
 
 
+def keeps_detached(m: Any, x: Tensor) -> Tensor:
+    before = getattr(m, "kept", None)
+    h = plain(m, x if before is None else x + 0.1 * before.mean())
+    m.kept = h.detach()
+    return h
+
+
 def reads_foreign_previous(m: Any, x: Tensor) -> Tensor:
-    """A live activation of the module before, read one step later."""
     before = getattr(m, "kept", None)
     m.kept = m.other.last
     return plain(m, x if before is None else x + 0.1 * before.mean())
 
 
+def keeps_foreign_detached(m: Any, x: Tensor) -> Tensor:
+    before = getattr(m, "kept", None)
+    m.kept = m.other.last.detach()
+    return plain(m, x if before is None else x + 0.1 * before.mean())
+
+
+def keeps_live_unread(m: Any, x: Tensor) -> Tensor:
+    m.kept = plain(m, x)  # for the user to look at
+    return m.kept
+
+
 def live_buffer(m: Any, x: Tensor) -> Tensor:
-    """A live value of the module before, written into a buffer and read back."""
     m.state = m.other.last.mean(0)
     return plain(m, x + m.state)
 
 
+def detached_buffer(m: Any, x: Tensor) -> Tensor:
+    m.state = m.other.last.detach().mean(0)
+    return plain(m, x + m.state)
+
+
 def history_buffer(m: Any, x: Tensor) -> Tensor:
-    """A buffer that keeps the tape of every earlier step."""
     m.state = 0.9 * m.state + plain(m, x).mean(0)
     return plain(m, x) + m.state
 
 
+def detached_history(m: Any, x: Tensor) -> Tensor:
+    m.state.mul_(0.9).add_(plain(m, x).detach().mean(0))
+    return plain(m, x) + m.state.clone()
+
+
 def foreign_weight(m: Any, x: Tensor) -> Tensor:
-    """A view of another module's weight."""
     return torch.tanh(m.linear(x) + x @ m.other.linear.weight.t()[:, :4])
 
 
+def foreign_module(m: Any, x: Tensor) -> Tensor:
+    return plain(m, x) + m.other.linear(x.detach())
+
+
 def no_grad_wrong_line(m: Any, x: Tensor) -> Tensor:
-    """Meant to protect the foreign weight, but only its norm is computed without a tape."""
     w = m.other.linear.weight
     with torch.no_grad():
         scale = w.norm()
     return plain(m, x) + (w / scale).mean()
 
 
+def no_grad_right_line(m: Any, x: Tensor) -> Tensor:
+    w = m.other.linear.weight
+    with torch.no_grad():
+        extra = (w / w.norm()).mean()
+    return plain(m, x) + extra
+
+
 def straight_through(m: Any, x: Tensor) -> Tensor:
-    """Rounds forward, and lets the gradient through to the module before."""
     live = m.other.last
     return plain(m, x + (torch.round(live) - live).detach() + live)
 
 
+def own_straight_through(m: Any, x: Tensor) -> Tensor:
+    live = plain(m, x)
+    return live + (torch.round(live) - live).detach()
+
+
 def inplace_after_detach(m: Any, x: Tensor) -> Tensor:
-    """Adds a live value in place to a detached one."""
     x = x.detach().clone()
     x += m.other.last
     return plain(m, x)
 
 
+def inplace_of_detached(m: Any, x: Tensor) -> Tensor:
+    x = x.detach().clone()
+    x += m.other.last.detach()
+    return plain(m, x)
+
+
 def view_copy_after_detach(m: Any, x: Tensor) -> Tensor:
-    """Copies a live value into a view of a detached one."""
     x = x.detach().clone()
     x[:, 0].copy_(m.other.last[:, 0])
     return plain(m, x)
+
+
+def view_copy_of_detached(m: Any, x: Tensor) -> Tensor:
+    x = x.detach().clone()
+    x[:, 0].copy_(m.other.last[:, 0].detach())
+    return plain(m, x)
+
+
+def checkpoint_reentrant(m: Any, x: Tensor) -> Tensor:
+    """The parameters inside are not on the outer tape."""
+    return plain(m, x) + checkpoint(m.other.linear, plain(m, x), use_reentrant=True)
+
+
+def checkpoint_non_reentrant(m: Any, x: Tensor) -> Tensor:
+    return plain(m, x) + checkpoint(m.other.linear, x, use_reentrant=False)
+
+
+# ---- gradients and values that are written --------------------------------------------------
 
 
 class _WritesGradient(torch.autograd.Function):
@@ -158,14 +214,11 @@ class _WritesGradient(torch.autograd.Function):
 
 
 def custom_function(m: Any, x: Tensor) -> Tensor:
-    """A custom function that writes a foreign gradient in its backward."""
     return _WritesGradient.apply(plain(m, x), [m.other.linear.weight])
 
 
 def tensor_hook(m: Any, x: Tensor) -> Tensor:
-    """A tensor hook that writes a foreign gradient."""
-    h = plain(m, x)
-    w = m.other.linear.weight
+    h, w = plain(m, x), m.other.linear.weight
     if h.requires_grad:
 
         def write(g: Tensor) -> None:
@@ -175,98 +228,38 @@ def tensor_hook(m: Any, x: Tensor) -> Tensor:
     return h
 
 
+def scaling_hook(m: Any, x: Tensor) -> Tensor:
+    h = plain(m, x)
+    if h.requires_grad:
+        h.register_hook(lambda g: 0.5 * g)
+    return h
+
+
 def forward_write(m: Any, x: Tensor) -> Tensor:
-    """Writes a foreign gradient in its forward."""
     w = m.other.linear.weight
     w.grad = torch.ones_like(w)
     return plain(m, x)
 
 
-def checkpoint_reentrant(m: Any, x: Tensor) -> Tensor:
-    """A re-entrant checkpoint around a foreign module: its parameters are not on the outer tape."""
-    return plain(m, x) + checkpoint(m.other.linear, plain(m, x), use_reentrant=True)
-
-
-def checkpoint_non_reentrant(m: Any, x: Tensor) -> Tensor:
-    """A checkpoint around a foreign module."""
-    return plain(m, x) + checkpoint(m.other.linear, x, use_reentrant=False)
-
-
 def data_alias_parameter(m: Any, x: Tensor) -> Tensor:
-    """Changes a foreign parameter behind autograd's back."""
     m.other.linear.weight.data.mul_(0.99)
     return plain(m, x)
 
 
 def data_alias_activation(m: Any, x: Tensor) -> Tensor:
-    """Changes the module before's output behind autograd's back."""
     x.data.add_(1.0)
     return plain(m, x)
 
 
+def own_data_alias_activation(m: Any, x: Tensor) -> Tensor:
+    h = m.linear(x)
+    h.data.add_(1.0)
+    return torch.tanh(h)
+
+
 def foreign_buffer(m: Any, x: Tensor) -> Tensor:
-    """Changes a buffer of another module."""
     m.other.shared.add_(1.0)
     return plain(m, x)
-
-
-def reads_own_then_foreign_module(m: Any, x: Tensor) -> Tensor:
-    """Calls another module that is not registered under it."""
-    return plain(m, x) + m.other.linear(x.detach())
-
-
-# ---- look-alikes ----------------------------------------------------------------------------
-
-
-def reads_detached_stash(m: Any, x: Tensor) -> Tensor:
-    return plain(m, x + m.other.last.detach())
-
-
-def keeps_detached(m: Any, x: Tensor) -> Tensor:
-    before = getattr(m, "kept", None)
-    h = plain(m, x if before is None else x + 0.1 * before.mean())
-    m.kept = h.detach()
-    return h
-
-
-def keeps_live_unread(m: Any, x: Tensor) -> Tensor:
-    m.kept = plain(m, x)  # for the user to look at
-    return m.kept
-
-
-def detached_buffer(m: Any, x: Tensor) -> Tensor:
-    m.state.mul_(0.9).add_(plain(m, x).detach().mean(0))
-    return plain(m, x) + m.state.clone()
-
-
-def detached_weight(m: Any, x: Tensor) -> Tensor:
-    return torch.tanh(m.linear(x) + x @ m.other.linear.weight.detach())
-
-
-def no_grad_right_line(m: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        extra = m.other.linear(x)
-    return plain(m, x) + extra
-
-
-def own_straight_through(m: Any, x: Tensor) -> Tensor:
-    h = plain(m, x)
-    return h + (torch.round(h) - h).detach()
-
-
-def own_checkpoint_reentrant(m: Any, x: Tensor) -> Tensor:
-    return checkpoint(m.linear, plain(m, x), use_reentrant=True)
-
-
-def own_checkpoint(m: Any, x: Tensor) -> Tensor:
-    return checkpoint(m.linear, x, use_reentrant=False)
-
-
-def own_hook(m: Any, x: Tensor) -> Tensor:
-    h = plain(m, x)
-    if h.requires_grad:
-        h.register_hook(lambda g: 0.5 * g)
-    return h
 
 
 def own_inplace(m: Any, x: Tensor) -> Tensor:
@@ -275,20 +268,69 @@ def own_inplace(m: Any, x: Tensor) -> Tensor:
     return torch.tanh(h)
 
 
-def own_data_clamp(m: Any, x: Tensor) -> Tensor:
-    m.linear.weight.data.clamp_(-0.05, 0.05)
-    return plain(m, x)
+# ---- the table ------------------------------------------------------------------------------
 
 
-def own_custom_function(m: Any, x: Tensor) -> Tensor:
-    return _Double.apply(plain(m, x))
+OWN = None
+REACHES = "objective 'b.loss' of 'b' reaches parameter 'a.linear.weight', which module 'a' owns"
+STALE = "objective 'b.loss' of 'b' reaches the tape of 'b' in an earlier step"
+BACKWARD = (
+    "backward pass of objective 'b.loss' of 'b' writes the gradient of parameter 'a.linear.weight', "
+    "which module 'a' owns"
+)
 
 
-class _Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
+@dataclass(frozen=True)
+class Leak:
+    """An act, the check that must see it first, what the message must say, and what looks like it."""
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * 2
+    act: Act
+    check: str
+    text: str
+    twin: Act | None = OWN
+
+    @property
+    def harmless(self) -> Act:
+        return self.twin or self.act
+
+
+LEAKS = {
+    leak.act.__name__: leak
+    for leak in (
+        Leak(reads_stash, WALK, REACHES, reads_detached_stash),
+        Leak(reads_previous_stash, WALK, STALE, keeps_detached),
+        Leak(
+            reads_foreign_previous,
+            WALK,
+            REACHES + ", through a value that was kept from an earlier step",
+            keeps_foreign_detached,
+        ),
+        Leak(live_buffer, WALK, REACHES, detached_buffer),
+        Leak(history_buffer, WALK, STALE, detached_history),
+        Leak(foreign_weight, WALK, REACHES),
+        Leak(foreign_module, WALK, REACHES),
+        Leak(no_grad_wrong_line, WALK, REACHES, no_grad_right_line),
+        Leak(straight_through, WALK, REACHES, own_straight_through),
+        Leak(inplace_after_detach, WALK, REACHES, inplace_of_detached),
+        Leak(view_copy_after_detach, WALK, REACHES, view_copy_of_detached),
+        Leak(checkpoint_non_reentrant, WALK, REACHES),
+        Leak(checkpoint_reentrant, SENTINEL, BACKWARD),
+        Leak(custom_function, SENTINEL, BACKWARD),
+        Leak(tensor_hook, SENTINEL, BACKWARD),
+        Leak(forward_write, SENTINEL, "forward of 'b' writes the gradient of parameter 'a.linear.weight'"),
+        Leak(
+            data_alias_parameter,
+            SENTINEL,
+            "forward of 'b' changes parameter 'a.linear.weight', which module 'a' owns",
+        ),
+        Leak(
+            data_alias_activation,
+            SENTINEL,
+            "forward of 'b' changes 'a', a value of 'a', in place",
+            own_data_alias_activation,
+        ),
+        Leak(foreign_buffer, SENTINEL, "forward of 'b' changes buffer '{shared}', which module 'a' owns"),
+    )
+}
+HARMLESS = (keeps_live_unread, scaling_hook, own_inplace)
+"""Look-alikes that are nobody's twin."""

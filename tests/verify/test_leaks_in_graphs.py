@@ -1,4 +1,4 @@
-"""Ill-formed training graphs, built past the invariants: each is caught by name."""
+"""Leaks in rewritten graphs, from passes that a third party could write, or built past the invariants."""
 
 from __future__ import annotations
 
@@ -10,10 +10,65 @@ from torch import fx, nn
 
 import locc
 from locc.ir import TrainingGraph, ops
-from locc.runtime import Learner
-from locc.verify import prove, sentinel, static, storage, walk
+from locc.verify import sentinel, static, walk
 from locc.verify.batch import small_batch
-from locc.verify.findings import REACHABILITY, SENTINEL, STORAGE, WALK
+from locc.verify.findings import REACHABILITY, SENTINEL, WALK
+
+from .leaks import HARMLESS, LEAKS, OWN, Act, Chain, plain
+from .plants import ThirdParty
+
+PLACES = ("network", "function")
+
+
+def _planted(act: Act, own: bool, place: str) -> tuple[Chain, Callable[[], locc.Program]]:
+    """Return a clean model, and what compiles it by a method whose pass plants an act."""
+    torch.manual_seed(0)
+    model = Chain(plain)
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+    method = ThirdParty(act, own, place)
+    return model, lambda: locc.compile(model, method, ["a", "b", "c"], example_inputs=x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", LEAKS)
+def test_compile_refuses_a_leak_that_a_pass_adds_by_name(name: str, place: str) -> None:
+    leak = LEAKS[name]
+    model, build = _planted(leak.act, False, place)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(locc.LocalityError, match="method 'ThirdParty' is not local") as caught:
+        build()
+    assert leak.text.format(shared="aux.a_tap.shared") in str(caught.value)
+    assert {finding.check for finding in caught.value.findings} == {leak.check}
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", LEAKS)
+def test_the_harmless_twin_of_a_leak_that_a_pass_adds_passes(name: str, place: str) -> None:
+    leak = LEAKS[name]
+    _passes_and_trains(*_planted(leak.harmless, leak.twin is OWN, place))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("act", HARMLESS)
+def test_a_harmless_look_alike_that_a_pass_adds_passes(act: Act) -> None:
+    _passes_and_trains(*_planted(act, False, "network"))
+
+
+def _passes_and_trains(model: Chain, build: Callable[[], locc.Program]) -> None:
+    program = build()
+    assert program.certificate.complete
+    assert program.certificate.verdict == "strictly modular"
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    program.step(x, y)
+    program.step(x, y)
+
+
+# ---- graphs built past the invariants ---------------------------------------------------------
 
 
 def _program(method: str = "dgl") -> locc.Program:
@@ -209,89 +264,3 @@ def test_an_in_place_operation_on_a_boundary_value() -> None:
         locc.LocalityError, match=r"forward of 'b' changes 'a', a value of 'a', in place.*sentinel run"
     ):
         locc.verify(program)
-
-
-# ---- optimizers -----------------------------------------------------------------------------
-
-
-def _prove(program: locc.Program, learners: dict[str, Learner]) -> object:
-    ir = program.ir
-    return prove(ir, "dgl", learners, ir.captured.example)
-
-
-def _with(program: locc.Program, owner: str, optimizer: torch.optim.Optimizer) -> dict[str, Learner]:
-    learners = dict(program.built.learners)
-    learners[owner] = Learner(owner, learners[owner].parameters, optimizer)
-    return learners
-
-
-def test_two_optimizers_over_one_parameter() -> None:
-    program = _program()
-    foreign = program.model.a[0].weight
-    own = program.built.learners["b"].parameters
-    learners = _with(program, "b", torch.optim.SGD([*own, foreign], lr=0.1))
-    with pytest.raises(locc.LocalityError) as caught:
-        _prove(program, learners)
-    texts = [f.text for f in caught.value.findings]
-    assert any("parameter 'a.0.weight' is in two optimizers, those of 'a' and 'b'" in t for t in texts)
-    assert any(
-        "the optimizer of 'b' updates 'a.0.weight', which module 'a' owns; weight decay" in t for t in texts
-    )
-    assert {f.check for f in caught.value.findings} == {STORAGE}
-
-
-def test_two_optimizers_over_overlapping_memory() -> None:
-    program = _program()
-    view = nn.Parameter(program.model.a[0].weight.detach()[1:])
-    own = program.built.learners["b"].parameters
-    learners = _with(program, "b", torch.optim.SGD([*own, view], lr=0.1, weight_decay=0.1))
-    with pytest.raises(
-        locc.LocalityError, match=r"of the optimizer of 'b' shares memory with 'a\.0\.weight'"
-    ):
-        _prove(program, learners)
-
-
-def test_a_parameter_that_is_a_view_of_a_foreign_one() -> None:
-    program = _program()
-    program.model.b[0].weight = nn.Parameter(program.model.a[0].weight.detach())
-    with pytest.raises(
-        locc.LocalityError, match=r"parameter 'b\.0\.weight' of 'b' shares memory with parameter 'a\.0"
-    ):
-        _prove(program, program.built.learners)
-
-
-def test_interleaved_views_share_no_element() -> None:
-    flat = torch.zeros(8)
-    tensors = [("even", flat[::2]), ("odd", flat[1::2]), ("third", flat[1::3])]
-    assert sorted(static.overlapping(tensors)) == [("even", "third"), ("odd", "third")]
-
-
-class _Decaying(torch.optim.SGD):
-    """Shrinks a parameter that is not its own."""
-
-    foreign: nn.Parameter
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        super().step(closure)
-        self.foreign.data.mul_(0.9)
-
-
-@pytest.mark.parametrize("width", [4, 160])  # small tensors are always compared, large ones after each step
-def test_an_optimizer_that_moves_a_foreign_parameter(width: int) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, 3))
-    program = locc.compile(model, "bp", ["0", "1"], example_inputs=torch.randn(4, 4), verify=False)
-    bad = _Decaying(program.built.learners["0"].parameters, lr=0.1)
-    bad.foreign = model[1].weight
-    learners = _with(program, "0", bad)
-    before = model[1].weight.clone()
-    with pytest.raises(
-        locc.LocalityError, match=r"optimizer step of '0' changes parameter '1\.weight', which module '1'"
-    ):
-        _prove(program, learners)
-    assert torch.equal(before, model[1].weight)
-
-
-def test_storage_check_accepts_disjoint_optimizers() -> None:
-    program = _program()
-    assert storage.check(program.ir, program.optimizers) == []
