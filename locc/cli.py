@@ -97,6 +97,12 @@ BatchOption = Annotated[
 ]
 
 
+REQUIRED = {
+    "weak": ("weakly modular", "strictly modular"),
+    "strict": ("strictly modular",),
+}
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Tell an error in one message; with --debug, let it through."""
 
@@ -132,18 +138,21 @@ def loss_of(text: str) -> Any:
     return named_object(text, "loss") if ":" in text else text
 
 
-def inputs_of(data: Data | None, shapes: list[str] | None, dtype: str, batch: int) -> Any:
-    """Return example inputs from the data, or of the given shapes.
+def inputs_of(data: Data | None, shapes: list[str] | None, dtype: str, batch: int, own: Any = None) -> Any:
+    """Return example inputs from the data, of the given shapes, or the model's own.
 
     Raises:
-        MisuseError: there are neither.
+        MisuseError: there are none of these.
     """
     if data is not None:
         return data.example()
     if shapes:
         return example_of(shapes, dtype, batch)
+    if own is not None:
+        return own
     raise MisuseError(
-        "the model's inputs are unknown: give --input-shape, such as --input-shape 1,8,8, or --data"
+        "the model's inputs are unknown: give --input-shape, such as --input-shape 1,8,8, or --data, or let "
+        "the factory return (model, example inputs)"
     )
 
 
@@ -192,8 +201,9 @@ def inspect(
     Prints modules, boundaries and objectives, and the training graph with --ir. Trains nothing.
     """
     torch.manual_seed(seed)
-    network = load_model(model)
-    example = inputs_of(data_of(data, batch_size, seed, input_shape), input_shape, input_dtype, batch_size)
+    network, own = load_model(model)
+    loaded = data_of(data, batch_size, seed, input_shape)
+    example = inputs_of(loaded, input_shape, input_dtype, batch_size, own)
     found = examine(
         network,
         method,
@@ -255,7 +265,7 @@ def train(
     loaders = data_of(data, batch_size, seed, input_shape)
     assert loaders is not None
     program = compile(
-        _placed(load_model(model), device),
+        _placed(load_model(model)[0], device),
         method,
         splits_of(splits),
         loss=loss_of(loss),
@@ -332,21 +342,34 @@ def verify(
     batch_size: BatchOption = 4,
     seed: SeedOption = 0,
     json: Annotated[Path | None, typer.Option(help="write the certificate to this file")] = None,
+    require: Annotated[
+        str | None,
+        typer.Option(help="weak or strict: fail unless the verdict is weakly, or strictly, modular"),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Prove that no gradient crosses a boundary.
 
-    Prints the certificate; --json writes it to a file as well.
+    Prints the certificate; --json writes it to a file as well. With --data, the checks run on its first
+    batch; otherwise a target is made up. Fails where something crosses, where a check
+    could not be completed, and where the verdict is not what --require asks for.
     """
     from locc.verify import verify as prove
 
+    if require is not None and require not in REQUIRED:
+        raise MisuseError(f"--require '{require}' is unknown; {nearest(require, REQUIRED)}")
+    loaded = data_of(data, batch_size, seed, input_shape)
     program = _compiled(
-        ctx, model, method, splits, loss, tied, input_shape, input_dtype, data, batch_size, seed
+        ctx, model, method, splits, loss, tied, input_shape, input_dtype, loaded, batch_size, seed
     )
-    certificate = prove(program)
+    certificate = prove(program, *loaded.first()) if loaded is not None else prove(program)
     out().print(Text(str(certificate)), soft_wrap=True)
     if json is not None:
         _write(json, certificate.to_json())
+    if not certificate.complete:
+        fail("a check could not be completed, so nothing is proved: " + "; ".join(certificate.warnings))
+    if require is not None and certificate.verdict not in REQUIRED[require]:
+        fail(f"--require {require}: the program is {certificate.verdict}: {'; '.join(certificate.reasons)}")
 
 
 @app.command(cls=MethodCommand)
@@ -380,8 +403,9 @@ def export(
     """
     if onnx is None and modules is None:
         raise MisuseError("nothing to write: give --onnx model.onnx, --modules folder, or both")
+    loaded = data_of(data, batch_size, seed, input_shape)
     program = _compiled(
-        ctx, model, method, splits, loss, tied, input_shape, input_dtype, data, batch_size, seed
+        ctx, model, method, splits, loss, tied, input_shape, input_dtype, loaded, batch_size, seed
     )
     if checkpoint is not None:
         program.load(checkpoint)
@@ -394,12 +418,12 @@ def export(
 
 def _compiled(
     ctx: typer.Context, model: str, method: str, splits: str, loss: str, tied: str,
-    shapes: list[str] | None, dtype: str, data: str | None, batch_size: int, seed: int,
+    shapes: list[str] | None, dtype: str, data: Data | None, batch_size: int, seed: int,
 ) -> Program:  # fmt: skip
     """Compile without the proof: `verify` makes its own, and an export needs none."""
     torch.manual_seed(seed)
-    network = load_model(model)
-    example = inputs_of(data_of(data, batch_size, seed, shapes), shapes, dtype, batch_size)
+    network, own = load_model(model)
+    example = inputs_of(data, shapes, dtype, batch_size, own)
     return compile(
         network, method, splits_of(splits), loss=loss_of(loss), tied=tied, seed=seed, verify=False,
         example_inputs=example, **method_options(ctx),

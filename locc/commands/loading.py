@@ -81,8 +81,11 @@ def _file(place: str, what: str) -> Any:
     return module
 
 
-def load_model(text: str) -> nn.Module:
-    """Return the model that a factory, a class or an instance gives.
+def load_model(text: str) -> tuple[nn.Module, Any]:
+    """Return the model that a factory, a class or an instance gives, and its example inputs.
+
+    The factory may return (model, example inputs); a model may hold them as `example_inputs`, or as
+    `example_input_array` as in Lightning. Otherwise they are None.
 
     Raises:
         MisuseError: it gives something else.
@@ -90,9 +93,18 @@ def load_model(text: str) -> nn.Module:
     found = named_object(text, "model")
     if not isinstance(found, nn.Module) and callable(found):
         found = found()
+    example = None
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module):
+        found, example = found
     if not isinstance(found, nn.Module):
-        raise MisuseError(f"model '{text}' gives a {type(found).__name__}; it must give a torch.nn.Module")
-    return found
+        raise MisuseError(
+            f"model '{text}' gives a {type(found).__name__}; it must give a torch.nn.Module, or one and "
+            "its example inputs"
+        )
+    for name in ("example_inputs", "example_input_array"):
+        if example is None:
+            example = getattr(found, name, None)
+    return found, example
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,12 @@ class Data:
 
     def example(self) -> Any:
         """Return the inputs of the first batch."""
+        return self.first()[0]
+
+    def first(self) -> tuple[Any, Any]:
+        """Return inputs and target of the first batch."""
         for batch in self.training:
-            return batch_of(batch)[0]
+            return batch_of(batch)
         raise MisuseError("the data hold no batch")
 
 

@@ -49,3 +49,45 @@ class _Interrupting(DataLoader[tuple[Tensor, ...]]):
 
 def interrupting() -> DataLoader[tuple[Tensor, ...]]:
     return _Interrupting(loader().dataset, 8)
+
+
+def with_inputs() -> tuple[nn.Module, torch.Tensor]:
+    """A model and its example inputs."""
+    return mlp(), torch.randn(4, 64)
+
+
+class Carrying(nn.Sequential):
+    """A model that holds its example inputs, as Lightning's do."""
+
+    def __init__(self) -> None:
+        super().__init__(*mlp())
+        self.example_input_array = torch.randn(4, 64)
+
+
+class Leaky(nn.Module):
+    """`b` adds what `a` computes, live and behind the graph's back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(64, 8), Adding(), nn.Linear(8, 3)
+        self.b.other = (self.a,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+class Adding(nn.Linear):
+    """Adds the mean of another module's weight."""
+
+    other: tuple[nn.Linear, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + sum(o.weight.mean() for o in self.other)
+
+
+def leaky() -> nn.Module:
+    """A model with a leak."""
+    return Leaky()

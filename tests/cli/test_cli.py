@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -125,7 +124,7 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path: Path) -> None:
     text = run(*command, code=130).output
     assert "interrupted after 3 steps" in text
     program = locc.compile(
-        load_model(f"{MODEL}:mlp"), "bp", ["2", "4"], example_inputs=torch.randn(4, 64), verify=False
+        load_model(f"{MODEL}:mlp")[0], "bp", ["2", "4"], example_inputs=torch.randn(4, 64), verify=False
     )
     program.load(saved)
     assert program.steps == 3
@@ -135,21 +134,6 @@ def test_data_of_a_factory() -> None:
     for name in ("loader", "loaders"):
         text = run("train", *MLP, "--data", f"{MODEL}:{name}", "--epochs", "1", *QUIET).output
         assert ("validation:" in text) == (name == "loaders")
-
-
-def test_verify(tmp_path: Path) -> None:
-    path = tmp_path / "certificate.json"
-    text = run("verify", *MLP, "--input-shape", "64", "--method", "dgl", "--json", str(path)).output
-    assert text.strip()
-    assert isinstance(json.loads(path.read_text()), dict)
-
-
-def test_verify_fails_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leaks(program: locc.Program) -> None:
-        raise locc.LocalityError("objective 'a.loss' reaches 'b.weight'")
-
-    monkeypatch.setattr(sys.modules["locc.verify"], "verify", leaks)
-    assert "LocalityError: objective 'a.loss'" in run("verify", *MLP, "--input-shape", "64", code=1).stderr
 
 
 def test_export(tmp_path: Path) -> None:
