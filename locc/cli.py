@@ -18,7 +18,7 @@ from torch import nn
 
 from locc import registry
 from locc.commands.flags import MisuseError
-from locc.commands.loading import Data, example_of, load_data, load_model, shape_of
+from locc.commands.loading import Data, data_of, inputs_of, load_model, loss_of, splits_of
 from locc.commands.method_command import MethodCommand, method_options
 from locc.commands.show import (
     describe,
@@ -29,7 +29,7 @@ from locc.commands.show import (
     show_history,
     show_method,
 )
-from locc.compiler import Splits, compile
+from locc.compiler import compile
 from locc.errors import LoccError, nearest
 from locc.examine import examine
 from locc.runtime import Program
@@ -122,43 +122,6 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             fail(message, misuse)
 
     return run
-
-
-def splits_of(text: str) -> Splits:
-    """Read the value of --splits."""
-    if text.strip().isdigit():
-        return int(text)
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def loss_of(text: str) -> Any:
-    """Read the value of --loss."""
-    from locc.commands.loading import named_object
-
-    return named_object(text, "loss") if ":" in text else text
-
-
-def inputs_of(data: Data | None, shapes: list[str] | None, dtype: str, batch: int, own: Any = None) -> Any:
-    """Return example inputs from the data, of the given shapes, or the model's own.
-
-    Raises:
-        MisuseError: there are none of these.
-    """
-    if data is not None:
-        return data.example()
-    if shapes:
-        return example_of(shapes, dtype, batch)
-    if own is not None:
-        return own
-    raise MisuseError(
-        "the model's inputs are unknown: give --input-shape, such as --input-shape 1,8,8, or --data, or let "
-        "the factory return (model, example inputs)"
-    )
-
-
-def data_of(text: str | None, batch_size: int, seed: int, shapes: list[str] | None) -> Data | None:
-    """Read the value of --data."""
-    return load_data(text, batch_size, seed, shape_of(shapes[0]) if shapes else None) if text else None
 
 
 @app.command()

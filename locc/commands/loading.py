@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from locc.commands.flags import MisuseError
+from locc.compiler import Splits
 from locc.runtime.fit import batch_of
 
 DTYPES = {
@@ -207,3 +208,38 @@ def example_of(shapes: Sequence[str], dtype: str, batch: int) -> Any:
         floating = kind.is_floating_point
         tensors.append(torch.randn(shape).to(kind) if floating else torch.randint(0, 2, shape).to(kind))
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def splits_of(text: str) -> Splits:
+    """Read the value of --splits."""
+    if text.strip().isdigit():
+        return int(text)
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def loss_of(text: str) -> Any:
+    """Read the value of --loss."""
+    return named_object(text, "loss") if ":" in text else text
+
+
+def inputs_of(data: Data | None, shapes: list[str] | None, dtype: str, batch: int, own: Any = None) -> Any:
+    """Return example inputs from the data, of the given shapes, or the model's own.
+
+    Raises:
+        MisuseError: there are none of these.
+    """
+    if data is not None:
+        return data.example()
+    if shapes:
+        return example_of(shapes, dtype, batch)
+    if own is not None:
+        return own
+    raise MisuseError(
+        "the model's inputs are unknown: give --input-shape, such as --input-shape 1,8,8, or --data, or let "
+        "the factory return (model, example inputs)"
+    )
+
+
+def data_of(text: str | None, batch_size: int, seed: int, shapes: list[str] | None) -> Data | None:
+    """Read the value of --data."""
+    return load_data(text, batch_size, seed, shape_of(shapes[0]) if shapes else None) if text else None

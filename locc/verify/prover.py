@@ -131,13 +131,12 @@ def verify(program: Program, x: Any = None, y: Any = None, *, real: bool | None 
 
 def _static(ir: TrainingGraph, name: str, learners: Mapping[str, Learner], seen: _Evidence) -> None:
     optimizers = {owner: learner.optimizer for owner, learner in learners.items()}
-    cleared = {owner: learner.parameters for owner, learner in learners.items()}
     with seen.timed():
         refuse(name, static.check(ir))
         objectives, edges = len(ir.objectives()), sum(len(n.all_input_nodes) for n in ir.graph.nodes)
         seen.note(REACHABILITY, f"{objectives} objectives, {edges} edges")
     with seen.timed():
-        refuse(name, [*storage.check(ir, optimizers), *storage.cleared(ir, cleared)])
+        refuse(name, storage.check(ir, learners))
         held = sum(len(storage.held_by(o)) for o in optimizers.values())
         seen.note(STORAGE, f"{len(optimizers)} optimizers, {held} parameter tensors, no memory in common")
 

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, optim
 
 from locc.ir import TrainingGraph
+from locc.runtime.executor import Learner
 from locc.verify.findings import STORAGE, Finding
 from locc.verify.names import Names
 from locc.verify.static import overlapping
 
 
-def check(ir: TrainingGraph, optimizers: Mapping[str, optim.Optimizer]) -> list[Finding]:
+def check(ir: TrainingGraph, learners: Mapping[str, Learner]) -> list[Finding]:
     """Return every parameter, or overlap in memory, that two owners' optimizers share."""
     names = Names.of(ir)
-    return [*_foreign(ir, optimizers, names), *_twice(optimizers, names), *_overlaps(optimizers, names)]
+    optimizers = {owner: learner.optimizer for owner, learner in learners.items()}
+    return [
+        *_foreign(ir, optimizers, names),
+        *_twice(optimizers, names),
+        *_overlaps(optimizers, names),
+        *_cleared(ir, learners, names),
+    ]
 
 
-def cleared(ir: TrainingGraph, parameters: Mapping[str, Iterable[Tensor]]) -> Iterator[Finding]:
+def _cleared(ir: TrainingGraph, learners: Mapping[str, Learner], names: Names) -> Iterator[Finding]:
     """Yield every foreign parameter whose gradient an owner's update would clip, average and clear."""
-    names = Names.of(ir)
-    for owner, held in parameters.items():
+    for owner, learner in learners.items():
         own = {id(p) for p in ir.parameters(owner).values()} if owner in ir.owners else set()
-        for tensor in held:
+        for tensor in learner.parameters:
             if id(tensor) not in own:
                 yield Finding(
                     STORAGE,

@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 import locc
-from locc.cli import app, splits_of
-from locc.commands.loading import load_model
+from locc.cli import app
+from locc.commands.loading import load_model, splits_of
 
 MODEL = f"{Path(__file__).parent / 'sample.py'}"
 MLP = [f"{MODEL}:mlp", "--splits", "2,4"]

@@ -69,7 +69,7 @@ def test_the_sentinel_alone_sees_every_leak_and_the_graph_none(name: str) -> Non
     found = sentinel.check(ir, program.optimizers, small_batch(ir, ir.captured.example))
     assert found.findings
     assert not static.check(ir)
-    assert not storage.check(ir, program.optimizers)
+    assert not storage.check(ir, program.built.learners)
     assert all(f.check == SENTINEL for f in found.findings)
 
 

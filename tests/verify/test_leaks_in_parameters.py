@@ -123,4 +123,4 @@ def test_an_optimizer_that_moves_a_foreign_parameter(width: int) -> None:
 
 def test_storage_check_accepts_disjoint_optimizers() -> None:
     program = _program()
-    assert storage.check(program.ir, program.optimizers) == []
+    assert storage.check(program.ir, program.built.learners) == []
