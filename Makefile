@@ -2,6 +2,8 @@
 #
 #   make demo     train a small network with dtp, predsim and bp; certificates, ONNX, a table
 #   make test     the test suite              make slow     the long and the GPU tests as well
+#   make property the property tests on thousands of drawn programs (ten minutes or more)
+#   make mutants  plant leaks in every method's graphs: the verifier must find each one (some minutes)
 #   make lint     ruff and mypy --strict      make format   let ruff rewrite the sources
 #   make bench    local against end-to-end    make clean    remove the environment and the caches
 #
@@ -20,7 +22,7 @@ ARGS ?=
 WORKERS ?= 2
 SOURCES := locc passes tests examples benchmarks
 
-.PHONY: help setup demo test slow lint format bench clean
+.PHONY: help setup demo test slow property mutants lint format bench clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +64,13 @@ test: $(READY)
 
 slow: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "" $(ARGS)
+
+# One test draws for minutes, so no test has a time limit here.
+property: $(READY)
+	@LOCC_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/property -n $(WORKERS) --timeout=0 $(ARGS)
+
+mutants: $(READY)
+	@PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m mutants.run --workers $(WORKERS) $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet $(SOURCES)
