@@ -1,0 +1,103 @@
+"""One program of the kit, described by values: a model, a method, splits, an optimizer, a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locc.compiler import compile
+from locc.errors import LoccError, MethodError, nearest
+from locc.runtime import Program
+from locc.testing.families import ModelSpec
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.05),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+    "adam": lambda params: torch.optim.Adam(params, lr=0.01),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program to test; its `repr` is Python that builds it again.
+
+        case = Case(ModelSpec("residual", ("tanh", "dropout")), "dgl", splits=("stem", "blocks.0"))
+        program = case.compile()
+        program.step(*case.batch())
+
+    Attributes:
+        model: the model, its loss and its data.
+        method: the id of a registered method.
+        options: the method's own options.
+        splits: submodules after which to cut, or the number of balanced modules.
+        batch_size: number of samples B.
+        optimizer: a key of `OPTIMIZERS`.
+        schedule: "lockstep" or "sequential".
+        seed: of auxiliaries, dropout and noise.
+    """
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    method: str = "bp"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    splits: tuple[str, ...] | int = ("stem",)
+    batch_size: int = 2
+    optimizer: str = "sgd"
+    schedule: str = "lockstep"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise LoccError(f"optimizer={self.optimizer!r} is unknown; {nearest(self.optimizer, OPTIMIZERS)}")
+
+    def batch(self, number: int = 0) -> tuple[Any, Tensor]:
+        """Return batch `number`: inputs as `program.step` takes them, and their target."""
+        return self.model.batch(self.batch_size, number)
+
+    def compile(self, **overrides: Any) -> Program:
+        """Return a new program of a new model.
+
+        Args:
+            **overrides: arguments of `locc.compile` that replace those of the case.
+
+        Raises:
+            LoccError: as `locc.compile` does; a note on the error names the case.
+        """
+        arguments: dict[str, Any] = {
+            "loss": self.model.loss,
+            "example_inputs": self.batch()[0],
+            "optimizer": OPTIMIZERS[self.optimizer],
+            "schedule": self.schedule,
+            "tied": "owner",  # where nothing is tied, the policy changes nothing
+            "seed": self.seed,
+            **self.options,
+        }
+        splits = self.splits if isinstance(self.splits, int) else list(self.splits)
+        try:
+            return compile(self.model.build(), self.method, splits, **arguments | overrides)
+        except Exception as error:
+            error.add_note(f"while compiling {self!r}")
+            raise
+
+    def refusal(self) -> str | None:
+        """Return why the method or the schedule is undefined on the model, or None where both are defined.
+
+        Raises:
+            LoccError: the case cannot be compiled for another reason.
+        """
+        try:
+            self.compile(verify=False)
+        except MethodError as error:
+            if not undefined(error):
+                raise
+            return str(error)
+        return None
+
+
+def undefined(error: MethodError) -> bool:
+    """Whether an error says that a method or a schedule is undefined, rather than that something is wrong."""
+    return "undefined on this model" in str(error) or str(error).startswith("schedule='sequential'")
