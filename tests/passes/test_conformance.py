@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import locc
+from locc import testing
 from locc.ir import ops
 from locc.ir.graph import node_parameters
 from locc.lower import Backward, Update
@@ -188,6 +189,36 @@ def test_no_objective_reaches_a_foreign_parameter(method: str) -> None:
 def _assigned(program: Program) -> set[str]:
     """Owners whose parameters are set in closed form."""
     return {str(n.meta["owner"]) for n in program.ir.graph.nodes if n.target is ops.assign}
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_each_module_trains_as_it_would_alone(method: str) -> None:
+    """H2, for values: in every phase, and whatever becomes of the other modules' objectives."""
+    for model in models_of(method):
+        program = program_of(method, model)
+        for phase in [p.name for p in program.phases] or [None]:
+            program.phase = phase
+            testing.assert_isolated(program, *data(model))
+            program.step(*data(model, 1))
+        testing.assert_local(program, *data(model))
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_pipeline_trains_the_same_network_where_the_certificate_says_so(method: str) -> None:
+    """H8: pipelined = lock-step, bit for bit."""
+    for model in models_of(method):
+        program = program_of(method, model)
+        batches = [data(model, seed) for seed in range(5)]
+        if program.certificate.pipeline_exact:
+            testing.assert_pipeline_exact(program, batches)
+        else:
+            with pytest.raises(AssertionError, match="is not pipeline-exact"):
+                testing.assert_pipeline_exact(program, batches)
+
+
+def test_some_methods_are_pipeline_exact_and_some_are_not() -> None:
+    exact = {program_of(name, models_of(name, 1)[0]).certificate.pipeline_exact for name in NAMES}
+    assert exact == {True, False}
 
 
 @pytest.mark.parametrize("method", NAMES)
