@@ -65,9 +65,8 @@ test: $(READY)
 slow: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "" $(ARGS)
 
-# One test draws for minutes, so no test has a time limit here.
 property: $(READY)
-	@LOCC_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/property -n $(WORKERS) --timeout=0 $(ARGS)
+	@LOCC_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/property -n $(WORKERS) $(ARGS)
 
 mutants: $(READY)
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m mutants.run --workers $(WORKERS) $(ARGS)

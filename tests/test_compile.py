@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 import locc
-from locc import LoccError, MethodError, SplitError, compiler
-from support import Residual, Tied, batch, compiled, mlp, same, sgd, snapshot
+from locc import LoccError, MethodError, compiler
+from locc.ir import Inputs
+from locc.testing import FAMILIES, cases, models
+from support import Tied, batch, compiled, mlp, same, sgd, snapshot
 
 X, Y = batch()
 
@@ -355,66 +358,46 @@ def gap(one: nn.Module, other: nn.Module) -> float:
     return max(float((p - q).abs().max()) for p, q in pairs)
 
 
-@st.composite
-def chains(draw: st.DrawFn) -> tuple[nn.Module, list[str], int]:
-    """A model, some of its splits in any order, and a batch size."""
-    depth = draw(st.integers(2, 5))
-    torch.manual_seed(draw(st.integers(0, 1000)))
-    if draw(st.booleans()):
-        model: nn.Module = Residual(depth)
-        names = ["inp", *(f"blocks.{i}" for i in range(depth))]
-    else:
-        width = draw(st.sampled_from([3, 4, 7]))
-        parts: list[nn.Module] = [nn.Linear(4, width)]
-        for _ in range(depth - 1):
-            parts.append(nn.Sequential(nn.Tanh(), nn.Linear(width, width), *draw(extras(width))))
-        model = nn.Sequential(*parts, nn.Linear(width, 3))
-        names = [str(i) for i in range(depth)]
-    splits = draw(st.lists(st.sampled_from(names), unique=True))
-    return model.double(), draw(st.permutations(splits)), draw(st.integers(2, 6))
+deterministic = models([f for f in FAMILIES if f != "tied"]).filter(lambda m: "dropout" not in m.blocks)
 
 
-def extras(width: int) -> st.SearchStrategy[list[nn.Module]]:
-    return st.sampled_from([0, 1, 2]).map(
-        lambda kind: [[], [nn.ReLU(inplace=True)], [nn.BatchNorm1d(width)]][kind]
-    )
+def in_double(value: Any) -> Any:
+    return tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, value)
 
 
 @settings(max_examples=15)
-@given(chains(), st.sampled_from([1, 2]))
+@given(cases(deterministic, "bp", ["lockstep"]), st.sampled_from([1, 2]))
 def test_backpropagation_in_pieces_is_backpropagation(case, accumulate):
-    model, splits, size = case
+    model = case.model.build().double()
     eager = copy.deepcopy(model)
-    x, y = batch(size, torch.float64)
-    program = compiled(model, "bp", splits, example_inputs=x, optimizer=sgd(), accumulate=accumulate)
-    optimizer = sgd()(eager.parameters())
+    x, y = in_double(case.batch())
+    splits = case.splits if isinstance(case.splits, int) else case.splits[::-1]  # any order will do
+    options = {"loss": case.model.loss, "optimizer": sgd(), "accumulate": accumulate}
+    program = compiled(model, "bp", splits, example_inputs=x, **options)
+    inputs = Inputs.of(eager, x)
+    optimizer = sgd()(p for p in eager.parameters() if p.requires_grad)
     for _ in range(2):
         optimizer.zero_grad()
         for _ in range(accumulate):
             report = program.step(x, y)
-            loss = functional.cross_entropy(eager(x), y)
+            loss = program.loss_function(eager(*inputs.args, **inputs.kwargs), y)
             (loss / accumulate).backward()
         optimizer.step()
         assert abs(report.loss.item() - loss.item()) < 1e-12
     assert gap(model, eager) < 1e-12
 
 
-@settings(max_examples=10)
-@given(chains(), st.sampled_from(["dgl", "dtp", "dfa"]))
-def test_no_step_leaves_anything_behind(case, method):
-    model, splits, size = case
-    x, y = batch(size, torch.float64)
-    try:
-        program = compiled(model, method, splits, example_inputs=x)
-    except (MethodError, SplitError):
-        return
+@settings(max_examples=15)
+@given(cases())
+def test_no_step_leaves_anything_behind(case):
+    program = case.compile()
     left: dict[str, Any] = {}
 
     def observe(_: object, values: dict[str, Any]) -> None:
         left["values"] = values
 
     program.built.executor.observe = observe
-    report = program.step(x, y)
+    report = program.step(*case.batch())
     assert left["values"] == {}
     assert all(p.grad is None for p in program.parameters())
     assert all(v.dim() == 0 and not v.requires_grad for v in report.objectives.values())

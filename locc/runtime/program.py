@@ -370,3 +370,16 @@ class Program(nn.Module):
 def _move_optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def checked(program: object) -> Program:
+    """Return a program, where one was asked for.
+
+    Raises:
+        LoccError: it is something else.
+    """
+    if not isinstance(program, Program):
+        raise LoccError(
+            f"a compiled program was asked for, as locc.compile returns it; found {type(program).__name__}"
+        )
+    return program

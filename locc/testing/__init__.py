@@ -2,7 +2,7 @@
 
 - `assert_local`, `assert_isolated`, `assert_pipeline_exact` test one program.
 - `models`, `splits`, `methods`, `batches`, `cases`, `programs` are Hypothesis strategies.
-- `ModelSpec` and `Case` are what these draw: values that print as Python.
+- `ModelSpec` and `Case` are what these draw: values that print as Python; `FAMILIES` lists the kinds.
 - With pytest, `--locc-verify` proves every program of a test run local, and the fixture `locc_program`
   compiles one (`locc.testing.plugin`).
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from locc.errors import LoccError
 from locc.testing.case import Case
-from locc.testing.families import ModelSpec
+from locc.testing.families import FAMILIES, ModelSpec
 from locc.testing.isolation import assert_isolated
 from locc.testing.local import assert_local
 from locc.testing.pipeline import assert_pipeline_exact
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 STRATEGIES = ("batches", "cases", "methods", "models", "programs", "splits")
 
 __all__ = [
+    "FAMILIES",
     "Case",
     "ModelSpec",
     "assert_isolated",

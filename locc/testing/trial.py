@@ -16,7 +16,7 @@ from locc.ir import Inputs
 from locc.ir.captured import owned_tensor
 from locc.ir.graph import node_parameters
 from locc.lower import Backward, Instruction, Loop, Plan
-from locc.runtime import Program
+from locc.runtime import Program, checked
 from locc.verify import Certificate
 from locc.verify.batch import small_batch
 from locc.verify.names import Names, node_buffers
@@ -53,7 +53,7 @@ def certificate_of(program: Program) -> Certificate:
     Raises:
         AssertionError: the program is not local, or a check could not be completed.
     """
-    with untouched(program):
+    with untouched(checked(program)):
         return program.built.certificate or assert_local(program)
 
 
@@ -63,7 +63,7 @@ def batch_of(program: Program, x: Any, y: Any) -> list[Any]:
     Raises:
         LoccError: the user's loss accepts no target that could be made up.
     """
-    program.complete(x)
+    checked(program).complete(x)
     if y is not None:
         return program.bind(x, y)
     batch = small_batch(program.ir, Inputs.of(program.model, x))

@@ -23,7 +23,8 @@ VERSION = 2
 class CheckRun:
     """One check: whether it held, how long it took, and on what it ran.
 
-    `status` is "held" or "incomplete"; a check that fails raises `LocalityError` instead.
+    `status` is "held"; "partial", where a sum over the outputs stood in for the loss; or "incomplete". A
+    check that fails raises `LocalityError` instead.
     """
 
     name: str

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx, optim
 
@@ -14,7 +14,7 @@ from locc.errors import LoccError
 from locc.ir import Inputs, TrainingGraph, assign
 from locc.ir.captured import strip
 from locc.lower import Plan
-from locc.runtime.executor import Learner
+from locc.runtime import Learner, Program, checked
 from locc.verify import facts, sentinel, static, storage, walk
 from locc.verify.batch import Batch, small_batch, standing_in, whole_batch
 from locc.verify.certificate import Certificate, CheckRun, ObjectiveFacts, OwnerFacts, TableRow, graph_hash
@@ -24,9 +24,6 @@ from locc.verify.memory import Memory, estimate
 from locc.verify.runner import plans_of
 from locc.verify.snapshot import preserved
 from locc.verify.worlds import reason
-
-if TYPE_CHECKING:
-    from locc.runtime import Program
 
 _FEW_PARAMETERS = 1 << 24
 _FEW_OPERATIONS = 1e10
@@ -50,10 +47,10 @@ class _Evidence:
         self.started = time.perf_counter()
         yield
 
-    def note(self, name: str, detail: str, complete: bool = True) -> None:
-        """Record a check that held, or could not be completed."""
+    def note(self, name: str, detail: str, status: str = "held") -> None:
+        """Record what became of a check."""
         seconds = time.perf_counter() - self.started
-        self.checks.append(CheckRun(name, "held" if complete else "incomplete", seconds, detail))
+        self.checks.append(CheckRun(name, status, seconds, detail))
 
 
 def prove(
@@ -118,6 +115,7 @@ def verify(program: Program, x: Any = None, y: Any = None, *, real: bool | None 
         LocalityError: a gradient or a state change crosses a module boundary.
         LoccError: there is nothing to run the program on.
     """
+    checked(program)
     if x is not None:
         program.complete(x)
     ir = program.ir
@@ -150,7 +148,7 @@ def _walk(ir: TrainingGraph, name: str, plans: list[Plan], batch: Batch, seen: _
     refuse(name, found.findings)
     seen.walk = found
     text = f"{found.how}, {walk.STEPS} steps, batch of {batch.size}, target: {batch.text}"
-    seen.note(WALK, text, complete=not batch.stand_in)
+    seen.note(WALK, text, "partial" if batch.stand_in else "held")
     seen.warnings += [
         f"a tensor {stranger} requires a gradient and is no parameter of the program; nothing trains it"
         for stranger in found.strangers
@@ -202,12 +200,12 @@ def _sentinel(
             return
         seen.sentinel = found
         text = f"{found.how}, {sentinel.STEPS} steps, batch of {batch.size}, state restored"
-        seen.note(SENTINEL, text, complete=not batch.stand_in)
+        seen.note(SENTINEL, text, "partial" if batch.stand_in else "held")
 
 
 def _incomplete(seen: _Evidence, name: str, reason: str) -> None:
     first = (reason.strip().splitlines() or [""])[0][:240]
-    seen.note(name, first, complete=False)
+    seen.note(name, first, "incomplete")
     seen.warnings.append(
         f"the {name} could not be completed, so it proves nothing: {first}; call "
         "locc.verify(program, x, y) with a batch of your own"

@@ -38,14 +38,14 @@ def test_a_description_rebuilds_the_model_and_its_data(spec: ModelSpec, size: in
     assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(cases())
 def test_a_case_rebuilds_the_program(case: Case) -> None:
     again = eval(repr(case))
     assert again == case
     results = []
     for each in (case, again):
-        program = each.compile()
+        program = each.compile(verify=False)
         program.step(*each.batch())
         results.append(program.root.state_dict())
     assert same(*results)

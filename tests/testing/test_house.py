@@ -33,6 +33,23 @@ def test_property_tests_use_the_public_kit_alone(path: Path) -> None:
     assert not [name for name in imported(path) if not allowed(name)]
 
 
+def private(names: set[str]) -> set[str]:
+    """Return the parts of the kit that only its own tests may look into."""
+    return {name for name in names if name.startswith("locc.testing.")}
+
+
+def test_our_own_suite_uses_the_public_kit() -> None:
+    users = [p for p in (ROOT / "tests").rglob("*.py") if p.parent != ROOT / "tests" / "testing"]
+    assert any("locc.testing" in imported(p) for p in users)
+    assert not {p.name: found for p in users if (found := private(imported(p)))}
+
+
+def test_the_rule_catches_a_look_inside(tmp_path: Path) -> None:
+    curious = tmp_path / "curious.py"
+    curious.write_text("from locc.testing import cases\nfrom locc.testing.alone import Whole\n")
+    assert private(imported(curious)) == {"locc.testing.alone"}
+
+
 def test_the_rule_catches_a_stray_import(tmp_path: Path) -> None:
     stray = tmp_path / "stray.py"
     stray.write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import locc
-from locc.testing.local import assert_local
+from locc.testing import assert_isolated, assert_local, assert_pipeline_exact
 
 from .planted import Chain, Leaf, batch, everything, program_of
 
@@ -96,3 +97,17 @@ def test_leaves_the_program_as_it_was(model: Any) -> None:
         assert model is leaky
     program.built.certificate = None  # the only thing that may be new
     assert everything(program) == before
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda value: locc.verify(value),
+        lambda value: assert_local(value),
+        lambda value: assert_isolated(value, torch.zeros(1)),
+        lambda value: assert_pipeline_exact(value),
+    ],
+)
+def test_what_is_no_program_is_refused(what: Callable[[Any], None]) -> None:
+    with pytest.raises(locc.LoccError, match=r"compiled program was asked for.*found Linear"):
+        what(torch.nn.Linear(1, 1))

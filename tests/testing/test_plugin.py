@@ -149,3 +149,28 @@ def test_the_fixture_proves_when_it_compiles_and_at_the_end(pytester: pytest.Pyt
         "FAILED*test_leak_as_compiled - locc.errors.LocalityError: *",
         "ERROR*test_leak_after_training - AssertionError: * is not local*",
     )
+
+
+A_LOSS_OF_ITS_OWN = """
+def loss(output, target):
+    return nn.functional.cross_entropy(output, target.get("labels"))
+
+
+def test_trains(locc_program):
+    for program in (locc_program(chain(), "dgl", ["0"], loss=loss, example_inputs=X), compiled(loss=loss)):
+        program.step(X, {"labels": Y})
+
+
+def test_leaks():
+    compiled(leaks=True, loss=loss, example_inputs=X)
+"""
+
+
+def test_a_loss_that_takes_no_made_up_target_is_a_warning_and_a_leak_beside_it_is_not(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makepyfile(MODELS + A_LOSS_OF_ITS_OWN)
+    result = pytester.runpytest_subprocess("--locc-verify", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*objective '1.loss' of '1' reaches parameter '0.weight'*"])
+    result.stdout.fnmatch_lines(["*is not proved local: 2 of 4 checks*"])
