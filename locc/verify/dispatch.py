@@ -7,7 +7,7 @@ that are only shapes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+Kernel = Callable[[Any, Any, Any], Any]
 
 
 def memory_of(tensor: Tensor) -> int | None:
@@ -25,11 +27,28 @@ def memory_of(tensor: Tensor) -> int | None:
         return None
 
 
-class Writes(TorchDispatchMode):
+def evaluate(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator as PyTorch does."""
+    return func(*args, **kwargs)
+
+
+class Kernels(TorchDispatchMode):
+    """Runs every operator by a function (operator, args, kwargs) -> result."""
+
+    def __init__(self, kernel: Kernel = evaluate) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kernel = kernel
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator."""
+        return self.kernel(func, args, kwargs or {})
+
+
+class Writes(Kernels):
     """Notes the memory that operators write to."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, kernel: Kernel = evaluate) -> None:
+        super().__init__(kernel)
         self.written: set[int] = set()
 
     def take(self) -> set[int]:
@@ -40,7 +59,7 @@ class Writes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and note what it wrote to."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = self.kernel(func, args, kwargs)
         self.written.update(written_by(func, args, kwargs))
         return result
 
@@ -70,7 +89,7 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     )
 
 
-class Meter(TorchDispatchMode):
+class Meter(Kernels):
     """Counts the bytes of the storages that come to life, and floating-point operations.
 
     A storage counts once, from the operator that returned it until it dies: views cost nothing, and what
@@ -78,8 +97,8 @@ class Meter(TorchDispatchMode):
     itself is not seen. What is made while the meter is paused weighs nothing.
     """
 
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, known: list[Tensor], kernel: Kernel = evaluate) -> None:
+        super().__init__(kernel)
         self.live = self.peak = self.operations = 0
         self.paused = False
         self.sizes: dict[int, int] = dict.fromkeys(
@@ -90,7 +109,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count what it returned."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = self.kernel(func, args, kwargs)
         counted = flop_registry.get(func._overloadpacket)
         if counted is not None:
             self.operations += counted(*args, **kwargs, out_val=result)

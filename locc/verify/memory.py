@@ -66,10 +66,11 @@ def estimate(
         inputs = tree_map(world.of, [*batch.tensors, batch.target])
         world.enter(ir, optimizers.values())
         for plan in plans or plans_of(ir):
-            meter = Meter([*_held(ir), *[t for t in tree_leaves(inputs) if isinstance(t, Tensor)]])
+            known = [*_held(ir), *[t for t in tree_leaves(inputs) if isinstance(t, Tensor)]]
+            meter = Meter(known, world.kernel)
             scale = _Scale(ir, plan, optimizers, world, meter, owners)
             try:
-                with world.kernels, meter:
+                with meter:
                     scale.run(inputs)
             finally:
                 meter.forget()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ class Sentinel:
     Attributes:
         findings: violations.
         received: objective -> the parameters that its backward pass gave a gradient.
-        written: buffer -> the owners whose code changed it.
+        written: buffer or tensor attribute -> the owners whose code changed it.
         failure: why the steps could not be completed, or None.
         how: which tensors it ran on, and why, where shapes would have done.
     """
@@ -83,19 +83,14 @@ def check(
     setting = _Setting(ir, optimizers, batch, plans)
     why = ""
     if not real:
-        found = setting.run(Meta(), Writes(), strict=False)
-        if any(f.objective is None for f in found.findings):
-            found = setting.run(Meta(), Writes(), strict=True)
+        found = setting.watched(Meta)
         if found.failure is None:
             return found
         why = f", as shapes alone do not run ({found.failure})"
-    found = setting.run(Real(), Writes(), strict=False)
-    if any(f.objective is None for f in found.findings):
-        # Something changed past PyTorch's operators: look after every instruction, to see by whom.
-        found = setting.run(Real(), Writes(), strict=True)
-    elif found.failure is not None and "rule registered for HOP" in found.failure:
+    found = setting.watched(Real)
+    if found.failure is not None and "rule registered for HOP" in found.failure:
         # A higher-order operator admits no observer: values are compared after every instruction instead.
-        found = setting.run(Real(), nullcontext(), strict=True)
+        found = setting.run(Real(), strict=True, observed=False)
     found.how += why
     return found
 
@@ -107,7 +102,13 @@ class _Setting:
     batch: Batch
     plans: list[Plan] | None
 
-    def run(self, world: Real, writes: AbstractContextManager[Any], strict: bool) -> Sentinel:
+    def watched(self, world: type[Real]) -> Sentinel:
+        """Run the steps; where something changed unseen, again, looking after every instruction."""
+        found = self.run(world(), strict=False)
+        unseen = any(finding.objective is None for finding in found.findings)
+        return self.run(world(), strict=True) if unseen else found
+
+    def run(self, world: Real, strict: bool, observed: bool = True) -> Sentinel:
         ir, batch, optimizers = self.ir, self.batch, self.optimizers
         result = Sentinel(how=world.title)
         with (
@@ -120,10 +121,10 @@ class _Setting:
             inputs = torch.utils._pytree.tree_map(world.of, [*batch.tensors, batch.target])
             world.enter(ir, optimizers.values())
             for plan in self.plans or plans_of(ir):
-                seen = writes if isinstance(writes, Writes) else None
-                watch = _Watch(ir, plan, optimizers, result, world, seen, strict)
+                writes = Writes(world.kernel) if observed else None
+                watch = _Watch(ir, plan, optimizers, result, world, writes, strict)
                 try:
-                    with world.kernels, writes:
+                    with writes or nullcontext():
                         for _ in range(STEPS):
                             watch.run([world.of(v) for v in inputs])
                             watch.compare(None)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from locc.verify.dispatch import written_by
+from locc.verify.dispatch import memory_of, written_by
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
@@ -22,20 +22,18 @@ class RealTensorError(Exception):
     """A step on shapes reaches for a real tensor of the program."""
 
 
-class Shapes(TorchDispatchMode):
-    """Remembers the layout of what operators return.
+class Shapes:
+    """Runs operators on shapes, and remembers the layout of what they return.
 
     PyTorch works it out in Python at every call, which is most of the cost of a step on shapes; a network's
     modules repeat the same few calls. Nothing may write to the `protected` memory, which is real.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.protected: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Return what the operator returns, without a kernel where its layout is known."""
-        kwargs = kwargs or {}
         try:
             key = (func, *_key(args), *_key(kwargs.items()))
             known = _KNOWN.get(key, ())
@@ -52,7 +50,7 @@ class Shapes(TorchDispatchMode):
             result = func(*args, **kwargs)
             if len(_KNOWN) >= _MOST:
                 _KNOWN.clear()
-            _KNOWN[key] = _layouts(func, result)
+            _KNOWN[key] = _layouts(func, result, (args, kwargs))
             return result
         if _in_place(func):
             return args[0]
@@ -65,7 +63,7 @@ class _UnknownError(Exception):
 
 def _key(values: Any) -> tuple[Any, ...]:
     """Describe arguments by layout, and constants by type and value: 1, 1.0 and True are different."""
-    return tuple(_describe(value) for value in values)
+    return tuple([_describe(value) for value in values])
 
 
 def _describe(value: Any) -> Any:
@@ -99,11 +97,14 @@ def _in_place(func: Any) -> bool:
     )
 
 
-def _layouts(func: Any, result: Any) -> tuple[Layout | None, ...] | None:
+def _layouts(func: Any, result: Any, arguments: Any) -> tuple[Layout | None, ...] | None:
     """Return the layouts of fresh tensors; None for views, in-place operators and anything else."""
     if any(a.alias_info is not None for a in func._schema.arguments):
         return None
     found = result if isinstance(result, tuple) else (result,)
     if not found or not all(r is None or (isinstance(r, Tensor) and r.is_meta) for r in found):
+        return None
+    read = {memory_of(t) for t in tree_leaves(arguments) if isinstance(t, Tensor)}
+    if any(memory_of(r) in read for r in found if r is not None):  # a view whose schema does not say so
         return None
     return tuple(None if r is None else (r.shape, r.stride(), r.dtype) for r in found)

@@ -40,6 +40,7 @@ class Slots:
                 if (table := module.__dict__.get(name))  # an empty table is not watched
             ]
         self._seen = [dict(table) for *_, table in self._tables]
+        self._few = [i for i, (kind, *_) in enumerate(self._tables) if kind in ("parameter", "buffer")]
 
     def attributes(self) -> Iterator[tuple[Place, Tensor]]:
         """Yield the tensors that modules hold as plain attributes."""
@@ -55,9 +56,8 @@ class Slots:
         Parameters and buffers are always looked at; attributes and submodules, which are many, only if
         `everywhere`.
         """
-        for i, (kind, path, owners, table) in enumerate(self._tables):
-            if not everywhere and kind not in ("parameter", "buffer"):
-                continue
+        for i in range(len(self._tables)) if everywhere else self._few:
+            kind, path, owners, table = self._tables[i]
             seen = self._seen[i]
             if len(table) == len(seen) and all(map(is_, table.values(), seen.values())):
                 continue

@@ -20,6 +20,7 @@ from torch import Tensor
 from locc.ir import TrainingGraph
 from locc.lower import Backward, Plan, Segment
 from locc.verify.batch import Batch, standing_in
+from locc.verify.dispatch import Kernels
 from locc.verify.findings import WALK, Finding
 from locc.verify.names import Names
 from locc.verify.runner import Runner, plans_of
@@ -92,7 +93,8 @@ def _walk(ir: TrainingGraph, batch: Batch, plans: list[Plan] | None, kind: type[
         world = kind()
         inputs = torch.utils._pytree.tree_map(world.of, [*batch.tensors, batch.target])
         world.enter(ir)
-        with world.kernels, world.mode:
+        kernels = Kernels(world.kernel) if isinstance(world, Meta) else nullcontext()
+        with kernels, world.mode:
             for plan in plans or plans_of(ir):
                 walker = _Walker(ir, plan, walk, world)
                 for _ in range(STEPS):

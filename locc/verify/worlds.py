@@ -11,7 +11,7 @@ from torch import Tensor, nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from locc.ir import TrainingGraph
-from locc.verify.dispatch import memory_of
+from locc.verify.dispatch import Kernel, evaluate, memory_of
 from locc.verify.shapes import Shapes
 
 
@@ -21,8 +21,8 @@ class Real:
     title = "real tensors"
     mode: AbstractContextManager[Any] = nullcontext()
     """Entered where the program's own code runs."""
-    kernels: AbstractContextManager[Any] = nullcontext()
-    """Entered around everything."""
+    kernel: Kernel = staticmethod(evaluate)
+    """Runs an operator."""
 
     def of(self, value: Any) -> Any:
         """Return what stands for a value of the batch or a tensor of the program."""
@@ -45,7 +45,7 @@ class Meta(Real):
     title = "fake tensors (meta)"
 
     def __init__(self) -> None:
-        self.mode, self.kernels = torch.device("meta"), (shapes := Shapes())
+        self.mode, self.kernel = torch.device("meta"), (shapes := Shapes())
         self.protected = shapes.protected
         self.memo: dict[int, Tensor] = {}
 

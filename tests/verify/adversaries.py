@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .leaks import Act, plain
+from .leaks import Act, InBackward, plain
 
 
 def once(m: Any, act: Callable[[], object]) -> None:
@@ -82,21 +82,9 @@ def backward_in_backward(m: Any, x: Tensor) -> Tensor:
     return _Nested.apply(plain(m, x), m.other.linear)
 
 
-class _Moves(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: list[Tensor]) -> Tensor:
-        ctx.weights = weights
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        for w in ctx.weights:
-            w.data.sub_(0.01 * g.mean())
-        return g, None
-
-
 def update_in_backward(m: Any, x: Tensor) -> Tensor:
-    return _Moves.apply(plain(m, x), [m.other.linear.weight])
+    w = m.other.linear.weight
+    return InBackward.apply(plain(m, x), lambda g: w.data.sub_(0.01 * g.mean()))
 
 
 def clips_every_gradient(m: Any, x: Tensor) -> Tensor:

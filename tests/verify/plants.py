@@ -295,3 +295,14 @@ PLANTS = {
         _MOVES.format("aux.a_head_a.linear.weight"),
     ),
 }
+
+
+def bare_program(method: str = "dgl") -> locc.Program:
+    """Return an unverified program of four plain modules, for a graph or an optimizer to be spoilt."""
+    torch.manual_seed(0)
+    names = ["a", "b", "c", "head"]
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)] + [nn.Linear(4, 3)]
+    model = nn.Sequential()
+    for name, layer in zip(names, layers, strict=True):
+        model.add_module(name, layer)
+    return locc.compile(model, method, ["a", "b", "c"], example_inputs=torch.randn(4, 4), verify=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import fx
 
 import locc
 from locc.ir import TrainingGraph, ops
@@ -15,7 +15,7 @@ from locc.verify.batch import small_batch
 from locc.verify.findings import REACHABILITY, SENTINEL, WALK
 
 from .leaks import HARMLESS, LEAKS, OWN, Act, Chain, plain
-from .plants import ThirdParty
+from .plants import ThirdParty, bare_program
 
 PLACES = ("network", "function")
 
@@ -69,16 +69,6 @@ def _passes_and_trains(model: Chain, build: Callable[[], locc.Program]) -> None:
 
 
 # ---- graphs built past the invariants ---------------------------------------------------------
-
-
-def _program(method: str = "dgl") -> locc.Program:
-    torch.manual_seed(0)
-    names = ["a", "b", "c", "head"]
-    layers = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)] + [nn.Linear(4, 3)]
-    model = nn.Sequential()
-    for name, layer in zip(names, layers, strict=True):
-        model.add_module(name, layer)
-    return locc.compile(model, method, ["a", "b", "c"], example_inputs=torch.randn(4, 4), verify=False)
 
 
 def _boundary(ir: TrainingGraph, consumer: str) -> fx.Node:
@@ -177,7 +167,7 @@ LIVE = [
 @pytest.mark.parametrize("name", GRAPHS)
 def test_reachability_names_the_leak(name: str) -> None:
     mutate, text = GRAPHS[name]
-    program = _program()
+    program = bare_program()
     mutate(program.ir)
     with pytest.raises(locc.LocalityError) as caught:
         locc.verify(program)
@@ -186,7 +176,7 @@ def test_reachability_names_the_leak(name: str) -> None:
 
 
 def test_the_path_runs_from_the_objective_to_the_parameter() -> None:
-    program = _program()
+    program = bare_program()
     _drop_stop_gradient(program.ir)
     finding = next(f for f in static.check(program.ir) if f.tensor == "a.0.weight")
     assert finding.path[0].startswith(_objective(program.ir, "b").name)
@@ -195,7 +185,7 @@ def test_the_path_runs_from_the_objective_to_the_parameter() -> None:
 
 @pytest.mark.parametrize("name", LIVE)
 def test_the_walk_and_the_sentinel_see_it_independently(name: str) -> None:
-    program = _program()
+    program = bare_program()
     ir = program.ir
     GRAPHS[name][0](ir)
     batch = small_batch(ir, ir.captured.example)
@@ -206,7 +196,7 @@ def test_the_walk_and_the_sentinel_see_it_independently(name: str) -> None:
 
 
 def test_a_live_value_in_the_place_of_a_gradient_value() -> None:
-    program = _program("bp")
+    program = bare_program("bp")
     ir = program.ir
     gradient = next(n for n in ir.gradients() if n.meta["owner"] == "c")
     gradient.replace_all_uses_with(gradient.args[1])
@@ -221,7 +211,7 @@ def test_a_live_value_in_the_place_of_a_gradient_value() -> None:
 
 
 def test_a_gradient_with_respect_to_a_foreign_leaf() -> None:
-    program = _program("bp")
+    program = bare_program("bp")
     gradient = next(n for n in program.ir.gradients() if n.meta["owner"] == "c")
     gradient.args = (gradient.args[0], _boundary(program.ir, "b"))
     with pytest.raises(
@@ -231,7 +221,7 @@ def test_a_gradient_with_respect_to_a_foreign_leaf() -> None:
 
 
 def test_a_gradient_with_respect_to_an_inner_value() -> None:
-    program = _program("bp")
+    program = bare_program("bp")
     gradient = next(n for n in program.ir.gradients() if n.meta["owner"] == "c")
     inner = next(n for n in program.ir.nodes("c", "forward") if n.op == "call_module")
     gradient.args = (gradient.args[0], inner)
@@ -240,7 +230,7 @@ def test_a_gradient_with_respect_to_an_inner_value() -> None:
 
 
 def test_an_assignment_to_a_foreign_parameter() -> None:
-    program = _program()
+    program = bare_program()
     ir = program.ir
     with ir.graph.inserting_before(_objective(ir, "b")):
         state = ir.graph.get_attr("model.a.0.weight")
@@ -253,7 +243,7 @@ def test_an_assignment_to_a_foreign_parameter() -> None:
 
 def test_an_in_place_operation_on_a_boundary_value() -> None:
     """`stop_gradient` shares memory: the producer's value changes with the consumer's."""
-    program = _program()
+    program = bare_program()
     ir = program.ir
     entry = _boundary(ir, "b")
     with ir.graph.inserting_after(entry):

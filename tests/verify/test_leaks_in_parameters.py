@@ -11,7 +11,7 @@ from locc.runtime import Learner
 from locc.verify import prove, static, storage
 from locc.verify.findings import STORAGE
 
-from .plants import PLANTS
+from .plants import PLANTS, bare_program
 
 
 @pytest.mark.parametrize("name", PLANTS)
@@ -33,16 +33,6 @@ def test_the_harmless_twin_of_a_plant_passes(name: str) -> None:
 # ---- optimizers that no factory would be allowed to build -------------------------------------
 
 
-def _program() -> locc.Program:
-    torch.manual_seed(0)
-    names = ["a", "b", "c", "head"]
-    layers = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)] + [nn.Linear(4, 3)]
-    model = nn.Sequential()
-    for name, layer in zip(names, layers, strict=True):
-        model.add_module(name, layer)
-    return locc.compile(model, "dgl", ["a", "b", "c"], example_inputs=torch.randn(4, 4), verify=False)
-
-
 def _prove(program: locc.Program, learners: dict[str, Learner]) -> object:
     ir = program.ir
     return prove(ir, "dgl", learners, ir.captured.example)
@@ -55,7 +45,7 @@ def _with(program: locc.Program, owner: str, optimizer: torch.optim.Optimizer) -
 
 
 def test_two_optimizers_over_one_parameter() -> None:
-    program = _program()
+    program = bare_program()
     foreign = program.model.a[0].weight
     own = program.built.learners["b"].parameters
     learners = _with(program, "b", torch.optim.SGD([*own, foreign], lr=0.1))
@@ -70,7 +60,7 @@ def test_two_optimizers_over_one_parameter() -> None:
 
 
 def test_two_optimizers_over_overlapping_memory() -> None:
-    program = _program()
+    program = bare_program()
     view = nn.Parameter(program.model.a[0].weight.detach()[1:])
     own = program.built.learners["b"].parameters
     learners = _with(program, "b", torch.optim.SGD([*own, view], lr=0.1, weight_decay=0.1))
@@ -81,7 +71,7 @@ def test_two_optimizers_over_overlapping_memory() -> None:
 
 
 def test_a_parameter_that_is_a_view_of_a_foreign_one() -> None:
-    program = _program()
+    program = bare_program()
     program.model.b[0].weight = nn.Parameter(program.model.a[0].weight.detach())
     with pytest.raises(
         locc.LocalityError, match=r"parameter 'b\.0\.weight' of 'b' shares memory with parameter 'a\.0"
@@ -122,5 +112,5 @@ def test_an_optimizer_that_moves_a_foreign_parameter(width: int) -> None:
 
 
 def test_storage_check_accepts_disjoint_optimizers() -> None:
-    program = _program()
+    program = bare_program()
     assert storage.check(program.ir, program.built.learners) == []
