@@ -124,13 +124,14 @@ def build(request: Request, program: Program, inputs: Inputs) -> Built:
         for parameter, value in ir.initial:
             parameter.copy_(value)
     executor = Executor(
+        request.root,
         learners,
         seed,
-        {name: i for i, name in enumerate(ir.owners)},
         request.settings.accumulate,
         request.settings.dtype,
         program.device,
         deferred=not request.settings.atomic,
+        backend=request.settings.backend,
     )
     return Built(ir, certificate, learners, schedulers, executor, phases)
 

@@ -1,196 +1,32 @@
-"""The training graph: one flat `torch.fx` graph for a whole training step.
-
-Metadata of a node, beside what capture wrote (`locc.ir.captured`):
-
-- `owner`: name of the owner that computes it; `DATA` for the batch itself
-- `role`: what it is for ("forward", "boundary", "head", "loss", "objective", ...)
-- `made_by`: the stage or pass that created it
-"""
+"""The training graph: one flat `torch.fx` graph for a whole training step, and the verbs that rewrite it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx, nn
 
 from locc.errors import GraphError
 from locc.ir import ops
-from locc.ir.captured import Captured, Root, owned_tensor
-from locc.ir.coupling import Coupling
-from locc.ir.order import program_order
+from locc.ir.captured import owned_tensor
+from locc.ir.infer import infer
+from locc.ir.order import dependencies, program_order
+from locc.ir.printer import render
 from locc.ir.spec import Spec, TensorSpec
-from locc.ir.tape import tape_of
+from locc.ir.state import RESIZE, State, renewed
+from locc.ir.view import DATA, Owner, Phase, Repeat, View, node_parameters  # noqa: F401
 
-DATA = "data"
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A module of the partition, or an auxiliary that trains alone (a synthesiser, an inverse).
-
-    `index` is the position of the module in forward order; an auxiliary has the index of the module
-    that it serves. `lr_scale` multiplies the learning rate of the owner's optimizer.
-    """
-
-    name: str
-    index: int
-    auxiliary: bool = False
-    lr_scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training in which only some owners train.
-
-    `fit` runs the phases marked `warmup` once before the first epoch, `epochs` passes each; the
-    others take turns within each epoch, `epochs` passes over the data each.
-    """
-
-    name: str
-    trains: tuple[str, ...]
-    epochs: int = 1
-    warmup: bool = False
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """A region of nodes that a step runs `times` times.
-
-    Nodes carry the region's name in `meta["repeat"]`. For each (entry, exit) pair in `carried`, the
-    value of `entry` is its own argument in the first round and the value of `exit` of the previous
-    round after it.
-    """
-
-    name: str
-    times: int
-    carried: tuple[tuple[fx.Node, fx.Node], ...]
-
-
-def carry(initial: Any) -> Any:
-    """Return `initial`: the entry of a value into a repeated region."""
-    return initial
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """A value that passes from one module to a later one.
-
-    `value` is the producer's node, `entry` the consumer's `stop_gradient` of it.
-    """
-
-    producer: str
-    consumer: str
-    value: fx.Node
-    entry: fx.Node
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Shape and dtype of the value."""
-        spec = self.value.meta["spec"]
-        assert isinstance(spec, TensorSpec)
-        return spec
+_KEPT = ("random", "line", "contracts")
 
 
 @dataclass
-class TrainingGraph:
-    """The IR. Built by `partition`, rewritten by passes, lowered to programs.
-
-    Attributes:
-        root: holds the user's model (`model`) and the auxiliary networks (`aux`).
-        graph: the training step.
-        inference: the model's forward in eval mode, each node with its owner.
-        owners: by name, modules in forward order.
-        target: the placeholder of the target; its value may be any structure.
-        output: the node that holds what the user's forward returns.
-        prediction: the tensor that named losses and metrics read.
-        loss: the user's loss on `output`, or None for a method without one.
-        initial: (parameter, value) pairs that a method starts from; written when compilation has succeeded.
-    """
-
-    root: Root
-    graph: fx.Graph
-    inference: fx.Graph
-    captured: Captured
-    owners: dict[str, Owner]
-    inputs: tuple[fx.Node, ...]
-    target: fx.Node
-    output: fx.Node
-    prediction: fx.Node
-    loss_function: Callable[[Any, Any], torch.Tensor]
-    loss: fx.Node | None = None
-    phases: tuple[Phase, ...] = ()
-    repeats: dict[str, Repeat] = field(default_factory=dict)
-    folded: bool = False
-    couplings: list[Coupling] = field(default_factory=list)
-    initial: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    _making: str = "partition"
-
-    # ---- reading ----------------------------------------------------------------------------
-
-    @property
-    def modules(self) -> list[Owner]:
-        """The modules of the partition, in forward order."""
-        return sorted((o for o in self.owners.values() if not o.auxiliary), key=lambda o: o.index)
-
-    @property
-    def last(self) -> Owner:
-        """The module that computes the output."""
-        return self.modules[-1]
-
-    def nodes(self, owner: str | None = None, role: str | None = None) -> list[fx.Node]:
-        """Return the nodes of an owner and a role, in program order."""
-        return [
-            n
-            for n in self.graph.nodes
-            if (owner is None or n.meta.get("owner") == owner)
-            and (role is None or n.meta.get("role") == role)
-        ]
-
-    def boundaries(self, producer: str | None = None, consumer: str | None = None) -> list[Boundary]:
-        """Return the boundary values, of one producer or to one consumer where given."""
-        found = []
-        for entry in self.nodes(role="boundary"):
-            (value,) = entry.all_input_nodes
-            item = Boundary(value.meta["owner"], entry.meta["owner"], value, entry)
-            if producer in (None, item.producer) and consumer in (None, item.consumer):
-                found.append(item)
-        return found
-
-    def crossing(self, producer: str) -> list[fx.Node]:
-        """Return the differentiable values that a module sends to others, each once."""
-        values = {b.value: None for b in self.boundaries(producer=producer) if b.spec.differentiable}
-        return list(values)
-
-    def outputs(self, owner: str) -> list[fx.Node]:
-        """Return the activations on which a local objective of a module belongs.
-
-        These are the differentiable values that it sends to others, without those from which it
-        computes another of them (an objective on the later value reaches the earlier one as well),
-        and without parameters that another module borrows.
-        """
-        values = [v for v in self.crossing(owner) if v.op != "get_attr"]
-        tapes = {v: tape_of(v) for v in values}
-        return [v for v in values if not any(v in tapes[w] for w in values if w is not v)]
-
-    def objectives(self, owner: str | None = None) -> list[fx.Node]:
-        """Return the objective nodes."""
-        return [n for n in self.nodes(owner) if n.target is ops.objective]
-
-    def gradients(self) -> list[fx.Node]:
-        """Return the `gradient` nodes."""
-        return [n for n in self.graph.nodes if n.target is ops.gradient]
-
-    def parameters(self, owner: str) -> dict[str, nn.Parameter]:
-        """Return the parameters that an owner's nodes use, by path under the root."""
-        found: dict[int, tuple[str, nn.Parameter]] = {}
-        for node in self.nodes(owner):
-            for path, parameter in node_parameters(self.root, node):
-                found.setdefault(id(parameter), (path, parameter))
-        return dict(found.values())
+class TrainingGraph(View):
+    """The IR. Built by `partition`, rewritten by passes, lowered to programs."""
 
     # ---- writing ----------------------------------------------------------------------------
 
@@ -213,13 +49,20 @@ class TrainingGraph:
         spec: Spec = None,
         **kwargs: Any,
     ) -> fx.Node:
-        """Add a call of `function` to the owner's program and return its node."""
+        """Add a call of `function` to the owner's program and return its node.
+
+        The spec is found by running `function` on shapes alone; one that is given is a check, and stands
+        in where the function cannot run so (it reads the target, say).
+
+        Raises:
+            GraphError: the owner does not exist, or the given spec is not that of the result.
+        """
         return self._place("call_function", function, args, kwargs, owner, role, name, spec)
 
     def call(
         self, owner: str, path: str, *args: Any, role: str = "forward", spec: Spec = None, **kw: Any
     ) -> fx.Node:
-        """Add a call of the submodule at `path` (as `add_module` returned it)."""
+        """Add a call of the submodule at `path` (as `add_module` returned it); for `spec` see `emit`."""
         return self._place("call_module", path, args, kw, owner, role, None, spec)
 
     def read(self, owner: str, path: str, role: str = "parameter") -> fx.Node:
@@ -230,7 +73,7 @@ class TrainingGraph:
                 return found
         tensor = owned_tensor(self.root, path)
         spec = TensorSpec.of(tensor) if isinstance(tensor, torch.Tensor) else None
-        node = self._place("get_attr", path, (), {}, owner, role, None, spec)
+        node = self._place("get_attr", path, (), {}, owner, role, None, spec, infers=False)
         self._first().prepend(node)
         return node
 
@@ -248,15 +91,28 @@ class TrainingGraph:
         role: str,
         name: str | None,
         spec: Spec,
+        infers: bool = True,
     ) -> fx.Node:
         if owner not in self.owners:
             raise GraphError(f"pass '{self._making}' emits for owner '{owner}', which does not exist")
         if name is None and op == "call_function":
             # Not the function's own name: printed code would shadow the function.
             name = role if role != getattr(target, "__name__", "") else f"{role}_of_{owner}"
+        found = infer(self.root, op, target, args, kwargs) if infers else None
+        if found is not None and spec is not None and spec != found.spec:
+            what = getattr(target, "__name__", target)
+            raise GraphError(
+                f"pass '{self._making}' says that '{what}' of '{owner}' gives {spec}, and it gives {found.spec}; "
+                "leave spec= out"
+            )
         with self.graph.inserting_before(self._end()):
             node: fx.Node = self.graph.create_node(op, target, tuple(args), dict(kwargs), name)
-        node.meta.update(owner=owner, role=role, made_by=self._making, spec=spec)
+        node.meta.update(owner=owner, role=role, made_by=self._making)
+        node.meta["spec"] = spec if found is None else found.spec
+        if infers and (found is None or found.random):
+            node.meta["random"] = True  # what could not be tried may draw
+        if found is not None and found.contracts:
+            node.meta["contracts"] = True
         return node
 
     def _end(self) -> fx.Node:
@@ -289,45 +145,157 @@ class TrainingGraph:
                 return user
         if value.meta["owner"] in (owner, DATA) and role == "import" and value.op == "placeholder":
             return value
-        name = f"{value.name}_at_{owner}"
-        return self.emit(owner, ops.stop_gradient, value, role=role, name=name, spec=value.meta.get("spec"))
+        name, spec = f"{value.name}_at_{owner}", value.meta.get("spec")
+        return self._op(owner, ops.stop_gradient, (value,), role, name, spec)
 
     def objective(self, owner: str, scalar: fx.Node, name: str) -> fx.Node:
-        """Declare `scalar` an objective of the owner, reported as `<owner>.<name>`."""
-        node = self.emit(owner, ops.objective, scalar, role="objective", spec=TensorSpec((), torch.float32))
+        """Declare `scalar` an objective of the owner, reported as `<owner>.<name>`.
+
+        Raises:
+            GraphError: `scalar` is no 0-d value.
+        """
+        spec = scalar.meta.get("spec")
+        if isinstance(spec, TensorSpec) and spec.shape:
+            raise GraphError(
+                f"pass '{self._making}' makes '{scalar.name}' of shape {spec} an objective of '{owner}'; an "
+                "objective is 0-d, so take its mean or sum"
+            )
+        node = self._op(owner, ops.objective, (scalar,), "objective", None, spec)
         node.meta["objective"] = f"{owner}.{name}"
         return node
 
     def gradient(self, scalar: fx.Node, wrt: fx.Node) -> fx.Node:
-        """Add d(scalar)/d(wrt) as a value; both belong to the same owner."""
-        owner = scalar.meta["owner"]
-        return self.emit(
-            owner,
-            ops.gradient,
-            scalar,
-            wrt,
-            role="gradient",
-            name=f"grad_{wrt.name}",
-            spec=wrt.meta.get("spec"),
-        )
+        """Add d(scalar)/d(wrt) as a value, for any value of the scalar's owner that it is computed from.
 
-    def assign(self, owner: str, path: str, value: fx.Node) -> fx.Node:
-        """Set the parameter or buffer at `path` to `value` after everything in the step has read it."""
+        Raises:
+            GraphError: `wrt` belongs to another owner, or is a parameter.
+        """
+        owner = scalar.meta["owner"]
+        if wrt.meta["owner"] != owner:
+            raise GraphError(
+                f"pass '{self._making}' takes a gradient of '{scalar.name}' of '{owner}' with respect to "
+                f"'{wrt.name}' of '{wrt.meta['owner']}'; write leaf = ir.stop_gradient('{owner}', value, "
+                "role='leaf'), compute the scalar from the leaf, and take its gradient"
+            )
+        if wrt.op == "get_attr":
+            raise GraphError(
+                f"pass '{self._making}' takes a gradient of '{scalar.name}' with respect to '{wrt.target}', which "
+                f"an objective trains; as a value, write leaf = ir.stop_gradient('{owner}', parameter) and "
+                "compute the scalar from the leaf"
+            )
+        if isinstance(spec := wrt.meta.get("spec"), TensorSpec) and not spec.differentiable:
+            raise GraphError(f"'{wrt.name}' is {spec}, and a gradient exists of floating-point values only")
+        return self._op(owner, ops.gradient, (scalar, wrt), "gradient", f"grad_{wrt.name}", spec)
+
+    def _op(
+        self, owner: str, op: Callable[..., Any], args: Any, role: str, name: str | None, spec: Spec
+    ) -> fx.Node:
+        return self._place("call_function", op, args, {}, owner, role, name, spec, infers=False)
+
+    def assign(self, owner: str, state: str | fx.Node, value: fx.Node) -> fx.Node:
+        """Set a state, parameter or buffer to `value` when the step (in a region: its round) is over.
+
+        Under `accumulate` this happens in every step, as state belongs to the step and not to the update.
+
+        Args:
+            owner: whose it is.
+            state: what `ir.state` returned, or the path of a parameter or buffer.
+            value: of the same shape.
+        """
+        path = state if isinstance(state, str) else f"{state.meta['state']}.value"
         target = self.read(owner, path, role="state")
-        return self.emit(owner, ops.assign, target, value, role="assign")
+        return self._op(owner, ops.assign, (target, value), "assign", None, target.meta["spec"])
+
+    # ---- time -------------------------------------------------------------------------------
+
+    def state(
+        self,
+        owner: str,
+        name: str,
+        spec: TensorSpec,
+        initial: float | torch.Tensor = 0.0,
+        *,
+        reset: fx.Node | None = None,
+        resize: str = "reset",
+        delays: bool = False,
+    ) -> fx.Node:
+        """Add a tensor of the owner that lives across steps, and return its value of before the step.
+
+        `ir.assign(owner, state, value)` sets what the next step reads. It is saved, restored and moved like
+        a buffer.
+
+        Args:
+            owner: who reads and assigns it.
+            name: what to call it.
+            spec: shape and dtype; with the batch dimension, it is allocated when the first batch comes.
+            initial: what it starts from: a number, or a tensor that broadcasts to the shape.
+            reset: a bool of the batch, [] or [B]: the samples that start from `initial` in this step.
+            resize: what another batch size does: "reset" starts anew, "error" is refused.
+            delays: whether it only keeps a value for later, so that it moves in each phase that reads it.
+
+        Raises:
+            GraphError: `resize` is neither, or `initial` does not broadcast.
+        """
+        if resize not in RESIZE:
+            raise GraphError(f"state '{name}' of '{owner}': resize={resize!r}; choose 'reset' or 'error'")
+        try:
+            held = State(owner, name, spec, initial, resize, delays)
+        except RuntimeError as error:
+            raise GraphError(f"state '{name}' of '{owner}': initial does not fit {spec}: {error}") from error
+        path = self.add_module(name, held)
+        node = self.read(owner, f"{path}.value", role="state")
+        node.meta.update(spec=spec, state=path)
+        if reset is None:
+            return node
+        start = self.read(owner, f"{path}.initial", role="state")
+        read = self.emit(owner, renewed, reset, node, start, role="state", spec=spec)
+        read.meta["state"] = path
+        return read
+
+    def delay(
+        self,
+        value: fx.Node,
+        steps: int = 1,
+        initial: float | torch.Tensor = 0.0,
+        *,
+        owner: str | None = None,
+        spec: TensorSpec | None = None,
+        resize: str = "reset",
+    ) -> fx.Node:
+        """Return `value` as it was `steps` steps ago, and `initial` before that; keeps that many copies.
+
+        Args:
+            value: a value of the owner, or of the batch.
+            steps: how many.
+            initial: as in `state`.
+            owner: whose copies they are; the value's owner, who must be named for a value of the batch.
+            spec: of a value that has none (the target).
+            resize: as in `state`.
+
+        Raises:
+            GraphError: an argument is unusable.
+        """
+        owner = str(value.meta["owner"]) if owner is None else owner
+        spec = value.meta.get("spec") if spec is None else spec
+        if not isinstance(spec, TensorSpec) or owner not in self.owners or steps < 0:
+            raise GraphError(
+                f"ir.delay('{value.name}', {steps}) needs a number of steps of at least 0, and owner= and spec= "
+                "where the value has none (a value of the batch, the target)"
+            )
+        for i in range(1, steps + 1):
+            name = f"{value.name}_delayed" if i == 1 else f"{value.name}_{i}"
+            held = self.state(owner, name, spec, initial, resize=resize, delays=True)
+            self.assign(owner, held, value)
+            value = held
+        return value
 
     def apply_loss(self) -> fx.Node:
         """Apply the user's loss to the output, once; the node belongs to the last module."""
         if self.loss is None:
             self.loss = self.emit(
-                self.last.name,
-                self.loss_function,
-                self.output,
-                self.target,
-                role="loss",
-                name="loss",
-                spec=TensorSpec((), torch.float32),
+                self.last.name, self.loss_function, self.output, self.target, role="loss", name="loss"
             )
+            self.loss.meta["spec"] = self.scalar
         return self.loss
 
     def replay(
@@ -337,14 +305,25 @@ class TrainingGraph:
 
         Args:
             owner: whose forward to run; its parameters are used live, its buffers stay unchanged.
-            inputs: boundary entry -> the value that takes its place (of the same spec).
+            inputs: boundary entry (or any value of the owner) -> what takes its place, of the same spec.
             wanted: nodes of the owner's forward whose new values are returned.
             role: the role of the new nodes.
+
+        Raises:
+            GraphError: no wanted value is computed from one of `inputs`.
         """
-        copies: dict[fx.Node, fx.Node] = dict(inputs)
         needed = self._between(owner, set(inputs), wanted)
-        for node in [n for n in self.graph.nodes if n in needed]:
+        unread = [n.name for n in inputs if n not in wanted and not any(u in needed for u in n.users)]
+        if unread:
+            raise GraphError(
+                f"pass '{self._making}' replays '{owner}' with another {', '.join(unread)}, which the values asked "
+                "for do not read; give what they read (ir.boundaries(consumer=...)), or ask for what reads it"
+            )
+        copies: dict[fx.Node, fx.Node] = dict(inputs)
+        self._replays += 1
+        for node in _sorted(dependencies(self.graph), needed):
             copies[node] = self._copy_quietly(node, copies, role)
+            copies[node].meta["replay"] = self._replays, node
         return [copies[n] for n in wanted]
 
     def _between(self, owner: str, entries: set[fx.Node], wanted: list[fx.Node]) -> set[fx.Node]:
@@ -370,10 +349,12 @@ class TrainingGraph:
             module = owned_tensor(self.root, str(node.target))
             assert isinstance(module, nn.Module)
             if any(True for _ in module.buffers()):
-                holder = self.read(owner, str(node.target), role="module")
-                return self.emit(owner, ops.call_quietly, holder, args, kwargs, role=role, spec=spec)
-        made = self._place(node.op, node.target, args, kwargs, owner, role, None, spec)
-        made.meta.update({k: node.meta[k] for k in ("random", "line") if k in node.meta})
+                args = (self.read(owner, str(node.target), role="module"), args, kwargs)
+                made = self._op(owner, ops.call_quietly, args, role, None, spec)
+                made.meta.update({k: node.meta[k] for k in _KEPT if k in node.meta})
+                return made
+        made = self._place(node.op, node.target, args, kwargs, owner, role, None, spec, infers=False)
+        made.meta.update({k: node.meta[k] for k in _KEPT if k in node.meta})
         if "mutates" in node.meta:
             made.meta["mutates"] = tuple(copies.get(n, n) for n in node.meta["mutates"])
         return made
@@ -382,7 +363,7 @@ class TrainingGraph:
         """Remove dead nodes and bring the graph into program order, grouped by owner."""
         self._drop_dead()
         end = self._end()
-        for node in program_order(self):
+        for node in program_order(self.graph, self.owners):
             if node is not end:
                 end.prepend(node)
 
@@ -399,29 +380,12 @@ class TrainingGraph:
                 self.graph.erase_node(node)
 
     def __str__(self) -> str:
-        from locc.ir.printer import render
-
         return render(self)
 
 
-def node_parameters(root: nn.Module, node: fx.Node) -> list[tuple[str, nn.Parameter]]:
-    """Return the (path, parameter) pairs that running `node` reads from the root itself."""
-    if node.op not in ("call_module", "get_attr"):
-        return []
-    path = str(node.target)
-    held = owned_tensor(root, path)
-    if isinstance(held, nn.Parameter):
-        return [(path, held)]
-    if not isinstance(held, nn.Module):
-        return []
-    replaced = replaced_names(node)
-    return [(f"{path}.{n}" if n else path, p) for n, p in held.named_parameters() if n not in replaced]
+def _sorted(order: nx.DiGraph[fx.Node], chosen: set[fx.Node]) -> list[fx.Node]:
+    """Return nodes in an order in which each comes after what it reads, else as the graph has them."""
+    position = {node: i for i, node in enumerate(order)}
+    return list(nx.lexicographical_topological_sort(order.subgraph(chosen), key=position.__getitem__))
 
 
-def replaced_names(node: fx.Node) -> set[str]:
-    """Return the tensor names that every `call_with` on a module read by `node` replaces."""
-    uses = [u for u in node.users if u.target is ops.call_with and u.args[0] is node]
-    if not uses or len(uses) != len(node.users):
-        return set()
-    names = [set(u.args[1]) for u in uses if isinstance(u.args[1], dict)]
-    return set.intersection(*names) if names else set()

@@ -11,10 +11,12 @@ from torch import fx
 from locc.errors import GraphError
 from locc.ir import ops
 from locc.ir.captured import strip
-from locc.ir.graph import DATA, TrainingGraph, node_parameters
+from locc.ir.graph import TrainingGraph
 from locc.ir.ops import Rebuild
 from locc.ir.order import dependencies
 from locc.ir.structure import fingerprint
+from locc.ir.tape import changers, tape_of
+from locc.ir.view import DATA, node_parameters
 
 
 def check(ir: TrainingGraph, after: str) -> None:
@@ -65,24 +67,51 @@ def _gradients_local(ir: TrainingGraph) -> Iterator[str]:
         assert isinstance(wrt, fx.Node)
         if not scalar.meta["owner"] == wrt.meta["owner"] == node.meta["owner"]:
             yield f"gradient '{node.name}' mixes owners: '{scalar.name}' with respect to '{wrt.name}'"
-        if not is_leaf(wrt):
-            yield f"gradient '{node.name}' is taken with respect to '{wrt.name}', which is not a leaf"
+        if wrt.op in ("get_attr", "placeholder"):
+            yield (
+                f"gradient '{node.name}' is taken with respect to '{wrt.name}', which is no value of the step; "
+                "take it of a stop_gradient of that"
+            )
+
+
+def _objectives_train(ir: TrainingGraph) -> Iterator[str]:
+    changed = changers(ir.graph)
+    for node in ir.objectives():
+        owner = node.meta["owner"]
+        if not any(p.requires_grad for p in ir.parameters(owner).values()):
+            continue  # a module that the user has frozen, or one that only borrows
+        tape = tape_of(node, changed)
+        held = {n for n in tape if n.op == "get_attr"} | tape
+        if not any(p.requires_grad for n in held for _, p in node_parameters(ir.root, n)):
+            yield (
+                f"objective '{node.meta['objective']}' reaches no parameter of '{owner}'; compute it from what "
+                "the module computes, without a stop_gradient in between"
+            )
 
 
 def _assigns_own(ir: TrainingGraph) -> Iterator[str]:
+    assigned: dict[str, fx.Node] = {}
     for node in ir.graph.nodes:
-        if node.target is ops.assign:
-            state = node.args[0]
-            if (
-                not isinstance(state, fx.Node)
-                or state.op != "get_attr"
-                or state.meta["owner"] != node.meta["owner"]
-            ):
-                yield f"assign '{node.name}' sets something that is not a state of '{node.meta['owner']}'"
+        if node.target is not ops.assign:
+            continue
+        state = node.args[0]
+        if not isinstance(state, fx.Node) or state.op != "get_attr" or state.meta["owner"] != node.meta["owner"]:
+            yield f"assign '{node.name}' sets something that is not a state of '{node.meta['owner']}'"
+            continue
+        path, region = str(state.target), node.meta.get("repeat")
+        if path in assigned:
+            yield f"'{strip(path)}' is assigned twice, by '{assigned[path].name}' and '{node.name}'"
+        assigned[path] = node
+        outside = [u.name for u in state.users if u.meta.get("repeat") != region] if region else []
+        if outside:
+            yield (
+                f"'{strip(path)}' is assigned in each round of region '{region}', and '{outside[0]}' reads it outside; "
+                "carry the value through the rounds (ir.repeats) instead"
+            )
 
 
 def _acyclic(ir: TrainingGraph) -> Iterator[str]:
-    graph = dependencies(ir)
+    graph = dependencies(ir.graph)
     if not nx.is_directed_acyclic_graph(graph):
         cycle = " -> ".join(u.name for u, _ in nx.find_cycle(graph))
         yield f"the values have no valid order: {cycle}"
@@ -105,9 +134,4 @@ def _results(graph: fx.Graph) -> list[Any]:
     return list(end.args[0]) if isinstance(end.args[0], (tuple, list)) else [end.args[0]]
 
 
-def is_leaf(node: fx.Node) -> bool:
-    """Whether a gradient can be taken with respect to this node: it starts a tape."""
-    return node.target is ops.stop_gradient
-
-
-RULES = (_owned, _one_owner_each, _edges_cut, _gradients_local, _assigns_own, _acyclic)
+RULES = (_owned, _one_owner_each, _edges_cut, _gradients_local, _objectives_train, _assigns_own, _acyclic)

@@ -3,44 +3,48 @@
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import networkx as nx
 from torch import fx
 
-if TYPE_CHECKING:
-    from locc.ir.graph import TrainingGraph
+from locc.ir.view import Owner
 
 
-def dependencies(ir: TrainingGraph) -> nx.DiGraph[fx.Node]:
+def dependencies(code: fx.Graph) -> nx.DiGraph[fx.Node]:
     """Return the graph "u runs before v" over all nodes of the training graph.
 
     Beside the data edges, the nodes of an owner's captured forward keep the order in which the user's
-    code runs them: in-place ops, buffers and random numbers depend on it. So do those of a replay.
+    code runs them: in-place ops and buffers depend on it. So do those of each replay, which sees buffers as
+    the forward has left them.
     """
     result: nx.DiGraph[fx.Node] = nx.DiGraph()
-    previous: dict[tuple[str, str], fx.Node] = {}
-    for node in ir.graph.nodes:
+    previous: dict[tuple[str, int], fx.Node] = {}
+    for node in code.nodes:
         result.add_node(node)
         result.add_edges_from((source, node) for source in node.all_input_nodes)
-        key = (node.meta.get("owner", ""), node.meta.get("role", ""))
-        if node.op in ("call_function", "call_method", "call_module") and key[1] in ("forward", "replay"):
+        replay, original = node.meta.get("replay", (0, None))
+        runs = node.op in ("call_function", "call_method", "call_module")
+        if runs and (replay or node.meta.get("role") == "forward"):
+            key = (node.meta.get("owner", ""), replay)
             if key in previous:
                 result.add_edge(previous[key], node)
+            if original is not None and original in result:
+                result.add_edge(original, node)
             previous[key] = node
     return result
 
 
-def program_order(ir: TrainingGraph) -> list[fx.Node]:
+def program_order(code: fx.Graph, owners: Mapping[str, Owner]) -> list[fx.Node]:
     """Return the nodes in a valid order that finishes an owner's ready nodes first, earlier owners first."""
-    graph = dependencies(ir)
-    position = {node: i for i, node in enumerate(ir.graph.nodes)}
+    graph = dependencies(code)
+    position = {node: i for i, node in enumerate(code.nodes)}
     waiting = {node: graph.in_degree(node) for node in graph}
     ready: dict[tuple[int, int, str], list[int]] = {}
-    nodes = list(ir.graph.nodes)
+    nodes = list(code.nodes)
 
     def group(node: fx.Node) -> tuple[int, int, str]:
-        owner = ir.owners.get(node.meta.get("owner", ""))
+        owner = owners.get(node.meta.get("owner", ""))
         if node.op in ("placeholder", "output"):
             return (-1 if node.op == "placeholder" else len(nodes), 0, "")
         return (owner.index, int(owner.auxiliary), owner.name) if owner else (len(nodes), 0, "")

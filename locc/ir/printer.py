@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from locc.ir import ops
 from locc.ir.captured import strip
-
-if TYPE_CHECKING:
-    from locc.ir.graph import TrainingGraph
+from locc.ir.state import states
+from locc.ir.view import View
 
 _METHODS = {
     "add": "{} + {}",
@@ -22,7 +21,7 @@ _METHODS = {
 }
 
 
-def render(ir: TrainingGraph) -> str:
+def render(ir: View) -> str:
     """Return the graph as text: a header, then one block of assignments for each stretch of an owner."""
     lines = _header(ir)
     names = ", ".join(n.name for n in (*ir.inputs, ir.target))
@@ -40,7 +39,7 @@ def render(ir: TrainingGraph) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _header(ir: TrainingGraph) -> list[str]:
+def _header(ir: View) -> list[str]:
     lines = [f"# {len(ir.modules)} modules: " + ", ".join(o.name for o in ir.modules)]
     for phase in ir.phases:
         when = "before the first epoch" if phase.warmup else "in each epoch"
@@ -50,10 +49,13 @@ def _header(ir: TrainingGraph) -> list[str]:
     for region in ir.repeats.values():
         carried = ", ".join(f"{a.name} <- {b.name}" for a, b in region.carried)
         lines.append(f"# region '{region.name}' runs {region.times} times, carrying {carried}")
+    for path, state in states(ir.root):
+        starts = f"{float(state.initial):g}" if state.initial.dim() == 0 else f"self{_path(path)}.initial"
+        lines.append(f"# state '{state.name}' of '{state.owner}', {state.spec}, starts at {starts}")
     return lines
 
 
-def _title(ir: TrainingGraph, owner: str) -> str:
+def _title(ir: View, owner: str) -> str:
     found = ir.owners.get(owner)
     if found is None:
         return f"---- {owner}"

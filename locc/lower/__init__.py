@@ -1,6 +1,33 @@
 """Training graph -> one program per owner, and the order in which they run."""
 
-from locc.lower.plan import Backward, Instruction, Loop, Plan, Segment, Update, lower
+from locc.lower.instructions import (
+    Assign,
+    Backward,
+    Instruction,
+    Loop,
+    Plan,
+    Receive,
+    Segment,
+    Send,
+    Update,
+    instructions_of,
+)
+from locc.lower.plan import lower
+from locc.lower.project import project
 from locc.lower.sequential import stages
 
-__all__ = ["Backward", "Instruction", "Loop", "Plan", "Segment", "Update", "lower", "stages"]
+__all__ = [
+    "Assign",
+    "Backward",
+    "Instruction",
+    "Loop",
+    "Plan",
+    "Receive",
+    "Segment",
+    "Send",
+    "Update",
+    "instructions_of",
+    "lower",
+    "project",
+    "stages",
+]

@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
+import torch
 from torch import fx
 
 from locc.errors import GraphError
 from locc.ir import ops
-from locc.ir.graph import TrainingGraph, node_parameters
+from locc.ir.graph import TrainingGraph
 from locc.ir.order import dependencies
+from locc.ir.state import State
 from locc.ir.tape import changers, tape_of
+from locc.ir.view import node_tensors
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
     changed = changers(ir.graph)
     states = [n for n in changed if n.op == "get_attr" and n.meta["owner"] in chosen]
     needed = _ancestors([*objectives, *assigns, *(c for n in states for c in changed[n])], changed)
+    _add_delays(ir, needed, changed)
     if ir.loss is not None:
         if ir.loss.meta["owner"] in chosen:
             needed |= _ancestors([ir.loss], changed)
@@ -90,6 +94,20 @@ def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
     trained = {b.owner for b in backwards if b.trains}
     trains = tuple(o for o in ir.owners if o in trained and _learns(ir, o))
     return Analysis(needed, taped, leaves, backwards, tapes, trains)
+
+
+def _add_delays(ir: TrainingGraph, needed: set[fx.Node], changed: Mapping[fx.Node, list[fx.Node]]) -> None:
+    """Keep a delayed value moving in every phase that reads it, whoever trains."""
+    delays = [n for n in ir.graph.nodes if n.target is ops.assign and _delays(ir, n)]
+    while fresh := [n for n in delays if n not in needed and n.args[0] in needed]:
+        needed |= _ancestors(fresh, changed)
+
+
+def _delays(ir: TrainingGraph, node: fx.Node) -> bool:
+    state = node.args[0]
+    assert isinstance(state, fx.Node)
+    held = ir.root.get_submodule(str(state.target).rpartition(".")[0])
+    return isinstance(held, State) and held.delays
 
 
 def _scalar(node: fx.Node) -> fx.Node:
@@ -128,7 +146,7 @@ def order(ir: TrainingGraph, found: Analysis, scope: set[fx.Node], inside: str |
     for node in sorted(scope, key=position.__getitem__):
         graph.add_node(task(node))
         first.setdefault(task(node), position[node])
-    for source, node in dependencies(ir).edges:
+    for source, node in dependencies(ir.graph).edges:
         if source in scope and node in scope and task(source) != task(node):
             graph.add_edge(task(source), task(node))
     backwards = [b for b in found.backwards if b.scalar in scope and b.scalar not in region]
@@ -139,12 +157,13 @@ def order(ir: TrainingGraph, found: Analysis, scope: set[fx.Node], inside: str |
             leaf = gradient.args[1]
             if leaf in scope:
                 graph.add_edge(task(leaf), backward)  # type: ignore[arg-type]
-    if inside is None:
-        _add_writes(ir, found, graph, task)
+    _add_writes(ir, found, graph, task, inside)
 
     def key(item: Task) -> tuple[int, int, int, int]:
         if isinstance(item, UpdateTask):
             return (0, ir.owners[item.owner].index, 0, 0)
+        if isinstance(item, fx.Node) and item.target is ops.assign:
+            return (0, ir.owners[item.meta["owner"]].index, 1, first[item])
         if isinstance(item, BackwardTask):
             return (1, ir.owners[item.owner].index, 0, position[item.scalar])
         node = item if isinstance(item, fx.Node) else next(n for n in region if region[n] == item)
@@ -158,29 +177,35 @@ def order(ir: TrainingGraph, found: Analysis, scope: set[fx.Node], inside: str |
 
 
 def _add_writes(
-    ir: TrainingGraph, found: Analysis, graph: nx.DiGraph[Task], task: Callable[[fx.Node], Task]
+    ir: TrainingGraph,
+    found: Analysis,
+    graph: nx.DiGraph[Task],
+    task: Callable[[fx.Node], Task],
+    inside: str | None,
 ) -> None:
-    """Order every write of a parameter after everything in the step that reads the old value."""
+    """Order every write of a parameter or state after all that reads the old value, under whatever path.
+
+    What only shares its memory (a view that an earlier instruction made) is copied when the write runs.
+    """
     readers = _readers(ir, found.needed)
-    for owner in found.trains:
+    assigns = [n for n in found.needed if n.target is ops.assign and n.meta.get("repeat") == inside]
+    for owner in found.trains if inside is None else ():
         update = UpdateTask(owner)
         for backward in found.backwards:
             if backward.owner == owner and backward.trains:
                 graph.add_edge(backward, update)
-        for parameter in ir.parameters(owner).values():
-            _after(graph, found, task, readers.get(id(parameter), set()), update)
-    for node in found.needed:
-        if node.target is ops.assign:
-            state = node.args[0]
-            assert isinstance(state, fx.Node)
-            reading = {
-                u
-                for other in found.needed
-                if other.op == "get_attr" and other.target == state.target
-                for u in _through(other)
-                if u in found.needed and u is not node
-            }
-            _after(graph, found, task, reading, node)
+        own = {memory_of(p) for p in ir.parameters(owner).values() if p.requires_grad}
+        _after(graph, found, task, {n for key in own for n in readers.get(key, ())}, update)
+        for node in assigns:
+            if memory_of(_state(ir, node)) in own:
+                graph.add_edge(update, node)  # of two writes the assigned value holds
+    for node in assigns:
+        _after(graph, found, task, readers.get(memory_of(_state(ir, node)), set()) - {node}, node)
+
+
+def _state(ir: TrainingGraph, node: fx.Node) -> torch.Tensor:
+    ((_, tensor),) = node_tensors(ir.root, _scalar(node))
+    return tensor
 
 
 def _after(
@@ -191,18 +216,25 @@ def _after(
     write: Task,
 ) -> None:
     for node in reading:
-        graph.add_edge(task(node), write)
+        if graph.has_node(task(node)) and task(node) != write:
+            graph.add_edge(task(node), write)
     for backward, tape in found.tapes.items():
         if reading & tape and graph.has_node(backward):
             graph.add_edge(backward, write)
 
 
+def memory_of(tensor: torch.Tensor) -> int:
+    """Return what is equal for tensors that share memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def _readers(ir: TrainingGraph, needed: set[fx.Node]) -> dict[int, set[fx.Node]]:
+    """Return, for each memory of the root, the nodes that read it: as a leaf's own, or as an argument."""
     result: dict[int, set[fx.Node]] = {}
     for node in needed:
-        for _, parameter in node_parameters(ir.root, node):
+        for _, tensor in node_tensors(ir.root, node):
             using = {node} if node.op == "call_module" else set(_through(node))
-            result.setdefault(id(parameter), set()).update(u for u in using if u in needed)
+            result.setdefault(memory_of(tensor), set()).update(u for u in using if u in needed)
     return result
 
 

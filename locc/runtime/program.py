@@ -14,8 +14,10 @@ from torch import Tensor, fx, nn
 
 from locc.errors import CaptureError, LoccError, RunError, nearest
 from locc.ir import Inputs, Phase, Root, TrainingGraph
+from locc.ir.state import begin
 from locc.lower import Plan, lower
-from locc.runtime.executor import Executor, Learner
+from locc.runtime.executor import Executor
+from locc.runtime.learner import Learner
 from locc.runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -205,8 +207,10 @@ class Program(nn.Module):
             RunError: the inputs have another shape than compiled for.
         """
         self._follow_device()
-        inputs = Inputs.of(self.model, self._move(x))
-        return [*self.ir.captured.signature.bind(inputs), self._move(y)]
+        signature = self.ir.captured.signature
+        tensors = signature.bind(Inputs.of(self.model, self._move(x)))
+        begin(self.root, signature.batch_of(tensors))
+        return [*tensors, self._move(y)]
 
     def plan(self, phase: str | None = None) -> Plan:
         """Return the instructions of a step in a phase; without one, of a step in which all train."""

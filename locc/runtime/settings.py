@@ -13,13 +13,13 @@ from torch import nn
 from locc.errors import LoccError, MethodError, nearest
 from locc.ir import TrainingGraph
 from locc.ir.captured import strip
-from locc.runtime.executor import Learner
+from locc.runtime.backends import BACKENDS
+from locc.runtime.learner import Learner
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
 SCHEDULES = ("lockstep", "sequential")
-BACKENDS = ("eager",)
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

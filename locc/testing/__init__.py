@@ -20,6 +20,7 @@ from locc.testing.families import FAMILIES, ModelSpec
 from locc.testing.isolation import assert_isolated
 from locc.testing.local import assert_local
 from locc.testing.pipeline import assert_pipeline_exact
+from locc.testing.reference import reference_step
 
 if TYPE_CHECKING:
     from locc.testing.strategies import batches, cases, methods, models, programs, splits
@@ -38,6 +39,7 @@ __all__ = [
     "methods",
     "models",
     "programs",
+    "reference_step",
     "splits",
 ]
 

@@ -10,6 +10,7 @@ from torch import Tensor, optim
 from torch.utils._pytree import tree_leaves, tree_map
 
 from locc.ir import TrainingGraph
+from locc.ir.state import begin
 from locc.lower import Instruction, Plan, Update
 from locc.verify.batch import Batch, standing_in
 from locc.verify.dispatch import Meter, memory_of
@@ -64,6 +65,7 @@ def estimate(
     with preserved(ir.root, optimizers.values(), values=False), standing_in(ir, batch.stand_in):
         world = Meta()
         inputs = tree_map(world.of, [*batch.tensors, batch.target])
+        begin(ir.root, batch.size)
         world.enter(ir, optimizers.values())
         for plan in plans or plans_of(ir):
             known = [*_held(ir), *[t for t in tree_leaves(inputs) if isinstance(t, Tensor)]]
@@ -71,7 +73,7 @@ def estimate(
             scale = _Scale(ir, plan, optimizers, world, meter, owners)
             try:
                 with meter:
-                    scale.run(inputs)
+                    scale.step_on(inputs)
             finally:
                 meter.forget()
             operations = max(operations, meter.operations)
@@ -105,12 +107,10 @@ class _Scale(Trainer):
         super().__init__(ir, plan, optimizers, world)
         self.meter, self.owners = meter, owners
 
-    def instructions(self, instructions: list[Instruction]) -> None:
-        for instruction in instructions:
-            self.meter.peak = self.meter.live
-            super().instructions([instruction])
-            most = max(self.owners.get(instruction.owner, 0), self.meter.peak)
-            self.owners[instruction.owner] = most
+    def ran(self, instruction: Instruction) -> None:
+        most = max(self.owners.get(instruction.owner, 0), self.meter.peak)
+        self.owners[instruction.owner] = most
+        self.meter.peak = self.meter.live
 
     def update(self, task: Update) -> None:
         self.meter.paused = True

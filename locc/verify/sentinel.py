@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, optim
 
 from locc.ir import TrainingGraph
+from locc.ir.state import begin
 from locc.ir.captured import strip
 from locc.ir.graph import DATA
-from locc.lower import Backward, Instruction, Plan, Segment, Update
+from locc.lower import Assign, Backward, Instruction, Plan, Segment, Update
 from locc.verify.batch import Batch, standing_in
 from locc.verify.dispatch import Writes, memory_of
 from locc.verify.findings import SENTINEL, Finding
@@ -119,6 +120,7 @@ class _Setting:
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             inputs = torch.utils._pytree.tree_map(world.of, [*batch.tensors, batch.target])
+            begin(ir.root, batch.size)
             world.enter(ir, optimizers.values())
             for plan in self.plans or plans_of(ir):
                 writes = Writes(world.kernel) if observed else None
@@ -126,7 +128,7 @@ class _Setting:
                 try:
                     with writes or nullcontext():
                         for _ in range(STEPS):
-                            watch.run([world.of(v) for v in inputs])
+                            watch.step_on([world.of(v) for v in inputs])
                             watch.compare(None)
                 except _StopError:
                     break
@@ -231,6 +233,10 @@ class _Watch(Trainer):
         fresh = {o.path for o in self.names.parameters.values() if self._new_gradient(o.tensor)}
         for name in task.objectives:
             self.result.received.setdefault(name, set()).update(fresh)
+        self._after(task, self._written())
+
+    def assign(self, task: Assign) -> None:
+        super().assign(task)
         self._after(task, self._written())
 
     def update(self, task: Update) -> None:

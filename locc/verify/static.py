@@ -146,16 +146,6 @@ def _gradients(ir: TrainingGraph, names: Names) -> Iterator[Finding]:
                 wrt.name,
                 "take the gradient with respect to the scalar's own boundary input",
             )
-        elif wrt.target is not ops.stop_gradient and wrt.op not in ("get_attr", "placeholder"):
-            yield Finding(
-                REACHABILITY,
-                f"gradient '{node.name}' is taken with respect to '{wrt.name}', which is no leaf of "
-                f"'{owner}'",
-                (spell_node(node), spell_node(wrt)),
-                node.name,
-                wrt.name,
-                "take the gradient with respect to a boundary input or another stop_gradient",
-            )
 
 
 def _owners(ir: TrainingGraph, names: Names) -> Iterator[Finding]:

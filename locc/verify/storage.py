@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, optim
 
 from locc.ir import TrainingGraph
-from locc.runtime.executor import Learner
+from locc.runtime.learner import Learner
 from locc.verify.findings import STORAGE, Finding
 from locc.verify.names import Names
 from locc.verify.static import overlapping

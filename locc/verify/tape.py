@@ -70,11 +70,12 @@ class Tape:
         dimensions as an operand, possibly through views.
         """
         found = self.leaves.get(id(leaf))
-        if found is None:
+        end = found[1] if found is not None else leaf.grad_fn
+        if end is None or end not in self.parent:
             return False
         return any(
             sibling is not None and sibling not in way and self._is_matrix(sibling, trained)
-            for way in [self._ways_to(found[1])]
+            for way in [self._ways_to(end)]
             for node in way
             for sibling, _ in node.next_functions
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from locc.ir import TrainingGraph
+from locc.ir.state import begin
 from locc.lower import Backward, Plan, Segment
 from locc.verify.batch import Batch, standing_in
 from locc.verify.dispatch import Kernels
@@ -92,13 +93,14 @@ def _walk(ir: TrainingGraph, batch: Batch, plans: list[Plan] | None, kind: type[
         warnings.simplefilter("ignore")
         world = kind()
         inputs = torch.utils._pytree.tree_map(world.of, [*batch.tensors, batch.target])
+        begin(ir.root, batch.size)
         world.enter(ir)
         kernels = Kernels(world.kernel) if isinstance(world, Meta) else nullcontext()
         with kernels, world.mode:
             for plan in plans or plans_of(ir):
                 walker = _Walker(ir, plan, walk, world)
                 for _ in range(STEPS):
-                    walker.run(inputs)
+                    walker.step_on(inputs)
     walk.findings = list(dict.fromkeys(walk.findings))
     return walk
 
@@ -107,9 +109,11 @@ _WORLDS: tuple[type[Real], ...] = (Meta, Fake, Real)
 
 
 class _Walker(Runner):
+    drops = False  # what is in flight tells entries from strangers
+
     def __init__(self, ir: TrainingGraph, plan: Plan, walk: Walk, world: Real) -> None:
-        super().__init__(ir, plan)
-        self.walk, self.world = walk, world
+        super().__init__(ir, plan, world)
+        self.walk = walk
         self.names = Names.of(ir)
         self.own = {owner: {id(p) for p in ir.parameters(owner).values()} for owner in ir.owners}
         self.record = Record()
@@ -119,7 +123,7 @@ class _Walker(Runner):
         super().segment(segment)
         self.record.add(start, sequence_number(), segment.owner, self.step)
 
-    def backward(self, task: Backward) -> None:
+    def differentiate(self, task: Backward, values: list[Tensor]) -> list[Tensor | None]:
         scalar = self.values[task.scalar]
         tape = Tape.of(scalar, self.world.stands_for)
         label = ", ".join(task.objectives) or task.scalar
@@ -137,7 +141,7 @@ class _Walker(Runner):
         for name, leaf in task.gradients:
             through = tape.passes_through_weights(self.values[leaf], lambda p: id(p) in self.names.parameters)
             self.walk.weighted[name] = self.walk.weighted.get(name, False) or through
-        self.gradients_of(task, [torch.zeros_like(self.values[leaf]) for _, leaf in task.gradients])
+        return [None] * len(values)
 
     def _entry(self, leaf: Tensor) -> bool:
         return any(value is leaf for value in self.values.values())

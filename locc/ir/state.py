@@ -1,0 +1,101 @@
+"""Tensors that live across steps: `ir.state`, and what `ir.delay` is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locc.errors import RunError
+from locc.ir.spec import TensorSpec
+
+RESIZE = ("reset", "error")
+
+
+class State(nn.Module):
+    """Holds one state of an owner: a buffer, saved and moved like any other.
+
+    A state whose spec has the batch dimension has no rows until the first batch comes.
+
+    Attributes:
+        value: the state as it was before the step that runs.
+        initial: what it starts from, of a shape that `spec` broadcasts.
+        owner: the owner that reads and assigns it.
+        resize: "reset" starts anew when the batch size changes; "error" refuses such a batch.
+        delays: whether it only keeps another value for later steps.
+    """
+
+    value: Tensor
+    initial: Tensor
+
+    def __init__(
+        self,
+        owner: str,
+        name: str,
+        spec: TensorSpec,
+        initial: float | Tensor = 0.0,
+        resize: str = "reset",
+        delays: bool = False,
+    ) -> None:
+        super().__init__()
+        self.owner, self.name, self.spec, self.resize, self.delays = owner, name, spec, resize, delays
+        self.register_buffer("initial", torch.as_tensor(initial).detach().to(spec.dtype).clone())
+        self.register_buffer("value", self._start(0))
+
+    def begin(self, batch: int) -> None:
+        """Make ready for a step on `batch` samples.
+
+        Raises:
+            RunError: the state is of another batch size, and was declared not to start anew.
+        """
+        found, wanted = tuple(self.value.shape), self.spec.concrete(batch)
+        if found == wanted:
+            return
+        if self.resize == "error" and self.value.numel():
+            raise RunError(
+                f"state '{self.name}' of '{self.owner}' holds {found} from the step before, and a batch of "
+                f"{batch} needs {wanted}; keep the batch size (drop_last=True), or declare the state with "
+                "resize='reset'"
+            )
+        self.value = self._start(batch)
+
+    def _start(self, batch: int) -> Tensor:
+        return self.initial.expand(self.spec.concrete(batch)).contiguous().clone()
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a value of this shape can be this state's, for some batch size."""
+        dim = self.spec.batch_dim
+        if dim is None or len(shape) != len(self.spec.shape):
+            return shape == tuple(self.value.shape)
+        extent: Any = self.spec.shape[dim]
+        batch, rest = divmod(shape[dim] - extent.offset, extent.scale)
+        return rest == 0 and shape == self.spec.concrete(batch)
+
+
+def states(root: nn.Module) -> Iterator[tuple[str, State]]:
+    """Yield every state under the root with the path of its module."""
+    yield from ((path, module) for path, module in root.named_modules() if isinstance(module, State))
+
+
+def begin(root: nn.Module, batch: int) -> None:
+    """Make every state ready for a step on `batch` samples.
+
+    Raises:
+        RunError: see `State.begin`.
+    """
+    for _, state in states(root):
+        state.begin(batch)
+
+
+def renewed(flag: Tensor, value: Tensor, initial: Tensor) -> Tensor:
+    """Return `initial` where a flag is set and `value` elsewhere.
+
+    Args:
+        flag: a bool [] for the whole state, or [B] for each sample.
+        value: [B,...], or any shape where the flag is one.
+        initial: broadcasts to the shape of `value`.
+    """
+    flag = flag.reshape(flag.shape + (1,) * (value.dim() - flag.dim())) if flag.dim() else flag
+    return torch.where(flag.to(torch.bool), initial, value)

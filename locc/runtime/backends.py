@@ -1,0 +1,107 @@
+"""How an instruction runs: one class a backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locc.ir.captured import owned_tensor
+from locc.lower import Backward, Instruction, Plan, Segment, Send, Update
+from locc.runtime.context import Context, non_finite
+from locc.runtime.machine import Channels, Machine, memory_of, tensors_of
+from locc.runtime.streams import autocast, of_update, seed_all, stream
+
+
+class Eager(Machine):
+    """Runs a step on PyTorch's eager operators, with the program's optimizers, precision and random streams.
+
+    Attributes:
+        objectives: the local objectives by name.
+        loss: the user's loss, where the plan computes it.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        plan: Plan,
+        values: Iterable[Any],
+        step: int,
+        channels: Channels | None = None,
+    ) -> None:
+        super().__init__(plan, values, channels)
+        self.context, self.number = context, step
+        self.turn = context.turn
+        self.objectives: dict[str, Tensor] = {}
+        self.loss: Tensor | None = None
+
+    def ran(self, instruction: Instruction) -> None:
+        """Tell the observer."""
+        if self.context.observe is not None:
+            self.context.observe(instruction, self.values)
+
+    def stream(self, node: str) -> None:
+        """Start the random stream of a node that draws."""
+        seed_all(stream(self.context.seed, self.number, node, self.round))
+
+    def segment(self, segment: Segment) -> None:
+        """Run straight-line code of one owner."""
+        device, dtype = self.context.device, self.context.autocast
+        if dtype is None and torch.is_autocast_enabled(device.type):
+            # The user's own autocast keeps cast weights, made without a tape or before an update.
+            torch.clear_autocast_cache()
+        with autocast(device, dtype) if dtype is not None else nullcontext():
+            super().segment(segment)
+        if self.plan.loss in segment.writes:
+            self.loss = self.values[self.plan.loss].detach()
+
+    def differentiate(self, task: Backward, values: list[Tensor]) -> list[Tensor | None]:
+        """Back-propagate, unless the objective is not finite."""
+        if task.objectives:
+            self._record(task, self.values[task.scalar].detach())
+        return super().differentiate(task, values)
+
+    def _record(self, task: Backward, value: Tensor) -> None:
+        for name in task.objectives:
+            self.objectives[name] = value
+        context = self.context
+        if not context.guarded:
+            return
+        learner = context.learners.get(task.owner)
+        if value.device.type != "cpu" and learner is not None and learner.gated and context.deferred:
+            # The optimizer skips its update on the device; the error is raised when the flag is read.
+            flag = (~torch.isfinite(value)).float()
+            learner.skip = flag if learner.skip is None else torch.maximum(learner.skip, flag)
+            learner.optimizer.found_inf = learner.skip  # type: ignore[attr-defined]
+            learner.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            context.defer(self.number, task.objectives[0], flag)
+        elif not math.isfinite(value):
+            raise non_finite(task.objectives[0], float(value))
+
+    def update(self, task: Update) -> None:
+        """Run one optimizer step of an owner, on its own random stream."""
+        learner = self.context.learners[task.owner]
+        self.protect(task, learner.parameters)
+        self.stream(of_update(task.owner))
+        learner.update(self.context.accumulate)
+
+    def state(self, path: str) -> Tensor:
+        """Return the parameter or state at a path of the root."""
+        held = owned_tensor(self.context.root, path)
+        assert isinstance(held, Tensor)
+        return held
+
+    def send(self, task: Send) -> None:
+        """Hand a value to other programs; a parameter or state as it is now, since its owner goes on."""
+        if task.copied is None:
+            held = {memory_of(t) for t in (*self.context.root.parameters(), *self.context.root.buffers())}
+            task.copied = any(memory_of(t) in held for t in tensors_of(self.values[task.value]))
+        super().send(task)
+
+
+BACKENDS: dict[str, type[Eager]] = {"eager": Eager}
+"""The backends by name, as `compile` takes it."""

@@ -1,0 +1,66 @@
+"""What persists between the steps of a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locc.errors import RunError
+from locc.lower import Instruction
+from locc.runtime.learner import Learner
+
+
+@dataclass
+class Context:
+    """What the instructions of a step need to know, and what persists between steps.
+
+    `observe` is called after each instruction, with the values in flight. With `guarded=False` an
+    objective that is not finite does not stop the step. `turn` is entered for each instruction.
+    """
+
+    root: nn.Module
+    learners: dict[str, Learner]
+    seed: int
+    accumulate: int = 1
+    autocast: torch.dtype | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    observe: Callable[[Instruction, dict[str, Any]], None] | None = None
+    deferred: bool = True
+    guarded: bool = True
+    turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
+
+    def defer(self, step: int, name: str, flag: Tensor) -> None:
+        """Note a flag on the device, to be read when it has arrived without waiting for it."""
+        arriving = torch.empty((), pin_memory=True).copy_(flag, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.flags.append((step, name, arriving, event))
+
+    def raise_deferred(self, step: int | None = None) -> None:
+        """Raise for a non-finite objective that an earlier step met on the device.
+
+        Waits for the device only for flags older than two steps; without `step`, for all.
+        """
+        flags, self.flags = self.flags, []
+        for i, (made, name, flag, event) in enumerate(flags):
+            if step is not None and made > step - 2 and not event.query():
+                self.flags = flags[i:]
+                return
+            event.synchronize()
+            if bool(flag):
+                raise non_finite(name, float("nan"))
+
+
+def non_finite(name: str, value: float) -> RunError:
+    """Return the error for an objective that is not finite."""
+    owner, _, objective = name.rpartition(".")
+    return RunError(
+        f"objective '{objective}' of module '{owner}' is {value}; the step stopped before the module's "
+        "parameters changed. Lower the learning rate, clip gradients (clip=1.0), or look at this batch"
+    )

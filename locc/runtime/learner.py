@@ -1,0 +1,67 @@
+"""The optimizer of one owner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Learner:
+    """The optimizer of one owner, with what it needs for an update."""
+
+    owner: str
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    clip: float | None = None
+    pending: int = 0
+    skip: Tensor | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the optimizer itself can skip an update on the device, without a synchronisation."""
+        return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+
+    def update(self, accumulate: int) -> None:
+        """Count a backward pass; on the last of `accumulate`, step on the mean gradient and clear it."""
+        self.pending += 1
+        if self.pending < accumulate:
+            return
+        if self.pending > 1:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_div_(gradients, float(self.pending))
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        self.clear()
+
+    def backup(self) -> Callable[[], None]:
+        """Return a function that puts back optimizer state and accumulated gradients as they are now."""
+        state = {p: {k: _copied(v) for k, v in held.items()} for p, held in self.optimizer.state.items()}
+        gradients = (
+            [_copied(p.grad) for p in self.parameters] if self.pending else [None] * len(self.parameters)
+        )
+        pending, skip = self.pending, self.skip
+
+        def restore() -> None:
+            self.optimizer.state.clear()
+            self.optimizer.state.update(state)
+            self.pending, self.skip = pending, skip
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+
+        return restore
+
+    def clear(self) -> None:
+        """Drop the gradients, so that their memory is free."""
+        self.pending, self.skip = 0, None
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

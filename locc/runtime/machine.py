@@ -1,0 +1,194 @@
+"""What runs instructions, one after the other: the ground of every backend, check and experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from locc.errors import LoccError
+from locc.lower import Assign, Backward, Instruction, Loop, Plan, Receive, Segment, Send, Update
+
+
+class Channels(Protocol):
+    """Carries values between the programs of a step."""
+
+    def send(self, instruction: Send, value: Any) -> None:
+        """Hand on a value; returns at once."""
+
+    def receive(self, instruction: Receive) -> Any:
+        """Wait for a value."""
+
+
+class Machine:
+    """Runs one step of a plan on PyTorch's eager operators.
+
+    A backend, or a check, is a subclass that says how a kind of instruction runs. It must leave the values
+    that the instruction writes in `values`; what is no longer read is dropped here.
+
+    Attributes:
+        plan: what runs.
+        values: what is in flight, by name.
+        round: number of the round, inside of a repeated region.
+    """
+
+    drops: ClassVar[bool] = True
+    """Whether values go when nothing reads them any more."""
+    turn: AbstractContextManager[Any] = nullcontext()
+    """Entered for each instruction but a Receive: what several programs in one process take turns by."""
+
+    _HOW: ClassVar[dict[type, str]] = {
+        Segment: "segment",
+        Backward: "backward",
+        Update: "update",
+        Assign: "assign",
+        Loop: "loop",
+        Send: "send",
+        Receive: "receive",
+    }
+
+    def __init__(self, plan: Plan, values: Iterable[Any] = (), channels: Channels | None = None) -> None:
+        self.plan, self.channels, self.round = plan, channels, 0
+        self.values: dict[str, Any] = plan.bind(values)
+
+    def run(self, instructions: list[Instruction]) -> None:
+        """Run instructions in order.
+
+        Raises:
+            LoccError: an instruction of an unknown kind.
+        """
+        for instruction in instructions:
+            how = self._HOW.get(type(instruction))
+            if how is None:
+                raise LoccError(
+                    f"the plan holds a {type(instruction).__name__}, which no backend runs; known: "
+                    + ", ".join(kind.__name__ for kind in self._HOW)
+                )
+            with self.turn if how not in ("receive", "loop") else nullcontext():
+                getattr(self, how)(instruction)
+            self.ran(instruction)
+            if self.drops:
+                for name in instruction.frees:
+                    del self.values[name]
+
+    def ran(self, instruction: Instruction) -> None:
+        """Look at what an instruction left, before what is no longer read is dropped."""
+
+    def stream(self, node: str) -> None:
+        """Start the random stream of a node that draws."""
+
+    # ---- the kinds of instructions ------------------------------------------------------------
+
+    def segment(self, segment: Segment) -> None:
+        """Run straight-line code of one owner."""
+        with torch.set_grad_enabled(segment.taped):
+            results = segment.function(self.stream, *[self.values[name] for name in segment.reads])
+        self.values.update(zip(segment.writes, results, strict=True))
+
+    def backward(self, task: Backward) -> None:
+        """Back-propagate one scalar; parameters receive what an objective gives them."""
+        values = [self.values[name] for _, name in task.gradients]
+        for (name, _), value, found in zip(
+            task.gradients, values, self.differentiate(task, values), strict=True
+        ):
+            self.values[name] = torch.zeros_like(value) if found is None else found.detach()
+
+    def differentiate(self, task: Backward, values: list[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of a task's scalar with respect to `values`."""
+        scalar: Tensor = self.values[task.scalar]
+        if not scalar.requires_grad:
+            return [None] * len(values)
+        if not task.objectives:
+            return list(torch.autograd.grad(scalar, values, retain_graph=task.retain, allow_unused=True))
+        for value in values:
+            if not value.is_leaf:
+                value.retain_grad()
+        scalar.backward(retain_graph=task.retain)
+        found = [value.grad for value in values]
+        for value in values:
+            value.grad = None
+        return found
+
+    def update(self, task: Update) -> None:
+        """Run one optimizer step of an owner."""
+        raise NotImplementedError
+
+    def assign(self, task: Assign) -> None:
+        """Set a parameter or state."""
+        target, value = self.state(task.path), self.values[task.value]
+        self.protect(task, [target])
+        with torch.no_grad():
+            target.copy_(value.clone() if memory_of(value) == memory_of(target) else value)
+
+    def state(self, path: str) -> Tensor:
+        """Return the parameter or state at a path of the root."""
+        raise NotImplementedError
+
+    def loop(self, loop: Loop) -> None:
+        """Run a repeated region."""
+        for i in range(self.rounds(loop)):
+            self.round = i
+            for initial, entry, end in loop.carried:
+                self.values[entry] = self.values[initial] if i == 0 else self.values[end]
+            self.run(loop.body)
+        self.round = 0
+        for _, entry, _ in loop.carried:
+            del self.values[entry]
+
+    def rounds(self, loop: Loop) -> int:
+        """Return how often a repeated region runs."""
+        return loop.times
+
+    def send(self, task: Send) -> None:
+        """Hand a value to other programs."""
+        value = tree_map(_detached, self.values[task.value])
+        self._connected().send(task, tree_map(_copied, value) if task.copied else value)
+
+    def receive(self, task: Receive) -> None:
+        """Wait for a value of another program."""
+        self.values[task.value] = self._connected().receive(task)
+
+    def _connected(self) -> Channels:
+        if self.channels is None:
+            raise LoccError(
+                "this is the program of some modules, which runs beside those of the others; run program.step, "
+                "or give it channels"
+            )
+        return self.channels
+
+    def protect(self, task: Update | Assign, written: Iterable[Tensor]) -> None:
+        """Copy the values in flight that share memory with what an instruction is about to write.
+
+        Which they are is a matter of the code, so it is looked up once.
+        """
+        if task.copies is None:
+            memory = {memory_of(t) for t in written}
+            task.copies = tuple(
+                name
+                for name, value in self.values.items()
+                if name not in task.frees and any(memory_of(v) in memory for v in tensors_of(value))
+            )
+        for name in task.copies:
+            self.values[name] = tree_map(_copied, self.values[name])
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return what is equal for tensors that share memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors of a value that may be nested."""
+    return [v for v in tree_leaves(value) if isinstance(v, Tensor)]
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

@@ -1,0 +1,167 @@
+"""What a training graph means, as an interpreter that knows nothing of plans.
+
+Every node computes its value from the parameters and state as they were before the step (inside a
+repeated region: before its round), a `gradient` is the derivative of its scalar, and all updates and
+assigns commit together at the end. A node that draws random numbers draws from a stream of its own. What a
+step computes is what its objectives and assigns need, in a phase those of the owners that train in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from locc.errors import RunError
+from locc.ir import TrainingGraph, ops
+from locc.ir.captured import owned_tensor
+from locc.ir.state import State
+from locc.ir.view import draws
+from locc.runtime import Program, StepReport
+from locc.runtime.streams import autocast, of_update, preserved_rng, seed_all, stream
+
+
+def reference_step(program: Program, x: Any, y: Any = None) -> StepReport:
+    """Train on one batch as `program.step` does, by the definition of the graph alone.
+
+    Slow, and holds everything until the end: every plan, schedule and backend is compared with it.
+
+    Args:
+        program: a compiled program; its parameters, state and optimizers move.
+        x: a batch as `program.step` takes it.
+        y: its target.
+
+    Raises:
+        RunError: an objective is not finite; nothing has changed but what the model's own code changes.
+    """
+    program.complete(x)
+    values = program.bind(x, y)
+    meaning = _Meaning(program, dict(zip((*program.ir.inputs, program.ir.target), values, strict=True)))
+    with program.frozen(program.plan(program.phase)), preserved_rng(program.device):
+        report = meaning.step()
+    program.steps += 1
+    return report
+
+
+class _Meaning:
+    def __init__(self, program: Program, batch: dict[fx.Node, Any]) -> None:
+        self.program, self.ir, self.values, self.round = program, program.ir, batch, 0
+        phase = next((p for p in program.phases if p.name == program.phase), None)
+        self.trains = set(self.ir.owners) if phase is None else set(phase.trains)
+        self.changes: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.ir.graph.nodes:
+            for changed in node.meta.get("mutates", ()):
+                self.changes.setdefault(changed, []).append(node)
+        self.needed = self._needed()
+        self.wrt = {n.args[1] for n in self.needed if n.target is ops.gradient}
+        self.objectives: dict[str, Tensor] = {}
+        self.commits: list[tuple[Tensor, Tensor]] = []
+
+    def _needed(self) -> set[fx.Node]:
+        ir = self.ir
+        mine = [n for n in ir.graph.nodes if n.meta.get("owner") in self.trains]
+        needed = self._behind([n for n in mine if n.target in (ops.objective, ops.assign)])
+        needed |= self._behind([c for n in mine if n.op == "get_attr" for c in self.changes.get(n, ())])
+        every = [n for n in ir.graph.nodes if n.target is ops.assign and _delay(ir, n)]
+        while late := [n for n in every if n.args[0] in needed and n not in needed]:
+            needed |= self._behind(late)  # what a delay holds is a value of every step
+        loss = ir.loss
+        if loss is not None and (
+            loss.meta["owner"] in self.trains or all(n in needed for n in loss.all_input_nodes)
+        ):
+            needed |= self._behind([loss])
+        return needed
+
+    def _behind(self, roots: list[fx.Node]) -> set[fx.Node]:
+        seen: set[fx.Node] = set()
+        while roots:
+            node = roots.pop()
+            if node not in seen:
+                seen.add(node)
+                roots += [*node.all_input_nodes, *self.changes.get(node, ())]
+        return seen
+
+    def step(self) -> StepReport:
+        context = self.program.built.executor
+        with torch.enable_grad():
+            for node in self.ir.graph.nodes:
+                if node in self.needed:
+                    self._value(node)
+        for name, value in self.objectives.items():
+            if not torch.isfinite(value):
+                raise RunError(f"objective '{name}' is {float(value)}; nothing was updated")
+        trained = {n.meta["owner"] for n in self.needed if n.target is ops.objective}
+        for owner in (o for o in context.learners if o in trained):
+            seed_all(stream(context.seed, self.program.steps, of_update(owner)))
+            context.learners[owner].update(context.accumulate)
+        self._commit()
+        loss = self.values.get(self.ir.loss) if self.ir.loss is not None else None
+        return StepReport(self.objectives, None if loss is None else loss.detach())
+
+    def _commit(self) -> None:
+        for tensor, value in self.commits:
+            with torch.no_grad():
+                tensor.copy_(value)
+        self.commits.clear()
+
+    def _value(self, node: fx.Node) -> Any:
+        if node not in self.values:
+            for source in node.all_input_nodes:
+                self._value(source)
+            if "repeat" in node.meta:
+                self._repeat(node.meta["repeat"])
+            else:
+                self.values[node] = self._compute(node)
+        return self.values[node]
+
+    def _repeat(self, name: str) -> None:
+        region, before = self.ir.repeats[name], self.commits
+        nodes = [n for n in self.ir.graph.nodes if n in self.needed and n.meta.get("repeat") == name]
+        inside, entries = set(nodes), {entry for entry, _ in region.carried}
+        for source in (s for n in nodes for s in n.all_input_nodes if s not in inside):
+            self._value(source)
+        carried = {entry: self.values[entry.args[0]] for entry, _ in region.carried if entry in inside}
+        for self.round in range(region.times):
+            self.commits = []
+            self.values.update(carried)
+            for node in nodes:
+                if node not in entries:
+                    self.values[node] = self._compute(node)
+            carried = {entry: self.values[end] for entry, end in region.carried if entry in inside}
+            self._commit()
+        self.round, self.commits = 0, before
+
+    def _compute(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        if node.op == "output":
+            return None
+        if node.op == "get_attr":
+            return owned_tensor(self.ir.root, str(node.target))
+        if node.target is ops.assign:
+            return self.commits.append((args[0], args[1].detach().clone()))
+        if node.target is ops.gradient:
+            return ops.gradient(*args)
+        if node.target is ops.objective:
+            self.objectives[str(node.meta["objective"])] = args[0].detach()
+            return args[0].backward(retain_graph=True) if args[0].requires_grad else None
+        if draws(self.ir.root, node):
+            seed_all(stream(self.program.built.executor.seed, self.program.steps, node.name, self.round))
+        with autocast(self.program.device, self.program.built.executor.autocast):
+            value = self._run(node, args, kwargs)
+        if node in self.wrt and not value.requires_grad:
+            value = value.detach().requires_grad_()
+        return value
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_module":
+            return self.ir.root.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+def _delay(ir: TrainingGraph, node: fx.Node) -> bool:
+    held = ir.root.get_submodule(str(node.args[0].target).rpartition(".")[0])  # type: ignore[union-attr]
+    return isinstance(held, State) and held.delays
