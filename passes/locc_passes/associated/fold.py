@@ -11,12 +11,9 @@ from torch import fx, nn
 from torch.nn import functional
 
 from locc.errors import LoccError, MethodError
-from locc.ir import BatchDim, Boundary, Owner, TensorSpec, TrainingGraph
-from locc.ir.captured import owned_tensor
-from locc.ir.graph import node_parameters
+from locc.ir import BatchDim, Boundary, Owner, TensorSpec, TrainingGraph, node_parameters, owned_tensor
 from locc.nn import Factory, build_bridge, build_label_encoder, check_shapes, one_hot
-from locc.rewrite import Pass
-from locc_passes.crossing import has_rows
+from locc.rewrite import Pass, has_rows
 
 _SCALAR = TensorSpec((), torch.float32)
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmin)

@@ -12,9 +12,8 @@ from torch import fx
 from torch.nn import functional
 
 from locc.ir import TensorSpec, TrainingGraph
-from locc.rewrite import Method, Pass
+from locc.rewrite import Method, Pass, add_all
 from locc_passes.auxiliary_variables.codes import InnerSteps, code_of, coded, mean_abs
-from locc_passes.chain import add_all
 
 _SCALAR = TensorSpec((), torch.float32)
 

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from locc.ir import Boundary, Repeat, TensorSpec, TrainingGraph, carry
-from locc.ir.ops import stop_gradient
-from locc.rewrite import Pass
-from locc_passes.crossing import has_rows
-from locc_passes.reach import learned
+from locc.ir import Boundary, Repeat, TensorSpec, TrainingGraph, carry, stop_gradient
+from locc.rewrite import Pass, has_rows, learned
 
 _SCALAR = TensorSpec((), torch.float32)
 

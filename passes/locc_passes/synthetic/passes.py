@@ -13,10 +13,20 @@ from torch import Tensor, fx, nn
 from locc.errors import MethodError
 from locc.ir import TensorSpec, TrainingGraph, inner
 from locc.nn import Factory, build_synthesiser, check_shapes, guess_layout
-from locc.rewrite import Pass
-from locc_passes.chain import add_all, returning
-from locc_passes.crossing import activations, rows, squared_distance
-from locc_passes.objectives import build, build_custom, layout_at, output_layout, prediction_spec, spec_of
+from locc.rewrite import (
+    Pass,
+    activations,
+    add_all,
+    build,
+    build_custom,
+    layout_at,
+    output_layout,
+    prediction_spec,
+    returning,
+    rows,
+    spec_of,
+    squared_distance,
+)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,10 @@ import operator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from locc.ir import Boundary, Owner, Phase, TrainingGraph, stop_gradient
-from locc.rewrite import Pass
-from locc_passes.chain import add_all
-from locc_passes.crossing import activations, has_rows, rows, squared_distance
-from locc_passes.target.inverses import InverseMaker
+from locc.ir import Owner, Phase, TrainingGraph, stop_gradient
+from locc.rewrite import InverseMaker, Pass, activations, add_all, disturb, read_by, rows, squared_distance
 
 ORDERS = ("epoch", "batch")
 
@@ -46,7 +43,7 @@ class Inverses(Pass):
     def _train(
         self, ir: TrainingGraph, module: Owner, helper: str, entries: list[fx.Node], outputs: list[fx.Node]
     ) -> None:
-        noisy = {entry: self._disturb(ir, module.name, entry) for entry in entries}
+        noisy = {entry: disturb(ir, module.name, entry, self.sigma) for entry in entries}
         results = ir.replay(module.name, noisy, outputs, "replay")
         inputs = [ir.stop_gradient(helper, r) for r in results]
         errors = []
@@ -58,11 +55,6 @@ class Inverses(Pass):
                 ir.emit(helper, squared_distance, found, wanted, rows(entry), role="reconstruction")
             )
         ir.objective(helper, add_all(ir, helper, errors), "reconstruction")
-
-    def _disturb(self, ir: TrainingGraph, owner: str, entry: fx.Node) -> fx.Node:
-        made = ir.emit(owner, with_noise, entry, self.sigma, role="noise", spec=entry.meta["spec"])
-        made.meta["random"] = True
-        return made
 
 
 @dataclass(frozen=True)
@@ -157,13 +149,3 @@ class Turns(Pass):
         inverses = tuple(name for name, owner in ir.owners.items() if owner.auxiliary and ir.objectives(name))
         if self.order == "epoch" and inverses:
             ir.phases = (Phase("inverses", inverses), Phase("forward", tuple(o.name for o in ir.modules)))
-
-
-def read_by(ir: TrainingGraph, module: str) -> list[Boundary]:
-    """Return the differentiable values with a row for each sample that a module reads from others."""
-    return [b for b in ir.boundaries(consumer=module) if b.spec.differentiable and has_rows(b.value)]
-
-
-def with_noise(h: Tensor, sigma: float) -> Tensor:
-    """Return h + e with e ~ N(0, sigma^2)."""
-    return h + sigma * torch.randn_like(h)
