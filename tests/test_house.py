@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,8 +48,46 @@ def test_locc_never_imports_the_method_library():
         assert not _touches(_imports(path), "locc_passes"), path
 
 
+PUBLIC = ("locc", "locc.errors", "locc.ir", "locc.losses", "locc.nn", "locc.rewrite")
+
+
+def _private(path: Path) -> Iterator[str]:
+    """Yield what a method imports that no third party's method could, or should."""
+    family = f"locc_passes.{path.parent.name}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("locc"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("locc"):
+            home = str(node.module)
+            if home in PUBLIC:
+                module = importlib.import_module(home)
+                public = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
+                yield from (f"{home}.{a.name}" for a in node.names if a.name not in public)
+            elif not _touches({home}, family):
+                yield home
+
+
+def test_a_method_uses_what_every_method_may():
+    for path in (ROOT / "passes" / "locc_passes").glob("*/*.py"):
+        stray = list(_private(path))
+        assert not stray, f"{path.parent.name}/{path.name} imports {stray}; export it from {PUBLIC}"
+
+
+def test_rewriting_rests_on_the_ir_and_the_builders():
+    allowed = ("locc.ir", "locc.nn", "locc.losses", "locc.errors", "locc.markers", "locc.rewrite")
+    for path in (ROOT / "locc" / "rewrite").rglob("*.py"):
+        stray = {n for n in _imports(path) if n.startswith("locc") and not n.startswith(allowed)}
+        assert not stray, f"{path.name} imports {stray}"
+    for path in (ROOT / "locc" / "nn").rglob("*.py"):
+        assert not _touches(_imports(path), "locc.rewrite"), f"{path.name} imports locc.rewrite"
+
+
 def test_the_rules_catch_a_stray_import(tmp_path):
     stray = tmp_path / "stray.py"
     stray.write_text("from locc import lower\nimport locc_passes.proxy\n")
     assert _touches(_imports(stray), "locc.lower")
     assert _touches(_imports(stray), "locc_passes")
+    stray.write_text(
+        "from locc.ir.graph import DATA\nfrom locc.rewrite import Any\nimport locc_passes.proxy\n"
+    )
+    assert list(_private(stray)) == ["locc.ir.graph", "locc.rewrite.Any", "locc_passes.proxy"]

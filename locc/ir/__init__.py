@@ -1,11 +1,12 @@
 """The training graph: nodes, ownership, the four ops, printer, invariants. Imports no other stage."""
 
-from locc.ir.captured import BatchGuard, Captured, Inputs, Root, Signature
+from locc.ir.captured import BatchGuard, Captured, Inputs, Root, Signature, owned_tensor, strip
 from locc.ir.coupling import Coupling
 from locc.ir.graph import TrainingGraph
-from locc.ir.ops import assign, gradient, inner, objective, stop_gradient
+from locc.ir.ops import Rebuild, assign, call_with, gradient, inner, objective, stop_gradient
 from locc.ir.spec import BatchDim, TensorSpec
-from locc.ir.view import Boundary, Owner, Phase, Repeat, carry
+from locc.ir.tape import tape_of
+from locc.ir.view import Boundary, Owner, Phase, Repeat, carry, node_parameters
 
 __all__ = [
     "BatchDim",
@@ -16,15 +17,21 @@ __all__ = [
     "Inputs",
     "Owner",
     "Phase",
+    "Rebuild",
     "Repeat",
     "Root",
     "Signature",
     "TensorSpec",
     "TrainingGraph",
     "assign",
+    "call_with",
     "carry",
     "gradient",
     "inner",
+    "node_parameters",
     "objective",
+    "owned_tensor",
     "stop_gradient",
+    "strip",
+    "tape_of",
 ]

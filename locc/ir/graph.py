@@ -102,8 +102,8 @@ class TrainingGraph(View):
         if found is not None and spec is not None and spec != found.spec:
             what = getattr(target, "__name__", target)
             raise GraphError(
-                f"pass '{self._making}' says that '{what}' of '{owner}' gives {spec}, and it gives {found.spec}; "
-                "leave spec= out"
+                f"pass '{self._making}' says that '{what}' of '{owner}' gives {spec}, and it gives "
+                f"{found.spec}; leave spec= out"
             )
         with self.graph.inserting_before(self._end()):
             node: fx.Node = self.graph.create_node(op, target, tuple(args), dict(kwargs), name)
@@ -179,9 +179,9 @@ class TrainingGraph(View):
             )
         if wrt.op == "get_attr":
             raise GraphError(
-                f"pass '{self._making}' takes a gradient of '{scalar.name}' with respect to '{wrt.target}', which "
-                f"an objective trains; as a value, write leaf = ir.stop_gradient('{owner}', parameter) and "
-                "compute the scalar from the leaf"
+                f"pass '{self._making}' takes a gradient of '{scalar.name}' with respect to '{wrt.target}', "
+                f"which an objective trains; as a value, write leaf = ir.stop_gradient('{owner}', parameter) "
+                "and compute the scalar from the leaf"
             )
         if isinstance(spec := wrt.meta.get("spec"), TensorSpec) and not spec.differentiable:
             raise GraphError(f"'{wrt.name}' is {spec}, and a gradient exists of floating-point values only")
@@ -279,8 +279,8 @@ class TrainingGraph(View):
         spec = value.meta.get("spec") if spec is None else spec
         if not isinstance(spec, TensorSpec) or owner not in self.owners or steps < 0:
             raise GraphError(
-                f"ir.delay('{value.name}', {steps}) needs a number of steps of at least 0, and owner= and spec= "
-                "where the value has none (a value of the batch, the target)"
+                f"ir.delay('{value.name}', {steps}) needs a number of steps of at least 0, and owner= and "
+                "spec= where the value has none (a value of the batch, the target)"
             )
         for i in range(1, steps + 1):
             name = f"{value.name}_delayed" if i == 1 else f"{value.name}_{i}"
@@ -292,11 +292,14 @@ class TrainingGraph(View):
     def apply_loss(self) -> fx.Node:
         """Apply the user's loss to the output, once; the node belongs to the last module."""
         if self.loss is None:
-            self.loss = self.emit(
-                self.last.name, self.loss_function, self.output, self.target, role="loss", name="loss"
-            )
-            self.loss.meta["spec"] = self.scalar
+            self.loss = self.loss_of(self.last.name, self.output, name="loss")
         return self.loss
+
+    def loss_of(self, owner: str, output: fx.Node, role: str = "loss", name: str | None = None) -> fx.Node:
+        """Apply the user's loss to what stands for the model's output, in the owner's program."""
+        return self.emit(
+            owner, self.loss_function, output, self.target, role=role, name=name, spec=self.scalar
+        )
 
     def replay(
         self, owner: str, inputs: dict[fx.Node, fx.Node], wanted: list[fx.Node], role: str
@@ -316,8 +319,9 @@ class TrainingGraph(View):
         unread = [n.name for n in inputs if n not in wanted and not any(u in needed for u in n.users)]
         if unread:
             raise GraphError(
-                f"pass '{self._making}' replays '{owner}' with another {', '.join(unread)}, which the values asked "
-                "for do not read; give what they read (ir.boundaries(consumer=...)), or ask for what reads it"
+                f"pass '{self._making}' replays '{owner}' with another {', '.join(unread)}, which the values "
+                "asked for do not read; give what they read (ir.boundaries(consumer=...)), or ask for what "
+                "reads it"
             )
         copies: dict[fx.Node, fx.Node] = dict(inputs)
         self._replays += 1
@@ -387,5 +391,3 @@ def _sorted(order: nx.DiGraph[fx.Node], chosen: set[fx.Node]) -> list[fx.Node]:
     """Return nodes in an order in which each comes after what it reads, else as the graph has them."""
     position = {node: i for i, node in enumerate(order)}
     return list(nx.lexicographical_topological_sort(order.subgraph(chosen), key=position.__getitem__))
-
-

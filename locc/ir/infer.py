@@ -76,7 +76,7 @@ class _UnknownError(Exception):
 def _run(root: nn.Module, op: str, target: Any, args: Any, kwargs: Any, batch: int, watch: _Watch) -> Any:
     inputs: list[fx.Node] = []
     fx.map_arg((args, kwargs), inputs.append)
-    held = {n: owned_tensor(root, str(n.target)) for n in inputs if n.op == "get_attr" and "state" not in n.meta}
+    held = {n: owned_tensor(root, str(n.target)) for n in inputs if n.op == "get_attr"}
     modules = op == "call_module" or any(isinstance(h, nn.Module) for h in held.values())
     fake = FakeTensorMode(allow_non_fake_inputs=True) if modules else None
     device = "cpu" if fake is not None else "meta"

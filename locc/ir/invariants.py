@@ -69,8 +69,8 @@ def _gradients_local(ir: TrainingGraph) -> Iterator[str]:
             yield f"gradient '{node.name}' mixes owners: '{scalar.name}' with respect to '{wrt.name}'"
         if wrt.op in ("get_attr", "placeholder"):
             yield (
-                f"gradient '{node.name}' is taken with respect to '{wrt.name}', which is no value of the step; "
-                "take it of a stop_gradient of that"
+                f"gradient '{node.name}' is taken with respect to '{wrt.name}', which is no value of the "
+                "step; take it of a stop_gradient of that"
             )
 
 
@@ -84,8 +84,8 @@ def _objectives_train(ir: TrainingGraph) -> Iterator[str]:
         held = {n for n in tape if n.op == "get_attr"} | tape
         if not any(p.requires_grad for n in held for _, p in node_parameters(ir.root, n)):
             yield (
-                f"objective '{node.meta['objective']}' reaches no parameter of '{owner}'; compute it from what "
-                "the module computes, without a stop_gradient in between"
+                f"objective '{node.meta['objective']}' reaches no parameter of '{owner}'; compute it from "
+                "what the module computes, without a stop_gradient in between"
             )
 
 
@@ -95,7 +95,11 @@ def _assigns_own(ir: TrainingGraph) -> Iterator[str]:
         if node.target is not ops.assign:
             continue
         state = node.args[0]
-        if not isinstance(state, fx.Node) or state.op != "get_attr" or state.meta["owner"] != node.meta["owner"]:
+        if (
+            not isinstance(state, fx.Node)
+            or state.op != "get_attr"
+            or state.meta["owner"] != node.meta["owner"]
+        ):
             yield f"assign '{node.name}' sets something that is not a state of '{node.meta['owner']}'"
             continue
         path, region = str(state.target), node.meta.get("repeat")
@@ -105,8 +109,8 @@ def _assigns_own(ir: TrainingGraph) -> Iterator[str]:
         outside = [u.name for u in state.users if u.meta.get("repeat") != region] if region else []
         if outside:
             yield (
-                f"'{strip(path)}' is assigned in each round of region '{region}', and '{outside[0]}' reads it outside; "
-                "carry the value through the rounds (ir.repeats) instead"
+                f"'{strip(path)}' is assigned in each round of region '{region}', and '{outside[0]}' reads it "
+                "outside; carry the value through the rounds (ir.repeats) instead"
             )
 
 

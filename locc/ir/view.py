@@ -200,7 +200,7 @@ class View:
 
 
 def node_tensors(root: nn.Module, node: fx.Node) -> list[tuple[str, torch.Tensor]]:
-    """Return the (path, tensor) pairs, parameters and buffers, that running `node` reads from the root itself."""
+    """Return the (path, tensor) pairs, parameters and buffers, that running `node` reads from the root."""
     if node.op not in ("call_module", "get_attr"):
         return []
     path = str(node.target)
@@ -215,7 +215,7 @@ def node_tensors(root: nn.Module, node: fx.Node) -> list[tuple[str, torch.Tensor
 
 
 def node_parameters(root: nn.Module, node: fx.Node) -> list[tuple[str, nn.Parameter]]:
-    """Return the (path, parameter) pairs that running `node` reads from the root itself."""
+    """Return the (path, parameter) pairs that running `node` reads from the root."""
     return [(path, t) for path, t in node_tensors(root, node) if isinstance(t, nn.Parameter)]
 
 
@@ -229,7 +229,7 @@ def replaced_names(node: fx.Node) -> set[str]:
 
 
 def draws(root: nn.Module, node: fx.Node) -> bool:
-    """Whether running `node` may draw random numbers: it has, or it holds dropout whose rate may be raised."""
+    """Whether `node` may draw random numbers: it has, or it holds dropout whose rate may be raised."""
     if node.meta.get("random"):
         return True
     holder = node if node.op == "call_module" else node.args[0] if node.target in _HOLDING else None

@@ -84,7 +84,7 @@ def leaf(x: torch.Tensor) -> torch.Tensor:
 
 
 def tracked(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` so that a gradient can be taken with respect to it: with its tape, or as a leaf without one."""
+    """Return `x` so that a gradient can be taken with respect to it: a leaf, where it has no tape."""
     return x if x.requires_grad else leaf(x)
 
 

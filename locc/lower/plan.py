@@ -7,7 +7,17 @@ from torch import fx
 from locc.ir import ops
 from locc.ir.graph import TrainingGraph
 from locc.lower.code import compile_nodes, is_lent
-from locc.lower.instructions import Assign, Backward, Instruction, Loop, Plan, Segment, Update, release
+from locc.lower.instructions import (
+    Assign,
+    Backward,
+    Instruction,
+    Loop,
+    Plan,
+    Segment,
+    Update,
+    instructions_of,
+    release,
+)
 from locc.lower.tasks import Analysis, BackwardTask, RegionTask, Task, UpdateTask, analyse, order
 
 
@@ -18,7 +28,7 @@ def lower(ir: TrainingGraph, active: frozenset[str] | None = None) -> Plan:
     instructions = _Emitter(ir, found).emit(order(ir, found, found.needed), found.needed)
     inputs = tuple(n.name for n in (*ir.inputs, ir.target))
     release(instructions)
-    runs = tuple(dict.fromkeys(i.owner for i in instructions))
+    runs = tuple(dict.fromkeys(i.owner for i in instructions_of(instructions)))
     specs = {n.name: n.meta.get("spec") for n in ir.graph.nodes}
     return Plan(instructions, found.trains, inputs, loss, runs, specs)
 
@@ -60,7 +70,7 @@ class _Emitter:
         return result
 
     def _computes(self, node: fx.Node) -> bool:
-        """Whether a node is code: an owner's own tensors are read where they are used, those of others sent."""
+        """Whether a node is code; an owner's tensor is read where it is used, unless that is elsewhere."""
         if node.op == "get_attr":
             return any(is_lent(node, u) for u in node.users if u in self.found.needed)
         return node.op not in ("placeholder", "output") and node.target not in (ops.objective, ops.gradient)
@@ -101,7 +111,9 @@ class _Emitter:
         )
         leaving = {end for _, _, end in carried} | self._read_outside(scope)
         release(body, keep=leaving | set(reads) | {entry for _, entry, _ in carried})
-        owner = min((self.ir.owners[n.meta["owner"]] for n in scope), key=lambda o: (o.index, o.auxiliary)).name
+        owner = min(
+            (self.ir.owners[n.meta["owner"]] for n in scope), key=lambda o: (o.index, o.auxiliary)
+        ).name
         writes = tuple(dict.fromkeys(w for i in body for w in i.writes if w in leaving))
         return Loop(owner, task.name, region.times, carried, body, tuple(reads), writes)
 

@@ -9,7 +9,7 @@ from locc.lower.instructions import Instruction, Loop, Plan, Receive, Send, inst
 
 
 def project(plan: Plan, owners: Iterable[str]) -> Plan:
-    """Return the program of some owners: their instructions, and a Send or Receive for each value that crosses.
+    """Return the program of some owners: what they run, with a Send or Receive for each value that crosses.
 
     Programs of disjoint owners that cover a plan, run side by side, compute what the plan does: each keeps
     the plan's order, a Send never waits, and random streams belong to nodes. A value is received before its
@@ -51,7 +51,7 @@ class _Cut:
         return found
 
     def _one(self, instruction: Instruction, known: set[str], readers: Readers) -> list[Instruction]:
-        """Return an instruction between what it waits for and what it hands on; nothing if it is another's."""
+        """Return an instruction between what it waits for and what it hands on, if it is the owners'."""
         if instruction.owner not in self.chosen:
             return []
         found = self._receives(instruction.reads, known)

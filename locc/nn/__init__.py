@@ -20,7 +20,7 @@ from locc.nn.feedback import (
     feedback_linear,
 )
 from locc.nn.heads import FixedHead, LinearHead, MLPHead, MLPSRHead, build_head
-from locc.nn.inverses import DenseInverse, ImageInverse, PositionInverse, build_inverse
+from locc.nn.inverses import ACTIVATIONS, DenseInverse, ImageInverse, PositionInverse, build_inverse
 from locc.nn.labels import one_hot
 from locc.nn.layout import Layout, check_boundary, guess_layout, layout_of, pool, positions, regrid, resize
 from locc.nn.predsim import PredHead, SimHead, build_pred_head, build_sim_head, sim_loss, similarity_matrix
@@ -32,6 +32,7 @@ Factory = Callable[[TensorSpec, TensorSpec], nn.Module]
 the second spec is the model's output for heads and synthesisers, the target value for the others."""
 
 __all__ = [
+    "ACTIVATIONS",
     "MAX_WEIGHTS",
     "BroadcastFeedback",
     "DenseDecoder",

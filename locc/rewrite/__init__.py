@@ -1,5 +1,60 @@
-"""Pass, Method, and the pipeline that runs them."""
+"""Pass and Method, the pipeline that runs them, and the verbs and passes from which methods are made.
 
+One subject a file: `chain` (gradients handed down), `crossing` (what modules send), `reach` (what learns),
+`output` (the loss, and its error), `heads`, `inverses`, `objectives` (sums of terms), `noise`, `dropout`,
+`layouts` (specs), `building` (networks). A pass emits nodes with the verbs of `locc.ir.TrainingGraph`.
+"""
+
+from locc.rewrite.building import build, build_custom
+from locc.rewrite.chain import GradientChain, handed_down, returning
+from locc.rewrite.crossing import LentGradients, activations, has_rows, read_by, rows, unreached
+from locc.rewrite.dropout import before_dropout, is_dropout
+from locc.rewrite.heads import AttachHeads, LocalLoss, LossLike, head_loss, local_values, untrained
+from locc.rewrite.inverses import Activation, InverseMaker, range_of
+from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
+from locc.rewrite.noise import disturb
+from locc.rewrite.objectives import add_all, squared_distance, weigh
+from locc.rewrite.output import OutputLoss, output_error
 from locc.rewrite.passes import Method, Pass, apply, configure, options
+from locc.rewrite.reach import learned
 
-__all__ = ["Method", "Pass", "apply", "configure", "options"]
+__all__ = [
+    "Activation",
+    "AttachHeads",
+    "GradientChain",
+    "InverseMaker",
+    "LentGradients",
+    "LocalLoss",
+    "LossLike",
+    "Method",
+    "OutputLoss",
+    "Pass",
+    "activations",
+    "add_all",
+    "apply",
+    "before_dropout",
+    "build",
+    "build_custom",
+    "configure",
+    "disturb",
+    "handed_down",
+    "has_rows",
+    "head_loss",
+    "is_dropout",
+    "layout_at",
+    "learned",
+    "local_values",
+    "options",
+    "output_error",
+    "output_layout",
+    "prediction_spec",
+    "range_of",
+    "read_by",
+    "returning",
+    "rows",
+    "spec_of",
+    "squared_distance",
+    "unreached",
+    "untrained",
+    "weigh",
+]

@@ -155,8 +155,8 @@ class Machine:
     def _connected(self) -> Channels:
         if self.channels is None:
             raise LoccError(
-                "this is the program of some modules, which runs beside those of the others; run program.step, "
-                "or give it channels"
+                "this is the program of some modules, which runs beside those of the others; run "
+                "program.step, or give it channels"
             )
         return self.channels
 

@@ -77,7 +77,7 @@ class Tape:
         names = tuple(name for name in instruction.writes if name in needed)
         place = 0
 
-        def hand() -> tuple[Any, ...]:
+        def hand(_: object) -> tuple[Any, ...]:
             nonlocal place
             runs = self.runs.get(id(instruction), [])
             place += 1
@@ -91,7 +91,7 @@ class Tape:
                     self.watched[i].copy_(handed.state[i])
             return tuple(twin(handed.values[name]) for name in names)
 
-        return Segment(instruction.owner, False, hand, "", (), names, -1)
+        return Segment(instruction.owner, False, hand, "", (), names)
 
 
 def _needed(plan: Plan, owners: frozenset[str]) -> set[str]:

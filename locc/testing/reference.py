@@ -133,7 +133,8 @@ class _Meaning:
         self.round, self.commits = 0, before
 
     def _compute(self, node: fx.Node) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        args: Any = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs: Any = fx.map_arg(node.kwargs, self.values.__getitem__)
         if node.op == "output":
             return None
         if node.op == "get_attr":

@@ -11,12 +11,9 @@ from torch import fx, nn
 from torch.nn import functional
 
 from locc.errors import LoccError, MethodError
-from locc.ir import BatchDim, Boundary, Owner, TensorSpec, TrainingGraph
-from locc.ir.captured import owned_tensor
-from locc.ir.graph import node_parameters
+from locc.ir import BatchDim, Boundary, Owner, TensorSpec, TrainingGraph, node_parameters, owned_tensor
 from locc.nn import Factory, build_bridge, build_label_encoder, check_shapes, one_hot
-from locc.rewrite import Pass
-from locc_passes.crossing import has_rows
+from locc.rewrite import Pass, has_rows
 
 _SCALAR = TensorSpec((), torch.float32)
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmin)
@@ -78,7 +75,7 @@ class LabelStream(Pass):
             encoded = self._encode(ir, decoder, source, link)
             link.entry.replace_all_uses_with(encoded)
             ir.graph.erase_node(link.entry)
-            loss = ir.emit(decoder, functional.mse_loss, decoded, source, role="autoencoder", spec=_SCALAR)
+            loss = ir.emit(decoder, functional.mse_loss, decoded, source, role="autoencoder")
             ir.objective(decoder, loss, "autoencoder")
             ir.scale_lr(decoder, self.lr_scale)
             _output_of(ir, lower, link).meta["meets"] = encoded
@@ -90,14 +87,14 @@ class LabelStream(Pass):
             self.factory or build_label_encoder, source.meta["spec"], link.spec, "the label encoder"
         )
         path = ir.add_module(f"encoder_{owner}", network)
-        return ir.call(owner, path, source, role="label", spec=link.spec)
+        return ir.call(owner, path, source, role="label")
 
     @staticmethod
     def _output(ir: TrainingGraph) -> fx.Node:
         prediction = ir.prediction
         if _ends_in(ir, prediction, (nn.Sigmoid,), ("sigmoid", "sigmoid_")):
             return prediction
-        return ir.emit(ir.last.name, torch.sigmoid, prediction, role="output", spec=prediction.meta["spec"])
+        return ir.emit(ir.last.name, torch.sigmoid, prediction, role="output")
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,8 @@ class Bridges(Pass):
                 path = ir.add_module(f"bridge_{module.name}", network)
                 if module == lower[-1]:
                     _fold_inference(ir, path, lower, target.meta["spec"])
-                value = ir.call(module.name, path, value, role="bridge", spec=target.meta["spec"])
-            loss = ir.emit(module.name, functional.mse_loss, value, target, role="associate", spec=_SCALAR)
+                value = ir.call(module.name, path, value, role="bridge")
+            loss = ir.emit(module.name, functional.mse_loss, value, target, role="associate")
             ir.objective(module.name, loss, "associated")
 
     def _bridge(self, source: TensorSpec, target: TensorSpec) -> nn.Module:

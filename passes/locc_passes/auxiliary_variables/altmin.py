@@ -12,9 +12,8 @@ from torch import fx
 from torch.nn import functional
 
 from locc.ir import TensorSpec, TrainingGraph
-from locc.rewrite import Method, Pass
+from locc.rewrite import Method, Pass, add_all
 from locc_passes.auxiliary_variables.codes import InnerSteps, code_of, coded, mean_abs
-from locc_passes.chain import add_all
 
 _SCALAR = TensorSpec((), torch.float32)
 
@@ -39,7 +38,7 @@ class FitCodes(Pass):
             sent = coded(ir, producer=owner)
             if module == ir.last:
                 output = self._run(ir, owner, codes, [ir.output])[0]
-                loss = ir.emit(owner, ir.loss_function, output, ir.target, role="loss", spec=_SCALAR)
+                loss = ir.loss_of(owner, output)
                 ir.objective(owner, loss, "loss")
                 continue
             found = self._run(ir, owner, codes, [b.value for b in sent])
@@ -50,7 +49,6 @@ class FitCodes(Pass):
                     value,
                     ir.stop_gradient(owner, code_of(b)),
                     role="fit",
-                    spec=_SCALAR,
                 )
                 for value, b in zip(found, sent, strict=True)
             ]
@@ -68,8 +66,8 @@ class FitCodes(Pass):
         terms = []
         for path, parameter in ir.parameters(owner).items():
             if parameter.dim() > 1 and parameter.requires_grad:
-                size = ir.emit(owner, mean_abs, ir.read(owner, path), role="sparsity", spec=_SCALAR)
-                terms.append(ir.emit(owner, operator.mul, size, self.lambda_w, role="sparsity", spec=_SCALAR))
+                size = ir.emit(owner, mean_abs, ir.read(owner, path), role="sparsity")
+                terms.append(ir.emit(owner, operator.mul, size, self.lambda_w, role="sparsity"))
         return terms
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from locc.ir import Boundary, Repeat, TensorSpec, TrainingGraph, carry
-from locc.ir.ops import stop_gradient
-from locc.rewrite import Pass
-from locc_passes.crossing import has_rows
-from locc_passes.reach import learned
+from locc.ir import Boundary, Repeat, TensorSpec, TrainingGraph, carry, stop_gradient
+from locc.rewrite import Pass, has_rows, learned
 
 _SCALAR = TensorSpec((), torch.float32)
 
@@ -91,10 +88,9 @@ class InnerSteps(Pass):
         """Return mu: a number, or a state that grows by `mu_step` a batch up to ten times its start."""
         if not self.mu_step:
             return self.mu
-        path = ir.add_module("mu", Weight(self.mu))
-        state = ir.read(ir.last.name, f"{path}.value", role="state")
-        grown = ir.emit(ir.last.name, grow, state, self.mu_step, 10 * self.mu, role="state", spec=_SCALAR)
-        ir.assign(ir.last.name, f"{path}.value", grown)
+        owner = ir.last.name
+        state = ir.state(owner, "mu", ir.scalar, self.mu)
+        ir.assign(owner, state, ir.emit(owner, grow, state, self.mu_step, 10 * self.mu, role="state"))
         return state
 
     def _region(
@@ -104,22 +100,17 @@ class InnerSteps(Pass):
         mu = weight
         if isinstance(weight, fx.Node) and (owner == ir.last.name or self.lambda_c):
             mu = ir.stop_gradient(owner, weight)
-        resting = [ir.emit(owner, still, b.entry, role="rest", spec=b.spec) for b in entries]
+        resting = [ir.emit(owner, still, b.entry, role="rest") for b in entries]
         outside = set(ir.graph.nodes)
-        codes = [ir.emit(owner, carry, b.entry, role="moving", spec=b.spec) for b in entries]
-        momenta = [ir.emit(owner, carry, m, role="momentum", spec=m.meta["spec"]) for m in resting]
-        leaves = [ir.emit(owner, stop_gradient, c, role="leaf", spec=c.meta["spec"]) for c in codes]
+        codes = [ir.emit(owner, carry, b.entry, role="moving") for b in entries]
+        momenta = [ir.emit(owner, carry, m, role="momentum") for m in resting]
+        leaves = [ir.emit(owner, stop_gradient, c, role="leaf") for c in codes]
         energy = self._energy(ir, owner, entries, leaves, targets, mu)
         pairs = []
         for boundary, code, momentum, leaf in zip(entries, codes, momenta, leaves, strict=True):
             slope = ir.gradient(energy, leaf)
-            spec = boundary.spec
-            after = ir.emit(
-                owner, nesterov_momentum, momentum, slope, self.momentum, role="momentum", spec=spec
-            )
-            moved = ir.emit(
-                owner, nesterov_step, code, slope, after, self.rate, self.momentum, role="code", spec=spec
-            )
+            after = ir.emit(owner, nesterov_momentum, momentum, slope, self.momentum, role="momentum")
+            moved = ir.emit(owner, nesterov_step, code, slope, after, self.rate, self.momentum, role="code")
             boundary.entry.meta["code"] = moved
             pairs += [(code, moved), (momentum, after)]
         for node in ir.graph.nodes:
@@ -138,14 +129,12 @@ class InnerSteps(Pass):
     ) -> fx.Node:
         moved = {b.entry: leaf for b, leaf in zip(entries, leaves, strict=True)}
 
-        def scalar(function: object, *args: object) -> fx.Node:
-            assert callable(function)
-            return ir.emit(owner, function, *args, role="energy", spec=_SCALAR)
+        def scalar(function: Callable[..., object], *args: object) -> fx.Node:
+            return ir.emit(owner, function, *args, role="energy")
 
         if owner == ir.last.name:
             (output,) = ir.replay(owner, moved, [ir.output], role="replay")
-            loss = scalar(ir.loss_function, output, ir.target)
-            terms = [scalar(operator.truediv, loss, mu)]
+            terms = [scalar(operator.truediv, ir.loss_of(owner, output, "energy"), mu)]
         else:
             found = ir.replay(owner, moved, [b.value for b in coded(ir, owner)], role="replay")
             terms = [scalar(functional.mse_loss, f, t) for f, t in zip(found, targets, strict=True)]
@@ -185,16 +174,6 @@ def code_of(boundary: Boundary) -> fx.Node:
     code = boundary.entry.meta["code"]
     assert isinstance(code, fx.Node)
     return code
-
-
-class Weight(torch.nn.Module):
-    """Holds mu, which grows from batch to batch."""
-
-    value: Tensor
-
-    def __init__(self, mu: float) -> None:
-        super().__init__()
-        self.register_buffer("value", torch.tensor(mu))
 
 
 def grow(mu: Tensor, step: float, cap: float) -> Tensor:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from locc.rewrite import Method, Pass
-from locc_passes.chain import GradientChain, OutputLoss
+from locc.rewrite import GradientChain, Method, OutputLoss, Pass
 
 
 @dataclass(frozen=True)

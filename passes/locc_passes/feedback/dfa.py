@@ -10,12 +10,9 @@ import torch
 from torch import fx
 
 from locc.errors import MethodError
-from locc.ir import TensorSpec, TrainingGraph, inner, stop_gradient
-from locc.ir.ops import Rebuild
+from locc.ir import TensorSpec, TrainingGraph, inner
 from locc.nn import BroadcastFeedback, plan_readout
-from locc.rewrite import Method, Pass
-from locc_passes.chain import OutputLoss, add_all
-from locc_passes.crossing import LentGradients, has_rows, unreached
+from locc.rewrite import LentGradients, Method, OutputLoss, Pass, add_all, has_rows, output_error, unreached
 from locc_passes.feedback.zero import ZeroWeights
 
 _SCALAR = TensorSpec((), torch.float32)
@@ -53,8 +50,8 @@ class DirectFeedback(Pass):
                 spec, output = value.meta["spec"], ir.prediction.meta["spec"]
                 name = f"feedback_{module.name}" + (f"_{i}" if i else "")
                 matrix = ir.add_module(name, BroadcastFeedback(spec, output))
-                delta = ir.call(module.name, matrix, arriving, role="feedback", spec=spec)
-                terms.append(ir.emit(module.name, inner, value, delta, role="feedback", spec=_SCALAR))
+                delta = ir.call(module.name, matrix, arriving, role="feedback")
+                terms.append(ir.emit(module.name, inner, value, delta, role="feedback"))
             if terms:
                 ir.objective(module.name, add_all(ir, module.name, terms), "feedback")
 
@@ -62,23 +59,6 @@ class DirectFeedback(Pass):
 def _taught(ir: TrainingGraph, owner: str) -> list[fx.Node]:
     """Return the values of a module that receive the error: those with a row for each sample."""
     return [value for value in ir.outputs(owner) if has_rows(value)]
-
-
-def output_error(ir: TrainingGraph) -> fx.Node:
-    """Add the gradient of the user's loss with respect to the prediction, a value of the last module."""
-    last = ir.last.name
-    rebuild = ir.output.target
-    flat = list(ir.output.args) if isinstance(rebuild, Rebuild) else [ir.output]
-    # The prediction is no leaf of the loss, so the loss is read once more from a copy without a tape.
-    leaves = {
-        v: ir.emit(last, stop_gradient, v, role="output", spec=v.meta.get("spec"))
-        for v in flat
-        if isinstance(v, fx.Node) and v.op != "placeholder"
-    }
-    copied = [leaves.get(v, v) if isinstance(v, fx.Node) else v for v in flat]
-    output = ir.emit(last, rebuild, *copied, role="output") if isinstance(rebuild, Rebuild) else copied[0]
-    loss = ir.emit(last, ir.loss_function, output, ir.target, role="error", spec=_SCALAR)
-    return ir.gradient(loss, leaves[ir.prediction])
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from locc.rewrite import Method, Pass
-from locc_passes.chain import GradientChain, OutputLoss
+from locc.rewrite import GradientChain, Method, OutputLoss, Pass
 from locc_passes.feedback.layers import LAYERS, FeedbackLayers
 from locc_passes.feedback.zero import ZeroWeights
 

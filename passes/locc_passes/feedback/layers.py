@@ -7,12 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from locc.ir import TrainingGraph
-from locc.ir.captured import owned_tensor, strip
-from locc.ir.ops import call_with
+from locc.ir import TrainingGraph, call_with, owned_tensor, strip
 from locc.nn import draw_feedback, feedback_call
-from locc.rewrite import Pass
-from locc_passes.reach import learned
+from locc.rewrite import Pass, learned
 
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from locc.nn import Factory
-from locc.rewrite import Method, Pass
-from locc_passes.chain import OutputLoss
-from locc_passes.objectives import AttachHeads, LocalLoss, LossLike
+from locc.rewrite import AttachHeads, LocalLoss, LossLike, Method, OutputLoss, Pass
 
 
 @dataclass(frozen=True)

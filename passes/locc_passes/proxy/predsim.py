@@ -9,8 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from locc.nn import Factory
-from locc.rewrite import Method, Pass
-from locc_passes.objectives import AttachHeads, LossLike
+from locc.rewrite import AttachHeads, LossLike, Method, Pass
 from locc_passes.proxy.similarity import AttachSimilarityHeads, LocalErrors, OutputError, complement
 
 

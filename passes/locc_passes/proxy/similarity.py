@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,10 +12,10 @@ from torch import Tensor, fx, nn
 from locc.errors import MethodError
 from locc.ir import BatchDim, TensorSpec, TrainingGraph
 from locc.nn import Factory, Readout, build_sim_head, guess_layout, one_hot, plan_readout, sim_loss
-from locc.rewrite import Pass
-from locc_passes.chain import add_all
-from locc_passes.objectives import (
+from locc.rewrite import (
     LossLike,
+    Pass,
+    add_all,
     build,
     build_custom,
     head_loss,
@@ -26,6 +25,7 @@ from locc_passes.objectives import (
     prediction_spec,
     spec_of,
     untrained,
+    weigh,
 )
 
 SCALAR = TensorSpec((), torch.float32)
@@ -125,13 +125,6 @@ class OutputError(Pass):
         """Add the loss and its objective."""
         loss = ir.apply_loss()
         ir.objective(ir.last.name, weigh(ir, loss, self.weight if len(ir.modules) > 1 else 1.0), "loss")
-
-
-def weigh(ir: TrainingGraph, term: fx.Node, weight: float) -> fx.Node:
-    """Return `weight` times a 0-d node, in the node's own module."""
-    if weight == 1:
-        return term
-    return ir.emit(str(term.meta["owner"]), operator.mul, term, weight, role="weighted", spec=SCALAR)
 
 
 def complement(beta: float) -> float:

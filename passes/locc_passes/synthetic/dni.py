@@ -9,9 +9,7 @@ from typing import ClassVar
 from locc.errors import MethodError, nearest
 from locc.ir import TrainingGraph
 from locc.nn import Factory
-from locc.rewrite import Method, Pass
-from locc_passes.chain import OutputLoss
-from locc_passes.crossing import LentGradients, unreached
+from locc.rewrite import LentGradients, Method, OutputLoss, Pass, unreached
 from locc_passes.synthetic.passes import Bootstrap, SyntheticGradients
 
 REDUCTIONS = ("mean", "sum")

@@ -13,10 +13,20 @@ from torch import Tensor, fx, nn
 from locc.errors import MethodError
 from locc.ir import TensorSpec, TrainingGraph, inner
 from locc.nn import Factory, build_synthesiser, check_shapes, guess_layout
-from locc.rewrite import Pass
-from locc_passes.chain import add_all, returning
-from locc_passes.crossing import activations, rows, squared_distance
-from locc_passes.objectives import build, build_custom, layout_at, output_layout, prediction_spec, spec_of
+from locc.rewrite import (
+    Pass,
+    activations,
+    add_all,
+    build,
+    build_custom,
+    layout_at,
+    output_layout,
+    prediction_spec,
+    returning,
+    rows,
+    spec_of,
+    squared_distance,
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,7 @@ class SyntheticGradients(Pass):
                 predicted = self._predict(ir, helper, path, value)
                 arriving = ir.stop_gradient(module.name, predicted)
                 if self.mean:
-                    spec, dim = spec_of(value), rows(value)
-                    arriving = ir.emit(module.name, of_batch, arriving, dim, role="synthetic", spec=spec)
+                    arriving = ir.emit(module.name, of_batch, arriving, rows(value), role="synthetic")
                 terms.append(ir.emit(module.name, inner, value, arriving, role="chain"))
             ir.objective(module.name, add_all(ir, module.name, terms), "synthetic")
 
@@ -76,7 +85,7 @@ class SyntheticGradients(Pass):
         if self.labels:
             given = (ir.target, args[0], rows(value), self._classes(ir))
             args.append(ir.emit(helper, labels_for, *given, role="labels"))
-        predicted = ir.call(helper, path, *args, role="synthetic", spec=value.meta["spec"])
+        predicted = ir.call(helper, path, *args, role="synthetic")
         predicted.meta["predicts"] = value
         return predicted
 
@@ -101,18 +110,18 @@ class Bootstrap(Pass):
             if not found:
                 # A reader that does nothing differentiable with h: its gradient is zero.
                 here = ir.stop_gradient(helper, value)
-                target = ir.emit(helper, torch.zeros_like, here, role="target", spec=spec)
+                target = ir.emit(helper, torch.zeros_like, here, role="target")
             else:
                 target = reduce(lambda a, b: _sum(ir, helper, a, b, spec), found)
                 if self.mean:
-                    target = ir.emit(helper, of_sample, target, dim, role="target", spec=spec)
+                    target = ir.emit(helper, of_sample, target, dim, role="target")
             error = ir.emit(helper, squared_distance, predicted, target, dim, role="regression")
             alone = sum("predicts" in n.meta for n in ir.nodes(helper)) == 1
             ir.objective(helper, error, "regression" if alone else f"regression_{value.name}")
 
 
 def _sum(ir: TrainingGraph, owner: str, a: fx.Node, b: fx.Node, spec: TensorSpec) -> fx.Node:
-    return ir.emit(owner, operator.add, a, b, role="target", spec=spec)
+    return ir.emit(owner, operator.add, a, b, role="target")
 
 
 def of_sample(gradient: Tensor, dim: int) -> Tensor:

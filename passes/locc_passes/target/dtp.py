@@ -8,12 +8,8 @@ from typing import ClassVar
 
 from locc.errors import MethodError, nearest
 from locc.ir import TrainingGraph
-from locc.nn import Factory
-from locc.nn.inverses import ACTIVATIONS
-from locc.rewrite import Method, Pass
-from locc_passes.chain import OutputLoss
-from locc_passes.crossing import LentGradients, unreached
-from locc_passes.target.inverses import Activation, InverseMaker
+from locc.nn import ACTIVATIONS, Factory
+from locc.rewrite import Activation, InverseMaker, LentGradients, Method, OutputLoss, Pass, unreached
 from locc_passes.target.passes import ORDERS, Inverses, Targets, Turns
 
 INITS = ("orthogonal", "pytorch")

@@ -6,13 +6,10 @@ import operator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from locc.ir import Boundary, Owner, Phase, TrainingGraph, stop_gradient
-from locc.rewrite import Pass
-from locc_passes.chain import add_all
-from locc_passes.crossing import activations, has_rows, rows, squared_distance
-from locc_passes.target.inverses import InverseMaker
+from locc.ir import Owner, Phase, TrainingGraph, stop_gradient
+from locc.rewrite import InverseMaker, Pass, activations, add_all, disturb, read_by, rows, squared_distance
 
 ORDERS = ("epoch", "batch")
 
@@ -46,23 +43,18 @@ class Inverses(Pass):
     def _train(
         self, ir: TrainingGraph, module: Owner, helper: str, entries: list[fx.Node], outputs: list[fx.Node]
     ) -> None:
-        noisy = {entry: self._disturb(ir, module.name, entry) for entry in entries}
+        noisy = {entry: disturb(ir, module.name, entry, self.sigma) for entry in entries}
         results = ir.replay(module.name, noisy, outputs, "replay")
         inputs = [ir.stop_gradient(helper, r) for r in results]
         errors = []
         for entry in entries:
             wanted = ir.stop_gradient(helper, noisy[entry])
             path = entry.meta["inverse"][1]
-            found = ir.call(helper, path, *inputs, role="inverse", spec=entry.meta["spec"])
+            found = ir.call(helper, path, *inputs, role="inverse")
             errors.append(
                 ir.emit(helper, squared_distance, found, wanted, rows(entry), role="reconstruction")
             )
         ir.objective(helper, add_all(ir, helper, errors), "reconstruction")
-
-    def _disturb(self, ir: TrainingGraph, owner: str, entry: fx.Node) -> fx.Node:
-        made = ir.emit(owner, with_noise, entry, self.sigma, role="noise", spec=entry.meta["spec"])
-        made.meta["random"] = True
-        return made
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,6 @@ class Targets(Pass):
         self, ir: TrainingGraph, owner: str, value: fx.Node, targets: dict[fx.Node, fx.Node]
     ) -> fx.Node:
         here = ir.stop_gradient(owner, value)
-        spec = value.meta["spec"]
         proposals = []
         total = here
         for boundary in ir.boundaries(producer=owner):
@@ -117,29 +108,27 @@ class Targets(Pass):
             return total
         joint = proposals[0]
         for proposal in proposals[1:]:
-            joint = ir.emit(owner, operator.add, joint, proposal, role="target", spec=spec)
-        return ir.emit(owner, operator.truediv, joint, len(proposals), role="target", spec=spec)
+            joint = ir.emit(owner, operator.add, joint, proposal, role="target")
+        return ir.emit(owner, operator.truediv, joint, len(proposals), role="target")
 
     def _descend(self, ir: TrainingGraph, owner: str, start: fx.Node, entry: fx.Node) -> fx.Node:
         gradient = ir.stop_gradient(owner, ir.gradient(ir.apply_loss(), entry))
-        spec = entry.meta["spec"]
-        return ir.emit(owner, torch.sub, start, gradient, alpha=self.eta, role="target", spec=spec)
+        return ir.emit(owner, torch.sub, start, gradient, alpha=self.eta, role="target")
 
     def _invert(
         self, ir: TrainingGraph, owner: str, start: fx.Node, entry: fx.Node, targets: dict[fx.Node, fx.Node]
     ) -> fx.Node:
         helper, path = entry.meta["inverse"]
-        spec = entry.meta["spec"]
         outputs = activations(ir, entry.meta["owner"])
         wanted = [ir.stop_gradient(helper, targets[v]) for v in outputs]
-        proposed = ir.call(helper, path, *wanted, role="inverse", spec=spec)
+        proposed = ir.call(helper, path, *wanted, role="inverse")
         if not self.difference:
             return ir.stop_gradient(owner, proposed)
         actual = [ir.stop_gradient(helper, v) for v in outputs]
-        undone = ir.call(helper, path, *actual, role="inverse", spec=spec)
-        difference = ir.emit(helper, operator.sub, proposed, undone, role="difference", spec=spec)
+        undone = ir.call(helper, path, *actual, role="inverse")
+        difference = ir.emit(helper, operator.sub, proposed, undone, role="difference")
         arriving = ir.stop_gradient(owner, difference)
-        return ir.emit(owner, operator.add, start, arriving, role="target", spec=spec)
+        return ir.emit(owner, operator.add, start, arriving, role="target")
 
 
 @dataclass(frozen=True)
@@ -157,13 +146,3 @@ class Turns(Pass):
         inverses = tuple(name for name, owner in ir.owners.items() if owner.auxiliary and ir.objectives(name))
         if self.order == "epoch" and inverses:
             ir.phases = (Phase("inverses", inverses), Phase("forward", tuple(o.name for o in ir.modules)))
-
-
-def read_by(ir: TrainingGraph, module: str) -> list[Boundary]:
-    """Return the differentiable values with a row for each sample that a module reads from others."""
-    return [b for b in ir.boundaries(consumer=module) if b.spec.differentiable and has_rows(b.value)]
-
-
-def with_noise(h: Tensor, sigma: float) -> Tensor:
-    """Return h + e with e ~ N(0, sigma^2)."""
-    return h + sigma * torch.randn_like(h)

@@ -17,8 +17,8 @@ from examples.digits import loaders
 from examples.models import SmallCNN
 from locc.errors import MethodError
 from locc.ir import TensorSpec
-from locc_passes.target import passes
-from locc_passes.target.inverses import orthogonal_init
+from locc.rewrite import noise
+from locc_passes.target.initial import orthogonal_init
 from support import Residual, Tied, batch, compiled, mlp, same, sgd, snapshot
 
 ETA = 0.3277
@@ -59,7 +59,7 @@ def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_noise(h: Tensor, sigma: float) -> Tensor:
         return h + sigma * fixed_noise(h)
 
-    monkeypatch.setattr(passes, "with_noise", with_noise)
+    monkeypatch.setattr(noise, "with_noise", with_noise)
 
 
 # ---- the program -------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def test_noise_is_fresh_has_scale_sigma_and_leaves_batch_norm_alone() -> None:
     h = torch.zeros(200, 50)
     for seed in range(2):
         torch.manual_seed(seed)
-        draws.append(passes.with_noise(h, 0.25))
+        draws.append(noise.with_noise(h, 0.25))
     assert not torch.equal(*draws)
     assert abs(float(draws[0].std()) - 0.25) < 0.01
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from locc_passes.target import passes
+from locc.rewrite import noise
 from support import Residual, batch, compiled, mlp, same, sgd, snapshot
 
 ETA = 0.3277
@@ -82,7 +82,7 @@ def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_noise(h: Tensor, sigma: float) -> Tensor:
         return h + sigma * torch.ones_like(h)
 
-    monkeypatch.setattr(passes, "with_noise", with_noise)
+    monkeypatch.setattr(noise, "with_noise", with_noise)
 
 
 def test_the_printed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

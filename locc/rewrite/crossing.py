@@ -1,15 +1,16 @@
-"""What several families ask of the values that modules send: which they are, and what comes back for them."""
+"""Crossings: which values modules send, and what comes back for those that are no activations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import fx
 
-from locc.ir import TrainingGraph
-from locc.rewrite import Pass
-from locc_passes.chain import add_all, handed_down
+from locc.ir import Boundary, TrainingGraph
+from locc.rewrite.chain import handed_down
+from locc.rewrite.objectives import add_all
+from locc.rewrite.passes import Pass
 
 
 def activations(ir: TrainingGraph, owner: str) -> list[fx.Node]:
@@ -21,30 +22,33 @@ def activations(ir: TrainingGraph, owner: str) -> list[fx.Node]:
 
 
 def has_rows(value: fx.Node) -> bool:
-    """Whether a value that crosses a cut, or its entry, has a row for each sample."""
+    """Whether a value that crosses a cut, or its entry, has a dimension that grows with the batch.
+
+    A borrowed parameter has none, nor has a value that is computed from parameters alone.
+    """
     return value.op != "get_attr" and value.meta["spec"].batch_dim is not None
 
 
 def rows(value: fx.Node) -> int:
-    """Return the dimension of a value's rows."""
+    """Return the dimension of a value in which its rows are; the value must have them, see `has_rows`."""
     dim = value.meta["spec"].batch_dim
     assert isinstance(dim, int)
     return dim
 
 
+def read_by(ir: TrainingGraph, module: str) -> list[Boundary]:
+    """Return the boundaries by which a module reads activations: differentiable, a row for each sample."""
+    return [b for b in ir.boundaries(consumer=module) if b.spec.differentiable and has_rows(b.value)]
+
+
 def unreached(ir: TrainingGraph) -> Iterator[str]:
-    """Yield a sentence for each module to which no signal could come back."""
+    """Yield a sentence for each module but the last that sends nothing differentiable, for `requires`."""
     for module in ir.modules[:-1]:
         if not ir.crossing(module.name):
             yield (
                 f"module '{module.name}' sends no floating-point value to a later one, so nothing would "
                 "train it; move the split to where it does"
             )
-
-
-def squared_distance(a: Tensor, b: Tensor, dim: int = 0) -> Tensor:
-    """Return ||a - b||^2 summed over units, mean over the rows along `dim` (shape [])."""
-    return (a - b).square().sum() / a.shape[dim]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""Which values depend on what the network learns."""
+"""Reach: which values depend on what the network learns."""
 
 from __future__ import annotations
 
 from torch import fx
 
-from locc.ir import TrainingGraph
-from locc.ir.graph import node_parameters
+from locc.ir import TrainingGraph, node_parameters
 
 
 def learned(ir: TrainingGraph, frozen: bool = False) -> set[fx.Node]:

@@ -1,4 +1,4 @@
-"""What `locc_passes.crossing` finds among the values that modules send."""
+"""What `locc.rewrite.crossing` finds among the values that modules send."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from locc_passes.crossing import activations, squared_distance
+from locc.rewrite import activations, squared_distance
 from support import compiled, sgd
 
 

@@ -1,4 +1,4 @@
-"""The inverse networks of target propagation, and the initial weights of the nets that it was made for."""
+"""Inverse networks: what leads from the values that a module sends back to those that it reads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from locc.errors import MethodError
 from locc.ir import Boundary, TensorSpec, TrainingGraph
-from locc.nn import Factory, build_inverse
-from locc.nn import orthogonal_ as unit_singular_values_
-from locc.nn.inverses import ACTIVATIONS
-from locc_passes.objectives import build, build_custom, layout_at, spec_of
+from locc.nn import ACTIVATIONS, Factory, build_inverse
+from locc.rewrite.building import build, build_custom
+from locc.rewrite.layouts import layout_at, spec_of
 
 Activation = str | Callable[[Tensor], Tensor]
+"""What ends an inverse: a name of `locc.nn.ACTIVATIONS`, or a function of one tensor."""
 
 _RANGES: dict[object, str] = {
     nn.Tanh: "tanh",
@@ -30,7 +29,7 @@ _RANGES: dict[object, str] = {
 }
 
 
-class JointInverse(nn.Module):
+class _JointInverse(nn.Module):
     """activation(sum of one linear inverse for each value that a module sends)."""
 
     def __init__(self, parts: Sequence[nn.Module], activation: Callable[[Tensor], Tensor]) -> None:
@@ -69,7 +68,7 @@ class InverseMaker:
         name = boundary.consumer
         if self.factory is not None:
             parts = [build_custom(self.factory, name, spec_of(v), boundary.spec, "inverse") for v in outputs]
-            return parts[0] if len(parts) == 1 else JointInverse(parts, ACTIVATIONS["linear"])
+            return parts[0] if len(parts) == 1 else _JointInverse(parts, ACTIVATIONS["linear"])
         activation = range_of(boundary.value, ir.root) if self.activation == "auto" else self.activation
         function = ACTIVATIONS[activation] if isinstance(activation, str) else activation
 
@@ -78,14 +77,14 @@ class InverseMaker:
                 source, target = layout_at(ir, value), layout_at(ir, boundary.value)
                 return build_inverse(output, read, end, from_layout=source, to_layout=target)
 
-            return reset(build(make, name, spec_of(value), boundary.spec), self.init)
+            return _reset(build(make, name, spec_of(value), boundary.spec), self.init)
 
         if len(outputs) == 1:
             return part(outputs[0], function)
-        return JointInverse([part(v, "linear") for v in outputs], function)
+        return _JointInverse([part(v, "linear") for v in outputs], function)
 
 
-def reset(network: nn.Module, init: str) -> nn.Module:
+def _reset(network: nn.Module, init: str) -> nn.Module:
     """Give the layers of an inverse PyTorch's own initial values where these are asked for."""
     if init == "pytorch":
         for layer in network.modules():
@@ -105,21 +104,3 @@ def range_of(value: fx.Node, root: nn.Module) -> str:
     while type(layer) is nn.Sequential and len(layer):
         layer = layer[-1]
     return _RANGES.get(type(layer), "linear")
-
-
-def orthogonal_init(model: nn.Module) -> nn.Module:
-    """Give every linear layer of a model unit singular values and zero biases, in place.
-
-    The start of Lee et al. 2015, for MLPs; call it before `compile`.
-
-    Raises:
-        MethodError: the model has no linear layer.
-    """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not layers:
-        raise MethodError(f"orthogonal_init: {type(model).__name__} has no nn.Linear; it is meant for MLPs")
-    for layer in layers:
-        unit_singular_values_(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return model

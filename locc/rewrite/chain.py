@@ -1,24 +1,14 @@
-"""Passes that several families share: the loss at the output, and gradients handed down a chain."""
+"""Chains: gradients that the readers of a value return to the module that sent it."""
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 from torch import fx
 
-from locc.ir import TrainingGraph, inner
-from locc.ir.tape import tape_of
-from locc.rewrite import Pass
-
-
-@dataclass(frozen=True)
-class OutputLoss(Pass):
-    """Gives the last module the user's loss as its objective."""
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        """Add the loss and its objective."""
-        ir.objective(ir.last.name, ir.apply_loss(), "loss")
+from locc.ir import TrainingGraph, inner, tape_of
+from locc.rewrite.objectives import add_all
+from locc.rewrite.passes import Pass
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,11 @@ class GradientChain(Pass):
 
 
 def returning(ir: TrainingGraph, value: fx.Node) -> list[fx.Node]:
-    """Return the gradients of the readers' objectives with respect to a value that they depend on."""
+    """Return the gradients that the modules which read a value have with respect to it.
+
+    One gradient node for each objective of a reader that depends on the value; each belongs to the reader and
+    has the value's shape. The readers must have their objectives by then. Empty where none depends on it.
+    """
     found = []
     for boundary in ir.boundaries(producer=value.meta["owner"]):
         if boundary.value is value:
@@ -54,16 +48,11 @@ def returning(ir: TrainingGraph, value: fx.Node) -> list[fx.Node]:
 
 
 def handed_down(ir: TrainingGraph, owner: str, value: fx.Node, role: str) -> list[fx.Node]:
-    """Return <value, sg[gradient]> for each gradient that the readers of a value return to its owner."""
+    """Return <value, sg[gradient]> (shape []) for each gradient that `returning` finds for a value.
+
+    As terms of an objective of `owner`, whose value it is, they give it exactly these gradients.
+    """
     return [
         ir.emit(owner, inner, value, ir.stop_gradient(owner, gradient), role=role)
         for gradient in returning(ir, value)
     ]
-
-
-def add_all(ir: TrainingGraph, owner: str, terms: list[fx.Node]) -> fx.Node:
-    """Return the sum of 0-d nodes of one owner."""
-    total = terms[0]
-    for term in terms[1:]:
-        total = ir.emit(owner, operator.add, total, term, role="chain")
-    return total

@@ -1,0 +1,24 @@
+"""Noise on a value of the graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from locc.ir import TrainingGraph
+
+
+def disturb(ir: TrainingGraph, owner: str, value: fx.Node, sigma: float) -> fx.Node:
+    """Return value + e with e ~ N(0, sigma^2), a node of `owner` in the value's shape.
+
+    `value` must be the owner's own or brought in by `ir.stop_gradient`. The node is marked as random: its
+    noise follows the program's seed and step, as dropout does.
+    """
+    noisy = ir.emit(owner, with_noise, value, sigma, role="noise")
+    noisy.meta["random"] = True
+    return noisy
+
+
+def with_noise(h: Tensor, sigma: float) -> Tensor:
+    """Return h + e with e ~ N(0, sigma^2)."""
+    return h + sigma * torch.randn_like(h)
