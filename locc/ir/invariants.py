@@ -109,8 +109,8 @@ def _assigns_own(ir: TrainingGraph) -> Iterator[str]:
         outside = [u.name for u in state.users if u.meta.get("repeat") != region] if region else []
         if outside:
             yield (
-                f"'{strip(path)}' is assigned in each round of region '{region}', and '{outside[0]}' reads it "
-                "outside; carry the value through the rounds (ir.repeats) instead"
+                f"'{strip(path)}' is assigned in each round of region '{region}', and '{outside[0]}' reads "
+                "it outside; carry the value through the rounds (ir.repeats) instead"
             )
 
 

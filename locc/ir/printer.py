@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx
@@ -34,7 +36,7 @@ def render(ir: View) -> str:
         if owner != current:
             lines.append(f"    # {_title(ir, owner)}")
             current = owner
-        lines.append("    " + _statement(node))
+        lines.append("    " + statement(node))
     lines.append(f"    return {ir.output.name}")
     return "\n".join(lines) + "\n"
 
@@ -64,8 +66,11 @@ def _title(ir: View, owner: str) -> str:
     return f"---- {kind}: {owner}{scale}"
 
 
-def _statement(node: fx.Node) -> str:
+def statement(node: fx.Node, inline: Collection[fx.Node] = ()) -> str:
+    """Return a node as a line of Python, with its spec; reads in `inline` stand where they are used."""
     call = _call(node)
+    for read in inline:
+        call = re.sub(rf"\b{read.name}\b", f"self{_path(str(read.target))}", call)
     note = []
     if node.meta.get("spec") is not None and not isinstance(node.meta["spec"], (tuple, list, dict)):
         note.append(str(node.meta["spec"]))

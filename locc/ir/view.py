@@ -22,6 +22,7 @@ from locc.ir import ops
 from locc.ir.captured import Captured, Root, owned_tensor
 from locc.ir.coupling import Coupling
 from locc.ir.spec import TensorSpec
+from locc.ir.state import State
 from locc.ir.tape import tape_of
 
 DATA = "data"
@@ -165,6 +166,20 @@ class View:
             if producer in (None, item.producer) and consumer in (None, item.consumer):
                 found.append(item)
         return found
+
+    def age(self, value: fx.Node) -> int:
+        """Return by how many steps a value is older than the step: the length of its delay, otherwise 0."""
+        assigned = {str(n.args[0].target): n.args[1] for n in self.graph.nodes if n.target is ops.assign}  # type: ignore[union-attr]
+        steps = 0
+        while self._delayed(value):
+            found = assigned[str(value.target)]
+            assert isinstance(found, fx.Node)
+            value, steps = found, steps + 1
+        return steps
+
+    def _delayed(self, node: fx.Node) -> bool:
+        held = owned_tensor(self.root, node.meta["state"]) if "state" in node.meta else None
+        return node.op == "get_attr" and isinstance(held, State) and held.delays
 
     def crossing(self, producer: str) -> list[fx.Node]:
         """Return the differentiable values that a module sends to others, each once."""

@@ -13,6 +13,7 @@ from locc.lower.instructions import (
     instructions_of,
 )
 from locc.lower.plan import lower
+from locc.lower.programs import ModuleProgram, Received, Sent, module_programs
 from locc.lower.project import project
 from locc.lower.sequential import stages
 
@@ -21,13 +22,17 @@ __all__ = [
     "Backward",
     "Instruction",
     "Loop",
+    "ModuleProgram",
     "Plan",
     "Receive",
+    "Received",
     "Segment",
     "Send",
+    "Sent",
     "Update",
     "instructions_of",
     "lower",
+    "module_programs",
     "project",
     "stages",
 ]

@@ -10,6 +10,7 @@ from torch import fx
 
 from locc.ir import ops
 from locc.ir.graph import TrainingGraph
+from locc.ir.printer import statement
 from locc.ir.view import draws
 from locc.lower.tasks import Analysis
 
@@ -21,8 +22,8 @@ def is_lent(state: fx.Node, user: fx.Node) -> bool:
 
 def compile_nodes(
     nodes: list[fx.Node], ir: TrainingGraph, found: Analysis
-) -> tuple[Callable[..., tuple[Any, ...]], str, tuple[str, ...], tuple[str, ...]]:
-    """Compile nodes to one Python function; returns function, code, names read and names written."""
+) -> tuple[Callable[..., tuple[Any, ...]], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Compile nodes to one Python function; returns function, its text, names read and names written."""
     graph = fx.Graph()
     streams = graph.placeholder("streams_")
     copies: dict[fx.Node, fx.Node] = {}
@@ -51,7 +52,8 @@ def compile_nodes(
     space: dict[str, Any] = dict(source_code.globals)
     exec(compile(source_code.src, f"<locc {nodes[0].meta['owner']}>", "exec"), space)
     function = _bind(space["forward"], ir)
-    return function, source_code.src, tuple(n.name for n in reads), tuple(n.name for n in kept)
+    text = tuple(statement(n, [s for s in copies if s.op == "get_attr" and s not in inside]) for n in nodes)
+    return function, text, tuple(n.name for n in reads), tuple(n.name for n in kept)
 
 
 def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], is_leaf: bool) -> fx.Node:

@@ -15,13 +15,13 @@ class Segment:
     """Consecutive nodes of one owner, compiled to one function.
 
     `function` takes what starts a random stream, by the name of the node that draws, and then the values
-    that the segment reads.
+    that the segment reads. `text` is the code as a reader would write it, a line for each node.
     """
 
     owner: str
     taped: bool
     function: Callable[..., tuple[Any, ...]]
-    code: str
+    text: tuple[str, ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     frees: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from locc.ir.captured import owned_tensor
 from locc.lower import Backward, Instruction, Plan, Segment, Send, Update
 from locc.runtime.context import Context, non_finite
 from locc.runtime.machine import Channels, Machine, memory_of, tensors_of
-from locc.runtime.streams import autocast, of_update, seed_all, stream
+from locc.runtime.streams import autocast, of_backward, of_update, seed_all, stream
 
 
 class Eager(Machine):
@@ -63,6 +63,7 @@ class Eager(Machine):
         """Back-propagate, unless the objective is not finite."""
         if task.objectives:
             self._record(task, self.values[task.scalar].detach())
+        self.stream(of_backward(task.scalar))  # hooks and custom functions may draw
         return super().differentiate(task, values)
 
     def _record(self, task: Backward, value: Tensor) -> None:

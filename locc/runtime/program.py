@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from locc.errors import CaptureError, LoccError, RunError, nearest
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.ir.state import begin
-from locc.lower import Plan, lower
+from locc.lower import ModuleProgram, Plan, lower, module_programs
 from locc.runtime.executor import Executor
 from locc.runtime.learner import Learner
 from locc.runtime.settings import Settings
@@ -153,6 +153,11 @@ class Program(nn.Module):
     def phases(self) -> tuple[Phase, ...]:
         """The phases that `fit` runs; empty when all owners train in every step."""
         return self.built.phases
+
+    @property
+    def module_programs(self) -> dict[str, ModuleProgram]:
+        """Each module's own program in the current phase: what it receives, runs and sends."""
+        return module_programs(self.ir, self.plan(self.phase))
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:

@@ -21,6 +21,11 @@ def of_update(owner: str) -> str:
     return f"update of {owner}"
 
 
+def of_backward(scalar: str) -> str:
+    """Return the name of the stream from which the backward pass of a scalar draws."""
+    return f"backward of {scalar}"
+
+
 def seed_all(seed: int) -> None:
     """Seed the generators that modules draw from, without the bookkeeping of `torch.manual_seed`."""
     torch.default_generator.manual_seed(seed)

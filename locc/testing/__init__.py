@@ -21,6 +21,7 @@ from locc.testing.isolation import assert_isolated
 from locc.testing.local import assert_local
 from locc.testing.pipeline import assert_pipeline_exact
 from locc.testing.reference import reference_step
+from locc.testing.translation import assert_lowered, assert_side_by_side
 
 if TYPE_CHECKING:
     from locc.testing.strategies import batches, cases, methods, models, programs, splits
@@ -33,7 +34,9 @@ __all__ = [
     "ModelSpec",
     "assert_isolated",
     "assert_local",
+    "assert_lowered",
     "assert_pipeline_exact",
+    "assert_side_by_side",
     "batches",
     "cases",
     "methods",

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from locc.lower import Instruction, Loop, Plan, Segment
+from locc.lower import Instruction, Loop, Plan, Segment, instructions_of
 from locc.runtime import Program
 from locc.verify.snapshot import preserved, same_bits
 
-from .trial import Holdings, State, Trial, instructions_of, twin, unit, untouched
+from .trial import Holdings, State, Trial, twin, unit, untouched
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Tape:
                     self.watched[i].copy_(handed.state[i])
             return tuple(twin(handed.values[name]) for name in names)
 
-        return Segment(instruction.owner, False, hand, "", (), names)
+        return Segment(instruction.owner, False, hand, (), (), names)
 
 
 def _needed(plan: Plan, owners: frozenset[str]) -> set[str]:

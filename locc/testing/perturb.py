@@ -63,7 +63,7 @@ def _disturbed(
         elif instruction is task:
             name = f"disturbed {task.scalar}"  # a new name: others may read the scalar itself
             found += [
-                Segment(task.owner, True, lambda _, s: (change(s),), "", (task.scalar,), (name,)),
+                Segment(task.owner, True, lambda _, s: (change(s),), (), (task.scalar,), (name,)),
                 replace(task, scalar=name, frees=(*task.frees, name)),
             ]
         else:

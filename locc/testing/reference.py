@@ -19,7 +19,7 @@ from locc.ir.captured import owned_tensor
 from locc.ir.state import State
 from locc.ir.view import draws
 from locc.runtime import Program, StepReport
-from locc.runtime.streams import autocast, of_update, preserved_rng, seed_all, stream
+from locc.runtime.streams import autocast, of_backward, of_update, preserved_rng, seed_all, stream
 
 
 def reference_step(program: Program, x: Any, y: Any = None) -> StepReport:
@@ -93,7 +93,7 @@ class _Meaning:
                 raise RunError(f"objective '{name}' is {float(value)}; nothing was updated")
         trained = {n.meta["owner"] for n in self.needed if n.target is ops.objective}
         for owner in (o for o in context.learners if o in trained):
-            seed_all(stream(context.seed, self.program.steps, of_update(owner)))
+            self._draw(of_update(owner))
             context.learners[owner].update(context.accumulate)
         self._commit()
         loss = self.values.get(self.ir.loss) if self.ir.loss is not None else None
@@ -141,18 +141,23 @@ class _Meaning:
             return owned_tensor(self.ir.root, str(node.target))
         if node.target is ops.assign:
             return self.commits.append((args[0], args[1].detach().clone()))
+        if node.target in (ops.gradient, ops.objective):
+            self._draw(of_backward(node.all_input_nodes[0].name))
         if node.target is ops.gradient:
             return ops.gradient(*args)
         if node.target is ops.objective:
             self.objectives[str(node.meta["objective"])] = args[0].detach()
             return args[0].backward(retain_graph=True) if args[0].requires_grad else None
         if draws(self.ir.root, node):
-            seed_all(stream(self.program.built.executor.seed, self.program.steps, node.name, self.round))
+            self._draw(node.name)
         with autocast(self.program.device, self.program.built.executor.autocast):
             value = self._run(node, args, kwargs)
         if node in self.wrt and not value.requires_grad:
             value = value.detach().requires_grad_()
         return value
+
+    def _draw(self, name: str) -> None:
+        seed_all(stream(self.program.built.executor.seed, self.program.steps, name, self.round))
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_module":

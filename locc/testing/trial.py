@@ -15,7 +15,7 @@ from locc.errors import LoccError
 from locc.ir import Inputs
 from locc.ir.captured import owned_tensor
 from locc.ir.graph import node_parameters
-from locc.lower import Backward, Instruction, Loop, Plan
+from locc.lower import Backward, Instruction, Plan, instructions_of
 from locc.runtime import Program, checked
 from locc.verify import Certificate
 from locc.verify.batch import small_batch
@@ -88,14 +88,6 @@ def _copied(value: Any) -> Any:
         return plain.clone()
     storage = plain.untyped_storage().clone()
     return plain.new_empty(0).set_(storage, plain.storage_offset(), plain.shape, plain.stride())
-
-
-def instructions_of(instructions: list[Instruction]) -> Iterator[Instruction]:
-    """Yield the instructions, those inside of repeated regions included."""
-    for instruction in instructions:
-        yield instruction
-        if isinstance(instruction, Loop):
-            yield from instructions_of(instruction.body)
 
 
 def unit(program: Program, plan: Plan) -> int:
@@ -197,10 +189,11 @@ class Holdings:
         return found
 
 
-def difference(one: State, other: State) -> str | None:
-    """Return what is not the same in two states, bit for bit: the first of it and how many more."""
+def difference(one: State, other: State, alike: Callable[[Any, Any], bool] | None = None) -> str | None:
+    """Return what is not the same in two states (bit for bit, or `alike`): the first, and how many more."""
     names = dict.fromkeys([*one, *other])
-    found = [n for n in names if n not in one or n not in other or not _same(one[n], other[n])]
+    same = _same if alike is None else alike
+    found = [n for n in names if n not in one or n not in other or not same(one[n], other[n])]
     if not found:
         return None
     return found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")

@@ -68,7 +68,7 @@ def played(times: int = 3) -> tuple[Plan, list[Tensor]]:
     """Two owners in one loop: `a` makes the first value, and `b` what goes round."""
 
     def segment(owner: str, act: Callable[..., Tensor], reads: tuple[str, ...], write: str) -> Segment:
-        return Segment(owner, False, lambda *values: (act(*values),), "", reads, (write,), 0)
+        return Segment(owner, False, lambda _, *values: (act(*values),), (), reads, (write,))
 
     first = segment("a", lambda x: x + 1, ("x",), "start")
     body = [
