@@ -112,7 +112,7 @@ def build(request: Request, program: Program, inputs: Inputs) -> Built:
         try:
             ir = rewrite(request, inputs, policy)
             program.root.aux.to(program.device)
-            phases = stages(ir, request.name) if request.settings.schedule == "sequential" else ir.phases
+            phases = stages(ir, request.name, request.settings.schedule == "sequential")
             learners = request.settings.learners(ir)
             certificate = prove(ir, request.name, learners, inputs) if request.verify else None
             schedulers = request.settings.schedulers(learners)

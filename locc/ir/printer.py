@@ -45,8 +45,11 @@ def _header(ir: View) -> list[str]:
     lines = [f"# {len(ir.modules)} modules: " + ", ".join(o.name for o in ir.modules)]
     for phase in ir.phases:
         when = "before the first epoch" if phase.warmup else "in each epoch"
+        freezes = "" if phase.frozen is None else f"; freezes: {', '.join(phase.frozen) or 'nothing'}"
+        stage = f" of stage {phase.stage}" if phase.stage else ""
         lines.append(
-            f"# phase '{phase.name}', {phase.epochs} pass(es) {when}, trains: {', '.join(phase.trains)}"
+            f"# phase '{phase.name}', {phase.epochs} pass(es) {when}{stage}, "
+            f"trains: {', '.join(phase.trains)}{freezes}"
         )
     for region in ir.repeats.values():
         carried = ", ".join(f"{a.name} <- {b.name}" for a, b in region.carried)

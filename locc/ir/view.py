@@ -11,7 +11,7 @@ Metadata of a node, beside what capture wrote (`locc.ir.captured`):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,14 +46,22 @@ class Owner:
 class Phase:
     """A stretch of training in which only some owners train.
 
-    `fit` runs the phases marked `warmup` once before the first epoch, `epochs` passes each; the
-    others take turns within each epoch, `epochs` passes over the data each.
+    `fit` goes through the stages in order. In each, the phases marked `warmup` run once before the first
+    epoch, `epochs` passes each; the others take turns within each epoch, `epochs` passes over the data
+    each. The owners in `frozen` (None: all that do not train) are in eval mode meanwhile, so that their
+    BatchNorm and dropout rest as their parameters do.
     """
 
     name: str
     trains: tuple[str, ...]
     epochs: int = 1
     warmup: bool = False
+    frozen: tuple[str, ...] | None = None
+    stage: int = 0
+
+    def freezes(self, owners: Iterable[str]) -> tuple[str, ...]:
+        """Return those of a graph's owners that are in eval mode while the phase runs."""
+        return tuple(o for o in owners if o not in self.trains) if self.frozen is None else self.frozen
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,14 @@ def node_tensors(root: nn.Module, node: fx.Node) -> list[tuple[str, torch.Tensor
 def node_parameters(root: nn.Module, node: fx.Node) -> list[tuple[str, nn.Parameter]]:
     """Return the (path, parameter) pairs that running `node` reads from the root."""
     return [(path, t) for path, t in node_tensors(root, node) if isinstance(t, nn.Parameter)]
+
+
+def node_modules(root: nn.Module, node: fx.Node) -> list[nn.Module]:
+    """Return the module that `node` calls, or reads for another node to call, and its submodules."""
+    if node.op not in ("call_module", "get_attr"):
+        return []
+    held = owned_tensor(root, str(node.target))
+    return list(held.modules()) if isinstance(held, nn.Module) else []
 
 
 def replaced_names(node: fx.Node) -> set[str]:

@@ -15,7 +15,7 @@ from locc.lower.instructions import (
 from locc.lower.plan import lower
 from locc.lower.programs import ModuleProgram, Received, Sent, module_programs
 from locc.lower.project import project
-from locc.lower.sequential import stages
+from locc.lower.stages import stages
 
 __all__ = [
     "Assign",

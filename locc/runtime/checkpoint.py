@@ -1,7 +1,8 @@
 """Saving and resuming, bit for bit: safetensors, with JSON in its header.
 
 One file holds the parameters and buffers of the model and of the auxiliaries, the optimizers, the
-schedulers, gradients of an accumulation under way, the counters and the random state.
+schedulers, gradients of an accumulation under way, the counters, the random state, and where a fit that is
+not over stands.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from locc.errors import CheckpointError
+from locc.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from locc.runtime.program import Program
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(program: Program, path: Path) -> None:
@@ -149,6 +151,10 @@ def _state(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors["random/cpu"] = torch.get_rng_state()
     if program.device.type == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state(program.device)
+    progress = None
+    if program.progress is not None:
+        progress, parts = program.progress.packed()
+        tensors |= {f"progress/{name}": tensor for name, tensor in parts.items()}
     header = {
         "format": FORMAT,
         "graph": graph_hash(program),
@@ -157,6 +163,8 @@ def _state(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "steps": program.steps,
         "epochs": program.epochs,
         "phase": program.phase,
+        "warm": sorted(program.warm),
+        "progress": progress,
         "seed": program.built.executor.seed,
         "optimizers": groups,
         "schedulers": {
@@ -259,6 +267,10 @@ def _apply(program: Program, tensors: dict[str, Tensor], header: dict[str, Any])
     for name, scheduler in program.schedulers.items():
         scheduler.load_state_dict(_restore(header["schedulers"][name]["state"]))
     program.steps, program.epochs, program.phase = header["steps"], header["epochs"], header["phase"]
+    program.warm, program.progress = set(header["warm"]), None
+    if header["progress"] is not None:
+        parts = {n.removeprefix("progress/"): t for n, t in tensors.items() if n.startswith("progress/")}
+        program.progress = Progress.unpacked(header["progress"], parts, program.device)
     program.built.executor.seed = header["seed"]
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and program.device.type == "cuda":

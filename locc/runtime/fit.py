@@ -7,16 +7,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich import progress as rich
 from torch import Tensor
 
 from locc.errors import LoccError
-from locc.ir import Phase
 from locc.losses import correct
+from locc.runtime.interrupts import Interrupts
 from locc.runtime.program import FEW, Program
+from locc.runtime.progress import Pass, Progress, RandomState, passes
 
 
 @dataclass(frozen=True)
@@ -94,130 +96,211 @@ def fit(
     validation: Iterable[Any] | None = None,
     progress: bool = True,
     scheduler_interval: str = "epoch",
+    resume: bool = True,
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
 ) -> History:
     """Train for some epochs, with a progress bar and the objectives of every module.
+
+    A fit that was cut (by Ctrl-C, by an exception from the loader or a step, or in another process whose
+    checkpoint has been loaded) is gone on with by the next one, which takes the same loader or an equal one:
+    the random state at the start of the pass under way is put back (PyTorch's, Python's, NumPy's and that of
+    the loader's own generators), the batches that are done are drawn again and dropped, and training goes on
+    with the next one. It ends with the same bits as a fit that was not cut, except where a step was cut in
+    its midst (see `atomic` of `locc.compile`) and where workers that outlive a pass draw random numbers.
+    An iterator that yields its batches only once goes on with what is left in it.
 
     Args:
         program: the program.
         loader: yields batches as `batch_of` reads them; iterated anew for each pass.
-        epochs: number of epochs; under the sequential schedule, of each module's stage.
+        epochs: number of epochs of this fit; of the whole of it, where it was cut before. Under the
+            sequential schedule, of each module's stage.
         validation: evaluated after each epoch.
         progress: whether to show the progress bar.
         scheduler_interval: "epoch" or "step": how often the learning-rate schedulers advance.
+        resume: False forgets a fit that was cut and starts a new one.
+        checkpoint: a file to write after each pass, as `Program.save` does; `Program.load` in a new process
+            and the same call of `fit` go on from there, also where this process was killed.
+        every: write `checkpoint` after so many steps as well.
 
     Returns:
-        The history. After Ctrl-C it is returned as far as it came, with `interrupted` set. The program goes
-        on from there; a step that was cut short has updated the modules that it came to, unless
-        `atomic=True`.
+        The history of the passes that this call has ended. After Ctrl-C, which in the main thread waits for
+        the step under way (a second one does not), it is returned as far as it came, with `interrupted` set.
 
     Raises:
-        LoccError: an argument is unusable, or the loader yields nothing.
+        LoccError: an argument is unusable, the loader yields nothing, or less than before it was cut.
+        CheckpointError: see `Program.save`.
         RunError: see `Program.step`.
     """
     if scheduler_interval not in ("epoch", "step"):
         raise LoccError(f"scheduler_interval={scheduler_interval!r}: choose 'epoch' or 'step'")
     if type(epochs) is not int or epochs < 0:
         raise LoccError(f"epochs={epochs}: give a number of at least 0")
+    if every is not None and (type(every) is not int or every < 1 or checkpoint is None):
+        raise LoccError(f"every={every!r}: give a number of steps, at least 1, and the file checkpoint=")
     if not isinstance(loader, Iterable):
         raise LoccError(f"loader must be iterable; found {type(loader).__name__}")
-    if program._built is None:
-        batches = iter(loader)
-        first = next(batches, None)
-        if first is None:
-            raise LoccError("the loader yielded no batch")
-        program.complete(batch_of(first)[0], FEW)
-        if batches is loader:  # a generator: put the batch back
-            loader = itertools.chain([first], batches)
-    history = History()
+    batches = _complete(program, loader)
+    left = _begin(program, loader, epochs, resume)
     training = program.training and program.model.training
     if not training:
         program.train()
+    interrupts = Interrupts()
     with _bar(program, progress) as bar:
+        saved = None if checkpoint is None else Path(checkpoint)
+        run = _Fit(
+            program, loader, batches, validation, bar, scheduler_interval == "step", saved, every, interrupts
+        )
         try:
-            for number, phase in _passes(program, epochs):
-                history.epochs.append(
-                    _epoch(program, loader, number, phase, validation, bar, scheduler_interval)
-                )
-                program.epochs += 1
-                if bar is not None:
-                    bar.console.print(str(history.epochs[-1]), highlight=False, markup=False)
+            with interrupts.handled():
+                run.passes(left)
+            program.progress = None
         except KeyboardInterrupt:
-            history.interrupted = True
+            run.history.interrupted = True
         finally:
             if not training:
                 program.eval()
-    return history
+    return run.history
 
 
-def _passes(program: Program, epochs: int) -> Iterator[tuple[int, str | None]]:
-    """Yield the passes over the data, setting the program's phase for each."""
-    phases = program.phases
-    sequential = program.settings.schedule == "sequential"
-    before = program.phase
-    first = program.epochs == 0
-    rounds: list[tuple[int, Phase | None]] = []
-    if sequential:
-        rounds = [(number, phase) for phase in phases for number in range(1, epochs + 1)]
-    else:
-        if first:
-            rounds += [(0, p) for p in phases if p.warmup for _ in range(p.epochs)]
-        turns = [p for p in phases if not p.warmup for _ in range(p.epochs)]
-        for number in range(1, epochs + 1):
-            rounds += [(number, p) for p in turns] or [(number, None)]
-    try:
-        for number, phase in rounds:
-            program.phase = phase.name if phase else None
-            yield number, program.phase
-    finally:
-        if not sequential:
-            program.phase = before
+def _complete(program: Program, loader: Iterable[Any]) -> Iterable[Any]:
+    """Compile on the first batch what is not complete yet; return a loader that still yields that batch."""
+    if program._built is not None:
+        return loader
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise LoccError("the loader yielded no batch")
+    program.complete(batch_of(first)[0], FEW)
+    return itertools.chain([first], batches) if batches is loader else loader
 
 
-def _epoch(
-    program: Program,
-    loader: Iterable[Any],
-    number: int,
-    phase: str | None,
-    validation: Iterable[Any] | None,
-    bar: Progress | None,
-    scheduler_interval: str,
-) -> Epoch:
-    started = time.perf_counter()
-    sums: dict[str, Tensor] = {}
-    steps = 0
-    title = f"epoch {number}" + (f" [{phase}]" if phase else "")
-    total = len(loader) if isinstance(loader, Sized) else None
-    task = bar.add_task(title, total=total, losses="") if bar is not None else None
-    try:
-        for batch in loader:
-            x, y = batch_of(batch)
-            report = program.step(x, y)
-            steps += 1
-            whole = {} if report.network_loss is None else {"loss": report.network_loss}
-            found = {**whole, **report.objectives}
-            for name, value in found.items():
-                sums[name] = sums[name] + value.float() if name in sums else value.float()
-            if scheduler_interval == "step":
-                _advance(program, found)
-            if bar is not None and task is not None:
-                # Reading a loss synchronises the device, so the bar shows them now and then.
-                if steps % 20 == 0 or steps == total:
-                    bar.update(task, losses=_text(sums, steps))
-                bar.update(task, advance=1)
-    finally:
-        if bar is not None and task is not None:
-            bar.remove_task(task)
-    if steps == 0:
+def _begin(program: Program, loader: Iterable[Any], epochs: int, resume: bool) -> list[Pass]:
+    """Set the program's progress, to that of a fit that was cut where there is one; return what is left."""
+    at = program.progress
+    every = passes(program.phases, epochs, program.warm)
+    if at is None or not resume:
+        outside = program.phase if at is None else at.outside
+        program.progress = Progress(epochs, RandomState.now(loader, program.device), outside)
+        return every
+    left = [one for one in every if one.at >= at.at]
+    if not left and epochs < at.epochs:
         raise LoccError(
-            "the loader yielded no batch; a generator can be iterated only once, use a DataLoader or a list"
+            f"epochs={epochs}: a fit of {at.epochs} epochs was cut in epoch {at.at[1]}, and fit goes on with "
+            f"it; give epochs={at.epochs} to end it, or resume=False to start a new one"
         )
-    means = {name: float(value) / steps for name, value in sums.items()}
-    program.built.executor.raise_deferred()
-    if scheduler_interval == "epoch":
-        _advance(program, means)
-    seconds = time.perf_counter() - started
-    checked = evaluate(program, validation) if validation is not None else None
-    return Epoch(number, phase, means.pop("loss", None), means, seconds, checked)
+    at.epochs = epochs
+    return left
+
+
+@dataclass
+class _Fit:
+    """One call of `fit`: `loader` is what the user gave, `batches` the same with a batch put back."""
+
+    program: Program
+    loader: Iterable[Any]
+    batches: Iterable[Any]
+    validation: Iterable[Any] | None
+    bar: rich.Progress | None
+    stepwise: bool
+    checkpoint: Path | None
+    every: int | None
+    interrupts: Interrupts
+    history: History = field(default_factory=History)
+
+    @property
+    def progress(self) -> Progress:
+        assert self.program.progress is not None
+        return self.program.progress
+
+    def passes(self, left: list[Pass]) -> None:
+        """Run the passes that are left, setting the program's phase for each."""
+        program = self.program
+        try:
+            for one in left:
+                program.phase = one.phase.name if one.phase else None
+                self._pass(one)
+                if self.bar is not None:
+                    self.bar.console.print(str(self.history.epochs[-1]), highlight=False, markup=False)
+        finally:
+            if program.settings.schedule != "sequential":
+                program.phase = self.progress.outside
+
+    def _pass(self, one: Pass) -> None:
+        program, progress, started = self.program, self.progress, time.perf_counter()
+        if progress.at != one.at:
+            progress.at, progress.batches, progress.sums = one.at, 0, {}
+        self._train()
+        if progress.batches == 0:
+            raise LoccError(
+                "the loader yielded no batch; a generator can be iterated only once, use a DataLoader or a "
+                "list"
+            )
+        means = {name: float(value) / progress.batches for name, value in progress.sums.items()}
+        program.built.executor.raise_deferred()
+        seconds = time.perf_counter() - started
+        checked = None if self.validation is None else evaluate(program, self.validation)
+        with self.interrupts.waiting():
+            if not self.stepwise:
+                _advance(program, means)
+            loss = means.pop("loss", None)
+            self.history.epochs.append(Epoch(one.at[1], program.phase, loss, means, seconds, checked))
+            program.epochs += 1
+            if one.ends is not None:
+                program.warm.add(one.ends)
+            progress.turn(RandomState.now(self.loader, program.device))
+            if self.checkpoint is not None:
+                program.save(self.checkpoint)
+
+    def _train(self) -> None:
+        """Train on the batches of the pass that are not done yet."""
+        program, progress = self.program, self.progress
+        title = f"epoch {progress.at[1]}" + (f" [{program.phase}]" if program.phase else "")
+        total = len(self.loader) if isinstance(self.loader, Sized) else None
+        task = None
+        if self.bar is not None:
+            task = self.bar.add_task(title, total=total, completed=progress.batches, losses="")
+        try:
+            for batch in self._left():
+                x, y = batch_of(batch)
+                with self.interrupts.waiting():
+                    self._step(x, y)
+                if self.bar is not None and task is not None:
+                    # Reading a loss synchronises the device, so the bar shows them now and then.
+                    if progress.batches % 20 == 0 or progress.batches == total:
+                        self.bar.update(task, losses=_text(progress.sums, progress.batches))
+                    self.bar.update(task, advance=1)
+        finally:
+            if self.bar is not None and task is not None:
+                self.bar.remove_task(task)
+
+    def _left(self) -> Iterator[Any]:
+        """Return what yields the batches of the pass that are not done yet."""
+        progress = self.progress
+        if self.loader is progress.source:
+            return iter(self.loader)
+        progress.random.restore(self.loader, self.program.device)
+        batches = iter(self.batches)
+        progress.source = self.loader if batches is self.batches else None
+        for number in range(progress.batches):
+            if next(batches, None) is None:
+                raise LoccError(
+                    f"the loader yields {number} batches, and {progress.batches} were done when fit was cut; "
+                    "give it an equal loader, or resume=False to start a new fit"
+                )
+        return batches
+
+    def _step(self, x: Any, y: Any) -> None:
+        program = self.program
+        report = program.step(x, y)
+        whole = {} if report.network_loss is None else {"loss": report.network_loss}
+        found = {**whole, **report.objectives}
+        self.progress.count(found)
+        if self.stepwise:
+            _advance(program, found)
+        if self.every is not None and program.steps % self.every == 0:
+            assert self.checkpoint is not None
+            program.save(self.checkpoint)
 
 
 def _advance(program: Program, means: Mapping[str, Any]) -> None:
@@ -239,12 +322,12 @@ def _text(sums: dict[str, Tensor], steps: int) -> str:
 def _bar(program: Program, wanted: bool) -> Any:
     if not wanted:
         return nullcontext()
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[losses]}"),
+    return rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(bar_width=20),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("{task.fields[losses]}"),
         transient=True,
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from locc.errors import CaptureError, LoccError, RunError, nearest
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.ir.state import begin
+from locc.ir.view import node_modules
 from locc.lower import ModuleProgram, Plan, lower, module_programs
 from locc.runtime.executor import Executor
 from locc.runtime.learner import Learner
@@ -22,6 +23,7 @@ from locc.runtime.settings import Settings
 
 if TYPE_CHECKING:
     from locc.runtime.fit import Evaluation, History
+    from locc.runtime.progress import Progress
     from locc.verify import Certificate
 
 
@@ -47,9 +49,18 @@ class StepReport:
 
     @property
     def loss(self) -> Tensor:
-        """The user's loss, or the sum of the objectives where a method has none."""
+        """The user's loss, or the sum of the objectives where a method has none.
+
+        Raises:
+            RunError: there is neither.
+        """
         if self.network_loss is not None:
             return self.network_loss
+        if not self.objectives:
+            raise RunError(
+                "report.loss: this step computed neither the loss nor an objective, so there is no number to "
+                "report; program.evaluate(loader) computes the loss"
+            )
         return torch.stack([o.float() for o in self.objectives.values()]).sum()
 
 
@@ -64,6 +75,7 @@ class Built:
     executor: Executor
     phases: tuple[Phase, ...]
     plans: dict[str | None, Plan] = field(default_factory=dict)
+    resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
 
 class Program(nn.Module):
@@ -83,6 +95,8 @@ class Program(nn.Module):
         self.steps = 0
         self.epochs = 0
         self.phase: str | None = None
+        self.progress: Progress | None = None
+        self.warm: set[str] = set()
         self._build = build
         self._built: Built | None = None
         self._folded: fx.GraphModule | None = None
@@ -196,7 +210,7 @@ class Program(nn.Module):
         plan = self.plan(self.phase)
         backup = self._backup() if self.settings.atomic else None
         try:
-            with self.frozen(plan):
+            with self.frozen():
                 objectives, loss = built.executor.run(plan, values, self.steps)
         except BaseException:
             if backup is not None:
@@ -231,12 +245,9 @@ class Program(nn.Module):
         return built.plans[phase]
 
     @contextmanager
-    def frozen(self, plan: Plan) -> Iterator[None]:
-        """Put the modules that earlier sequential stages have trained into eval mode for a step."""
-        changed = []
-        if self.settings.schedule == "sequential" and self.phase is not None:
-            idle = self._modules_of(o for o in plan.runs if o not in plan.trains)
-            changed = [m for m in idle if m.training]
+    def frozen(self) -> Iterator[None]:
+        """Put the modules that the program's phase freezes into eval mode for a step."""
+        changed = [m for m in self._resting() if m.training]
         for module in changed:
             module.training = False
         try:
@@ -245,15 +256,18 @@ class Program(nn.Module):
             for module in changed:
                 module.training = True
 
-    def _modules_of(self, owners: Iterable[str]) -> set[nn.Module]:
-        ir = self.ir
-        return {
-            part
-            for owner in owners
-            for node in ir.nodes(owner)
-            if node.op == "call_module"
-            for part in self.root.get_submodule(str(node.target)).modules()
-        }
+    def _resting(self) -> list[nn.Module]:
+        """Return everything that the code of the owners calls that the program's phase freezes."""
+        if self.phase is None:
+            return []
+        built = self.built
+        if self.phase not in built.resting:
+            phase = next(p for p in built.phases if p.name == self.phase)
+            owners = phase.freezes(built.ir.owners)
+            nodes = [n for n in built.ir.graph.nodes if n.meta.get("owner") in owners]
+            found = dict.fromkeys(m for n in nodes for m in node_modules(self.root, n))
+            built.resting[self.phase] = list(found)
+        return built.resting[self.phase]
 
     def _move(self, value: Any) -> Any:
         device = self.device

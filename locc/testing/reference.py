@@ -38,7 +38,7 @@ def reference_step(program: Program, x: Any, y: Any = None) -> StepReport:
     program.complete(x)
     values = program.bind(x, y)
     meaning = _Meaning(program, dict(zip((*program.ir.inputs, program.ir.target), values, strict=True)))
-    with program.frozen(program.plan(program.phase)), preserved_rng(program.device):
+    with program.frozen(), preserved_rng(program.device):
         report = meaning.step()
     program.steps += 1
     return report
@@ -121,7 +121,7 @@ class _Meaning:
         inside, entries = set(nodes), {entry for entry, _ in region.carried}
         for source in (s for n in nodes for s in n.all_input_nodes if s not in inside):
             self._value(source)
-        carried = {entry: self.values[entry.args[0]] for entry, _ in region.carried if entry in inside}
+        carried = {entry: self.values[entry.all_input_nodes[0]] for entry, _ in region.carried if entry in inside}
         for self.round in range(region.times):
             self.commits = []
             self.values.update(carried)

@@ -82,7 +82,7 @@ def assert_side_by_side(program: Program, batches: Iterable[tuple[Any, Any]]) ->
     with untouched(program):
         trial = Trial(program, guarded=True)
         wanted = _states(program, [trial.run(plan, batch, i) for i, batch in enumerate(values)])
-    with untouched(program), program.frozen(plan):
+    with untouched(program), program.frozen():
         found = _states(program, run_beside(program, values))
     for owner in wanted:
         different = difference(wanted[owner], found[owner])

@@ -114,7 +114,7 @@ class Trial:
     ) -> dict[str, Tensor]:
         """Run the step that comes `number` steps after the program's last one; returns its objectives."""
         self.executor.observe = observe
-        with self.program.frozen(plan):
+        with self.program.frozen():
             objectives, _ = self.executor.run(plan, twin(values), self.program.steps + number)
         return {name: value.clone() for name, value in objectives.items()}
 

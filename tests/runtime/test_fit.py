@@ -163,7 +163,9 @@ def test_ctrl_c_from_the_loader_returns_the_history():
     assert history.interrupted
     assert len(history.epochs) == 1
     assert program.steps == 2
-    assert not program.fit([(X, Y)], progress=False).interrupted
+    with pytest.raises(LoccError, match="a fit of 5 epochs was cut in epoch 2.*epochs=5 to end it"):
+        program.fit([(X, Y)], progress=False)
+    assert not program.fit([(X, Y)], progress=False, resume=False).interrupted
 
 
 @pytest.mark.parametrize("atomic", [False, True])
