@@ -1,5 +1,6 @@
 """The kit for a user's own tests: assertions, random programs, and a pytest plugin.
 
+- `assert_conforms` tests a method, on models of many kinds.
 - `assert_local`, `assert_isolated`, `assert_pipeline_exact` test one program.
 - `models`, `splits`, `methods`, `batches`, `cases`, `programs` are Hypothesis strategies.
 - `ModelSpec` and `Case` are what these draw: values that print as Python; `FAMILIES` lists the kinds.
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from locc.errors import LoccError
 from locc.testing.case import Case
+from locc.testing.checks import CONFORMANCE
+from locc.testing.conformance import CONFORMANCE_MODELS, Conformance, assert_conforms
 from locc.testing.families import FAMILIES, ModelSpec
 from locc.testing.isolation import assert_isolated
 from locc.testing.local import assert_local
@@ -29,9 +32,13 @@ if TYPE_CHECKING:
 STRATEGIES = ("batches", "cases", "methods", "models", "programs", "splits")
 
 __all__ = [
+    "CONFORMANCE",
+    "CONFORMANCE_MODELS",
     "FAMILIES",
     "Case",
+    "Conformance",
     "ModelSpec",
+    "assert_conforms",
     "assert_isolated",
     "assert_local",
     "assert_lowered",

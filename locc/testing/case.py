@@ -11,6 +11,7 @@ from torch import Tensor
 
 from locc.compiler import compile
 from locc.errors import CaptureError, LoccError, MethodError, nearest
+from locc.rewrite import Method
 from locc.runtime import Program
 from locc.testing.families import ModelSpec
 
@@ -32,7 +33,7 @@ class Case:
 
     Attributes:
         model: the model, its loss and its data.
-        method: the id of a registered method.
+        method: the id of a registered method, or a configured one (without `options` then).
         options: the method's own options.
         splits: submodules after which to cut, or the number of balanced modules.
         batch_size: number of samples B.
@@ -42,7 +43,7 @@ class Case:
     """
 
     model: ModelSpec = field(default_factory=ModelSpec)
-    method: str = "bp"
+    method: str | Method = "bp"
     options: Mapping[str, Any] = field(default_factory=dict)
     splits: tuple[str, ...] | int = ("stem",)
     batch_size: int = 2
