@@ -88,6 +88,6 @@ def test_the_rules_catch_a_stray_import(tmp_path):
     assert _touches(_imports(stray), "locc.lower")
     assert _touches(_imports(stray), "locc_passes")
     stray.write_text(
-        "from locc.ir.graph import DATA\nfrom locc.rewrite import Any\nimport locc_passes.proxy\n"
+        "from locc.ir.view import DATA\nfrom locc.rewrite import Any\nimport locc_passes.proxy\n"
     )
     assert list(_private(stray)) == ["locc.ir.graph", "locc.rewrite.Any", "locc_passes.proxy"]

@@ -19,7 +19,7 @@ from locc.ir.order import dependencies, program_order
 from locc.ir.printer import render
 from locc.ir.spec import Spec, TensorSpec
 from locc.ir.state import RESIZE, State, renewed
-from locc.ir.view import DATA, Owner, Phase, Repeat, View, node_parameters  # noqa: F401
+from locc.ir.view import DATA, Owner, View
 
 _KEPT = ("random", "line", "contracts")
 

@@ -175,14 +175,17 @@ class View:
                 found.append(item)
         return found
 
+    def keeps(self, node: fx.Node) -> bool:
+        """Whether an `assign` keeps a delayed value for later: it runs in every step that reads the delay."""
+        return node.target is ops.assign and self._delayed(node.all_input_nodes[0])
+
     def age(self, value: fx.Node) -> int:
         """Return by how many steps a value is older than the step: the length of its delay, otherwise 0."""
-        assigned = {str(n.args[0].target): n.args[1] for n in self.graph.nodes if n.target is ops.assign}  # type: ignore[union-attr]
+        found = [n for n in self.graph.nodes if n.target is ops.assign]
+        assigned = {n.all_input_nodes[0].target: n.all_input_nodes[-1] for n in found}
         steps = 0
         while self._delayed(value):
-            found = assigned[str(value.target)]
-            assert isinstance(found, fx.Node)
-            value, steps = found, steps + 1
+            value, steps = assigned[value.target], steps + 1
         return steps
 
     def _delayed(self, node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ from torch import fx
 
 from locc.errors import MethodError
 from locc.ir import Owner, Phase, TrainingGraph, ops
-from locc.ir.graph import node_modules
+from locc.ir.view import node_modules
 from locc.lower.tasks import analyse
 
 

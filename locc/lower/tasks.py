@@ -18,7 +18,6 @@ from locc.errors import GraphError
 from locc.ir import ops
 from locc.ir.graph import TrainingGraph
 from locc.ir.order import dependencies
-from locc.ir.state import State
 from locc.ir.tape import changers, tape_of
 from locc.ir.view import node_tensors
 
@@ -98,16 +97,9 @@ def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
 
 def _add_delays(ir: TrainingGraph, needed: set[fx.Node], changed: Mapping[fx.Node, list[fx.Node]]) -> None:
     """Keep a delayed value moving in every phase that reads it, whoever trains."""
-    delays = [n for n in ir.graph.nodes if n.target is ops.assign and _delays(ir, n)]
+    delays = [n for n in ir.graph.nodes if ir.keeps(n)]
     while fresh := [n for n in delays if n not in needed and n.args[0] in needed]:
         needed |= _ancestors(fresh, changed)
-
-
-def _delays(ir: TrainingGraph, node: fx.Node) -> bool:
-    state = node.args[0]
-    assert isinstance(state, fx.Node)
-    held = ir.root.get_submodule(str(state.target).rpartition(".")[0])
-    return isinstance(held, State) and held.delays
 
 
 def _scalar(node: fx.Node) -> fx.Node:

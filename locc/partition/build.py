@@ -13,8 +13,9 @@ from locc.errors import SplitError
 from locc.ir import ops
 from locc.ir.captured import Captured, Root, owned_tensor, strip
 from locc.ir.coupling import Coupling
-from locc.ir.graph import DATA, Owner, TrainingGraph, node_parameters
+from locc.ir.graph import TrainingGraph
 from locc.ir.spec import TensorSpec
+from locc.ir.view import DATA, Owner, node_parameters
 from locc.markers import split as marker
 from locc.partition.mutation import changed_by, check_in_place
 from locc.partition.owners import assign

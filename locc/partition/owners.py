@@ -9,8 +9,8 @@ from torch import fx, nn
 
 from locc.errors import SplitError, nearest
 from locc.ir.captured import strip
-from locc.ir.graph import node_parameters
 from locc.ir.spec import TensorSpec
+from locc.ir.view import node_parameters
 from locc.markers import split as marker
 from locc.partition.splits import Cut
 

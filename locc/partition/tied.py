@@ -12,7 +12,7 @@ from torch import fx, nn
 from locc.errors import SplitError
 from locc.ir.captured import Root, strip
 from locc.ir.coupling import Coupling
-from locc.ir.graph import node_parameters
+from locc.ir.view import node_parameters
 
 
 @dataclass

@@ -11,7 +11,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from locc.ir.graph import DATA
+from locc.ir.view import DATA
 from locc.lower import Backward, Instruction, Loop, Plan, Segment
 from locc.verify import Certificate
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from locc.errors import LoccError
-from locc.ir.graph import DATA
+from locc.ir.view import DATA
 from locc.runtime import Program
 from locc.verify import Certificate
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from locc.errors import RunError
-from locc.ir import TrainingGraph, ops
+from locc.ir import ops
 from locc.ir.captured import owned_tensor
-from locc.ir.state import State
 from locc.ir.view import draws
 from locc.runtime import Program, StepReport
 from locc.runtime.streams import autocast, of_backward, of_update, preserved_rng, seed_all, stream
@@ -25,12 +24,8 @@ from locc.runtime.streams import autocast, of_backward, of_update, preserved_rng
 def reference_step(program: Program, x: Any, y: Any = None) -> StepReport:
     """Train on one batch as `program.step` does, by the definition of the graph alone.
 
-    Slow, and holds everything until the end: every plan, schedule and backend is compared with it.
-
-    Args:
-        program: a compiled program; its parameters, state and optimizers move.
-        x: a batch as `program.step` takes it.
-        y: its target.
+    Slow, and holds everything until the end: every plan, schedule and backend is compared with it. `x` and
+    `y` are a batch as `program.step` takes it; parameters, state and optimizers move.
 
     Raises:
         RunError: an objective is not finite; nothing has changed but what the model's own code changes.
@@ -59,17 +54,14 @@ class _Meaning:
         self.commits: list[tuple[Tensor, Tensor]] = []
 
     def _needed(self) -> set[fx.Node]:
-        ir = self.ir
-        mine = [n for n in ir.graph.nodes if n.meta.get("owner") in self.trains]
+        mine = [n for n in self.ir.graph.nodes if n.meta.get("owner") in self.trains]
         needed = self._behind([n for n in mine if n.target in (ops.objective, ops.assign)])
         needed |= self._behind([c for n in mine if n.op == "get_attr" for c in self.changes.get(n, ())])
-        every = [n for n in ir.graph.nodes if n.target is ops.assign and _delay(ir, n)]
-        while late := [n for n in every if n.args[0] in needed and n not in needed]:
+        delays = [n for n in self.ir.graph.nodes if self.ir.keeps(n)]
+        while late := [n for n in delays if n.args[0] in needed and n not in needed]:
             needed |= self._behind(late)  # what a delay holds is a value of every step
-        loss = ir.loss
-        if loss is not None and (
-            loss.meta["owner"] in self.trains or all(n in needed for n in loss.all_input_nodes)
-        ):
+        loss = self.ir.loss
+        if loss and (loss.meta["owner"] in self.trains or needed.issuperset(loss.all_input_nodes)):
             needed |= self._behind([loss])
         return needed
 
@@ -100,12 +92,12 @@ class _Meaning:
         return StepReport(self.objectives, None if loss is None else loss.detach())
 
     def _commit(self) -> None:
-        for tensor, value in self.commits:
-            with torch.no_grad():
+        with torch.no_grad():
+            for tensor, value in self.commits:
                 tensor.copy_(value)
-        self.commits.clear()
+        self.commits = []
 
-    def _value(self, node: fx.Node) -> Any:
+    def _value(self, node: fx.Node) -> None:
         if node not in self.values:
             for source in node.all_input_nodes:
                 self._value(source)
@@ -113,30 +105,25 @@ class _Meaning:
                 self._repeat(node.meta["repeat"])
             else:
                 self.values[node] = self._compute(node)
-        return self.values[node]
 
     def _repeat(self, name: str) -> None:
-        region, before = self.ir.repeats[name], self.commits
+        region, before, self.commits = self.ir.repeats[name], self.commits, []
         nodes = [n for n in self.ir.graph.nodes if n in self.needed and n.meta.get("repeat") == name]
-        inside, entries = set(nodes), {entry for entry, _ in region.carried}
-        for source in (s for n in nodes for s in n.all_input_nodes if s not in inside):
+        for source in (s for n in nodes for s in n.all_input_nodes if s not in nodes):
             self._value(source)
-        carried = {entry: self.values[entry.all_input_nodes[0]] for entry, _ in region.carried if entry in inside}
+        pairs = [(entry, end) for entry, end in region.carried if entry in nodes]
+        carried = {entry: self.values[entry.all_input_nodes[0]] for entry, _ in pairs}
         for self.round in range(region.times):
-            self.commits = []
             self.values.update(carried)
-            for node in nodes:
-                if node not in entries:
-                    self.values[node] = self._compute(node)
-            carried = {entry: self.values[end] for entry, end in region.carried if entry in inside}
+            for node in (n for n in nodes if n not in carried):
+                self.values[node] = self._compute(node)
+            carried = {entry: self.values[end] for entry, end in pairs}
             self._commit()
         self.round, self.commits = 0, before
 
     def _compute(self, node: fx.Node) -> Any:
         args: Any = fx.map_arg(node.args, self.values.__getitem__)
         kwargs: Any = fx.map_arg(node.kwargs, self.values.__getitem__)
-        if node.op == "output":
-            return None
         if node.op == "get_attr":
             return owned_tensor(self.ir.root, str(node.target))
         if node.target is ops.assign:
@@ -152,9 +139,7 @@ class _Meaning:
             self._draw(node.name)
         with autocast(self.program.device, self.program.built.executor.autocast):
             value = self._run(node, args, kwargs)
-        if node in self.wrt and not value.requires_grad:
-            value = value.detach().requires_grad_()
-        return value
+        return value.detach().requires_grad_() if node in self.wrt and not value.requires_grad else value
 
     def _draw(self, name: str) -> None:
         seed_all(stream(self.program.built.executor.seed, self.program.steps, name, self.round))
@@ -166,8 +151,3 @@ class _Meaning:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
-
-
-def _delay(ir: TrainingGraph, node: fx.Node) -> bool:
-    held = ir.root.get_submodule(str(node.args[0].target).rpartition(".")[0])  # type: ignore[union-attr]
-    return isinstance(held, State) and held.delays

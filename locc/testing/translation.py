@@ -88,8 +88,8 @@ def assert_side_by_side(program: Program, batches: Iterable[tuple[Any, Any]]) ->
         different = difference(wanted[owner], found[owner])
         if different is not None:
             raise AssertionError(
-                f"the module programs of method '{program.method}'{_phase(program)}, run side by side, do not "
-                f"train as program.step does: {different} of '{owner}' comes out different"
+                f"the module programs of method '{program.method}'{_phase(program)}, run side by side, do "
+                f"not train as program.step does: {different} of '{owner}' comes out different"
             )
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from locc.errors import LoccError
 from locc.ir import Inputs
 from locc.ir.captured import owned_tensor
-from locc.ir.graph import node_parameters
+from locc.ir.view import node_parameters
 from locc.lower import Backward, Instruction, Plan, instructions_of
 from locc.runtime import Program, checked
 from locc.verify import Certificate

@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 
 from locc.ir import ops
 from locc.ir.captured import owned_tensor
-from locc.ir.graph import DATA, TrainingGraph, node_parameters
+from locc.ir.graph import TrainingGraph
 from locc.ir.spec import TensorSpec
+from locc.ir.view import DATA, node_parameters
 
 _LINEAR_LAYERS = (nn.Linear, nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.conv._ConvNd)
 

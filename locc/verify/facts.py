@@ -9,7 +9,8 @@ from torch import fx
 
 from locc.ir import Coupling, inner, ops
 from locc.ir.captured import strip
-from locc.ir.graph import DATA, TrainingGraph, node_parameters
+from locc.ir.graph import TrainingGraph
+from locc.ir.view import DATA, node_parameters
 from locc.lower.tasks import Analysis, BackwardTask, RegionTask, Task, analyse, order
 from locc.verify.derive import Derivation
 from locc.verify.names import Names

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from locc.ir.captured import owned_tensor, strip
-from locc.ir.graph import TrainingGraph, node_parameters
+from locc.ir.graph import TrainingGraph
+from locc.ir.view import node_parameters
 
 
 @dataclass(frozen=True)

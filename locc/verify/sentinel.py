@@ -22,8 +22,8 @@ from torch import Tensor, optim
 
 from locc.ir import TrainingGraph
 from locc.ir.captured import strip
-from locc.ir.graph import DATA
 from locc.ir.state import begin
+from locc.ir.view import DATA
 from locc.lower import Assign, Backward, Instruction, Plan, Segment, Update
 from locc.verify.batch import Batch, standing_in
 from locc.verify.dispatch import Writes, memory_of

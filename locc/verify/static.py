@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from locc.ir import ops
 from locc.ir.captured import owned_tensor, strip
-from locc.ir.graph import DATA, TrainingGraph, node_parameters
+from locc.ir.graph import TrainingGraph
+from locc.ir.view import DATA, node_parameters
 from locc.verify.findings import REACHABILITY, Finding
 from locc.verify.names import Names, spell_node
 

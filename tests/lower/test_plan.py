@@ -12,7 +12,7 @@ from torch.nn import functional
 import locc
 from benchmarks.meter import peak_memory
 from locc.ir import TrainingGraph, carry, stop_gradient
-from locc.ir.graph import Phase, Repeat
+from locc.ir.view import Phase, Repeat
 from locc.lower import Backward, Loop, Plan, Segment, Update, lower
 from locc.rewrite import Method, Pass
 from locc.runtime import Program

@@ -9,7 +9,7 @@ from functools import partial
 from torch import fx
 
 from locc.ir import TrainingGraph, ops
-from locc.ir.graph import DATA, node_parameters
+from locc.ir.view import DATA, node_parameters
 
 from .sites import Site, calls, cuts, neighbours, on_graph, owner_of
 
