@@ -130,24 +130,19 @@ class _Meaning:
             return self.commits.append((args[0], args[1].detach().clone()))
         if node.target in (ops.gradient, ops.objective):
             self._draw(of_backward(node.all_input_nodes[0].name))
-        if node.target is ops.gradient:
-            return ops.gradient(*args)
         if node.target is ops.objective:
             self.objectives[str(node.meta["objective"])] = args[0].detach()
             return args[0].backward(retain_graph=True) if args[0].requires_grad else None
         if draws(self.ir.root, node):
             self._draw(node.name)
+        target: Any = node.target
+        if node.op == "call_module":
+            target = self.ir.root.get_submodule(target)
+        elif node.op == "call_method":
+            target, args = getattr(args[0], target), args[1:]
         with autocast(self.program.device, self.program.built.executor.autocast):
-            value = self._run(node, args, kwargs)
+            value = target(*args, **kwargs)
         return value.detach().requires_grad_() if node in self.wrt and not value.requires_grad else value
 
     def _draw(self, name: str) -> None:
         seed_all(stream(self.program.built.executor.seed, self.program.steps, name, self.round))
-
-    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.op == "call_module":
-            return self.ir.root.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
