@@ -163,7 +163,7 @@ def test_ctrl_c_from_the_loader_returns_the_history():
     assert history.interrupted
     assert len(history.epochs) == 1
     assert program.steps == 2
-    with pytest.raises(LoccError, match="a fit of 5 epochs was cut in epoch 2.*epochs=5 to end it"):
+    with pytest.raises(LoccError, match=r"a fit of 5 epochs was cut in epoch 2.*epochs=5 to end it"):
         program.fit([(X, Y)], progress=False)
     assert not program.fit([(X, Y)], progress=False, resume=False).interrupted
 
