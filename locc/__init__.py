@@ -1,5 +1,6 @@
 """locc: a compiler for local learning, training neural networks without end-to-end backpropagation."""
 
+from locc.catalogue import methods
 from locc.compiler import compile
 from locc.errors import (
     CaptureError,
@@ -14,12 +15,12 @@ from locc.errors import (
 )
 from locc.examine import Examination, examine
 from locc.markers import split
-from locc.registry import method, methods
+from locc.program import Program
+from locc.registry import method
 from locc.rewrite import Method, Pass
-from locc.runtime import Program, StepReport
+from locc.runtime import StepReport
 from locc.verify import Certificate, verify
-
-__version__ = "0.1.0"
+from locc.version import __version__
 
 __all__ = [
     "CaptureError",
@@ -37,6 +38,7 @@ __all__ = [
     "RunError",
     "SplitError",
     "StepReport",
+    "__version__",
     "compile",
     "examine",
     "method",

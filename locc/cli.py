@@ -16,7 +16,7 @@ import typer
 from rich.text import Text
 from torch import nn
 
-from locc import registry
+from locc.catalogue import methods as catalogue
 from locc.commands.flags import MisuseError
 from locc.commands.loading import Data, data_of, inputs_of, load_model, loss_of, splits_of
 from locc.commands.method_command import MethodCommand, method_options
@@ -32,7 +32,7 @@ from locc.commands.show import (
 from locc.compiler import compile
 from locc.errors import LoccError, nearest
 from locc.examine import examine
-from locc.runtime import Program
+from locc.program import Program
 
 HELP = """Train neural networks by local learning: no gradient crosses a module boundary, and that is proved.
 
@@ -130,7 +130,7 @@ def methods(
 ) -> None:
     """List the registered methods, or show one."""
     try:
-        known = registry.methods()
+        known = catalogue()
     except LoccError as error:
         fail(describe(error)[0])
     if name is None:

@@ -18,8 +18,9 @@ from locc.ir import Inputs, Root, TrainingGraph
 from locc.losses import Loss
 from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
+from locc.program import Program
 from locc.rewrite import Method, apply, configure, options
-from locc.runtime import Built, Executor, Program, Settings
+from locc.runtime import Built, Compiled, Executor, Settings
 from locc.verify import prove
 
 Splits = int | str | Sequence[str]
@@ -102,7 +103,7 @@ def compile(
     return program
 
 
-def build(request: Request, program: Program, inputs: Inputs) -> Built:
+def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
     inputs = _on_device(inputs, program.device)

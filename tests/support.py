@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import locc
-from locc.runtime.program import Program
+from locc import Program
 
 
 class Residual(nn.Module):

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,27 @@ def test_rewriting_rests_on_the_ir_and_the_builders():
         assert not _touches(_imports(path), "locc.rewrite"), f"{path.name} imports locc.rewrite"
 
 
+def _circles(root: Path, package: str) -> list[list[str]]:
+    """Return the files that import each other in a loop, for typing or inside of a function included."""
+    names = {".".join(p.relative_to(root).with_suffix("").parts): p for p in (root / package).rglob("*.py")}
+    faces = {n for n in names if n.endswith("__init__")}
+    graph = nx.DiGraph()
+    for name in names.keys() - faces:
+        graph.add_edges_from((name, found) for found in _imports(names[name]) & names.keys() if found != name)
+    return [sorted(files) for files in nx.strongly_connected_components(graph) if len(files) > 1]
+
+
+def test_no_files_import_each_other():
+    found = _circles(ROOT, "locc")
+    assert not found, f"these import each other in a loop: {found}"
+
+
+def test_a_loop_of_imports_is_seen(tmp_path):
+    (tmp_path / "one.py").write_text("from two import b\n")
+    (tmp_path / "two.py").write_text("def b():\n    import one\n")
+    assert _circles(tmp_path, ".") == [["one", "two"]]
+
+
 def test_the_rules_catch_a_stray_import(tmp_path):
     stray = tmp_path / "stray.py"
     stray.write_text("from locc import lower\nimport locc_passes.proxy\n")
@@ -90,4 +112,4 @@ def test_the_rules_catch_a_stray_import(tmp_path):
     stray.write_text(
         "from locc.ir.view import DATA\nfrom locc.rewrite import Any\nimport locc_passes.proxy\n"
     )
-    assert list(_private(stray)) == ["locc.ir.graph", "locc.rewrite.Any", "locc_passes.proxy"]
+    assert list(_private(stray)) == ["locc.ir.view", "locc.rewrite.Any", "locc_passes.proxy"]

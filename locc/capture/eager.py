@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locc.capture.batch import Call
+from locc.capture.batch import Call, merge
 from locc.capture.calls import Calls, intercepting
+from locc.capture.source import user_code
 from locc.capture.state import preserved, seed_all, values_preserved
 from locc.capture.targets import unchanging
 from locc.capture.tree import LEAF, Path, Structure, flatten, leaves_of
 from locc.errors import CaptureError
 from locc.ir.captured import Root, strip
+from locc.ir.spec import Dim
 
 
 @dataclass(frozen=True)
@@ -257,3 +259,29 @@ def eager_run(eager: Eager, training: bool, batch: int | None) -> Run:
             f"the model itself fails on the example inputs, in {mode} mode and before any capture: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+class Records:
+    """What the closed modules returned in real runs at one or two batch sizes, call by call."""
+
+    def __init__(self, runs: list[list[LeafCall]], batches: tuple[int | None, int | None]) -> None:
+        self.runs, self.batches = runs, batches
+        self.position = 0
+
+    def next(self, path: str) -> list[LeafCall]:
+        """Return the next call in every run, which must be one of the module at `path`."""
+        found = [run[self.position] for run in self.runs if self.position < len(run)]
+        self.position += 1
+        if not found or found[0].path != path:
+            expected = f"calls '{strip(found[0].path)}'" if found else "makes no further call"
+            raise CaptureError(
+                f"on fake tensors the forward calls '{strip(path)}' where in eager it {expected}, at "
+                f"{user_code()}"
+            )
+        return [call for call in found if call.path == path and call.structure == found[0].structure]
+
+    def dims(self, seen: list[tuple[int, ...]]) -> tuple[Dim, ...] | None:
+        """Return the dims of a shape or stride that was seen in every run."""
+        if len(seen) < 2 or self.batches[0] is None or self.batches[1] is None:
+            return seen[0]
+        return merge(seen[0], seen[1], (self.batches[0], self.batches[1]))

@@ -11,10 +11,11 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from locc.catalogue import MethodInfo
 from locc.commands.flags import Flag, MisuseError, flags_of
 from locc.errors import LoccError
 from locc.examine import Examination
-from locc.registry import MethodInfo, load
+from locc.registry import load
 from locc.runtime.fit import History
 
 

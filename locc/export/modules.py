@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
@@ -23,15 +23,13 @@ from locc.export.samples import Sample, buffers_kept, inference_mode_of, onnx_sh
 from locc.export.stages import Recorder, Stage, stage_graph, stages, unmarked
 from locc.export.whole import network_of, properties
 from locc.ir import TensorSpec, TrainingGraph
-
-if TYPE_CHECKING:
-    from locc.runtime import Program
+from locc.runtime import Compiled
 
 MANIFEST = "manifest.json"
 
 
 def export_onnx_modules(
-    program: Program,
+    program: Compiled,
     folder: Path,
     *,
     opset: int | None = None,
@@ -123,7 +121,7 @@ def _typed(spec: TensorSpec) -> dict[str, Any]:
 class _Chain:
     """The stages of a program, ready to be written one by one."""
 
-    def __init__(self, program: Program, options: Options) -> None:
+    def __init__(self, program: Compiled, options: Options) -> None:
         self.program, self.options = program, options
         self.ir: TrainingGraph = program.ir
         self.whole = network_of(program)

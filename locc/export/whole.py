@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
 
@@ -14,14 +13,13 @@ from locc.export.files import publish, staging
 from locc.export.names import input_names, output_names
 from locc.export.network import Network, graph_module
 from locc.export.samples import Sample, batches, example_tensors, inference_mode_of, resized, spec_of, truth
+from locc.runtime import Compiled
 from locc.runtime.checkpoint import graph_hash
-
-if TYPE_CHECKING:
-    from locc.runtime import Program
+from locc.version import __version__
 
 
 def export_onnx(
-    program: Program,
+    program: Compiled,
     path: Path,
     *,
     opset: int | None = None,
@@ -72,7 +70,7 @@ def export_onnx(
     return path
 
 
-def network_of(program: Program) -> Network:
+def network_of(program: Compiled) -> Network:
     """Return the whole inference path with the samples it is checked on; the program is in eval mode.
 
     Raises:
@@ -107,10 +105,8 @@ def network_of(program: Program) -> Network:
     )
 
 
-def properties(program: Program) -> dict[str, str]:
+def properties(program: Compiled) -> dict[str, str]:
     """Return what every exported file says of its origin."""
-    from locc import __version__
-
     return {"locc.version": __version__, "locc.method": program.method, "locc.graph": graph_hash(program)}
 
 

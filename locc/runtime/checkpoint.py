@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,15 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from locc.errors import CheckpointError
+from locc.runtime.program import Compiled
 from locc.runtime.progress import Progress
-
-if TYPE_CHECKING:
-    from locc.runtime.program import Program
 
 FORMAT = 2
 
 
-def save(program: Program, path: Path) -> None:
+def save(program: Compiled, path: Path) -> None:
     """Write the program's state; the previous file at `path` stays whole until the new one is complete.
 
     Raises:
@@ -61,7 +59,7 @@ def save(program: Program, path: Path) -> None:
             os.unlink(name)
 
 
-def load(program: Program, path: Path) -> None:
+def load(program: Compiled, path: Path) -> None:
     """Read a state that `save` wrote into a program compiled in the same way.
 
     Raises:
@@ -118,12 +116,12 @@ def _kinds(header: dict[str, Any], key: str) -> Any:
     return {name: item["kind"] for name, item in held.items()} if isinstance(held, dict) else held
 
 
-def graph_hash(program: Program) -> str:
+def graph_hash(program: Compiled) -> str:
     """Return a digest of the printed training graph."""
     return hashlib.blake2b(str(program.ir).encode(), digest_size=16).hexdigest()
 
 
-def _state(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in _own(program).items():
         tensors[f"state/{name}"] = tensor
@@ -177,7 +175,7 @@ def _state(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, header
 
 
-def _own(program: Program) -> dict[str, Tensor]:
+def _own(program: Compiled) -> dict[str, Tensor]:
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in (*program.root.named_parameters(), *program.root.named_buffers()):
         found.setdefault(id(tensor), (name, tensor))
@@ -243,7 +241,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def _apply(program: Program, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     with torch.no_grad():
         for name, tensor in _own(program).items():
             tensor.copy_(tensors[f"state/{name}"])

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from locc.errors import LoccError
 from locc.losses import correct
+from locc.runtime.checkpoint import save
 from locc.runtime.interrupts import Interrupts
-from locc.runtime.program import FEW, Program
+from locc.runtime.program import FEW, Compiled
 from locc.runtime.progress import Pass, Progress, RandomState, passes
 
 
@@ -89,7 +90,7 @@ def batch_of(batch: Any) -> tuple[Any, Any]:
 
 
 def fit(
-    program: Program,
+    program: Compiled,
     loader: Iterable[Any],
     epochs: int = 1,
     *,
@@ -163,7 +164,7 @@ def fit(
     return run.history
 
 
-def _complete(program: Program, loader: Iterable[Any]) -> Iterable[Any]:
+def _complete(program: Compiled, loader: Iterable[Any]) -> Iterable[Any]:
     """Compile on the first batch what is not complete yet; return a loader that still yields that batch."""
     if program._built is not None:
         return loader
@@ -175,7 +176,7 @@ def _complete(program: Program, loader: Iterable[Any]) -> Iterable[Any]:
     return itertools.chain([first], batches) if batches is loader else loader
 
 
-def _begin(program: Program, loader: Iterable[Any], epochs: int, resume: bool) -> list[Pass]:
+def _begin(program: Compiled, loader: Iterable[Any], epochs: int, resume: bool) -> list[Pass]:
     """Set the program's progress, to that of a fit that was cut where there is one; return what is left."""
     at = program.progress
     every = passes(program.phases, epochs, program.warm)
@@ -197,7 +198,7 @@ def _begin(program: Program, loader: Iterable[Any], epochs: int, resume: bool) -
 class _Fit:
     """One call of `fit`: `loader` is what the user gave, `batches` the same with a batch put back."""
 
-    program: Program
+    program: Compiled
     loader: Iterable[Any]
     batches: Iterable[Any]
     validation: Iterable[Any] | None
@@ -250,7 +251,7 @@ class _Fit:
                 program.warm.add(one.ends)
             progress.turn(RandomState.now(self.loader, program.device))
             if self.checkpoint is not None:
-                program.save(self.checkpoint)
+                save(program, self.checkpoint)
 
     def _train(self) -> None:
         """Train on the batches of the pass that are not done yet."""
@@ -300,10 +301,10 @@ class _Fit:
             _advance(program, found)
         if self.every is not None and program.steps % self.every == 0:
             assert self.checkpoint is not None
-            program.save(self.checkpoint)
+            save(program, self.checkpoint)
 
 
-def _advance(program: Program, means: Mapping[str, Any]) -> None:
+def _advance(program: Compiled, means: Mapping[str, Any]) -> None:
     training = program.plan(program.phase).trains
     for name, scheduler in program.schedulers.items():
         if name not in training:
@@ -319,7 +320,7 @@ def _text(sums: dict[str, Tensor], steps: int) -> str:
     return "  ".join(f"{name} {float(value) / steps:.3g}" for name, value in sums.items())
 
 
-def _bar(program: Program, wanted: bool) -> Any:
+def _bar(program: Compiled, wanted: bool) -> Any:
     if not wanted:
         return nullcontext()
     return rich.Progress(
@@ -333,7 +334,7 @@ def _bar(program: Program, wanted: bool) -> Any:
 
 
 @torch.no_grad()
-def evaluate(program: Program, loader: Iterable[Any]) -> Evaluation:
+def evaluate(program: Compiled, loader: Iterable[Any]) -> Evaluation:
     """Evaluate the inference path in eval mode, and return to the mode of before.
 
     The loss is the mean over the batches, weighted by their number of samples.

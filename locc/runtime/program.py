@@ -1,4 +1,4 @@
-"""The compiled program: steps, inference, and everything a user does with it."""
+"""A compiled model: its training graph, its plans, and the step."""
 
 from __future__ import annotations
 
@@ -6,31 +6,26 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from locc.errors import CaptureError, LoccError, RunError, nearest
+from locc.facts import Certificate
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.ir.state import begin
 from locc.ir.view import node_modules
 from locc.lower import ModuleProgram, Plan, lower, module_programs
 from locc.runtime.executor import Executor
 from locc.runtime.learner import Learner
+from locc.runtime.progress import Progress
 from locc.runtime.settings import Settings
-
-if TYPE_CHECKING:
-    from locc.runtime.fit import Evaluation, History
-    from locc.runtime.progress import Progress
-    from locc.verify import Certificate
-
 
 FEW = 4
 """Samples of the first batch on which a program without example inputs is compiled."""
 
-observers: list[Callable[[Program], None]] = []
+observers: list[Callable[[Compiled], None]] = []
 """Called with each program whose compilation is complete; the pytest plugin adds its own."""
 
 
@@ -78,15 +73,15 @@ class Built:
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
 
-class Program(nn.Module):
-    """A model with one training program per module.
+class Compiled(nn.Module):
+    """A model with one training program per module: what `locc.Program` adds its other verbs to.
 
     Calling it runs the inference path; `train()`, `eval()` and `to()` work as for any module. The
     model's own parameters are trained in place.
     """
 
     def __init__(
-        self, root: Root, method: str, settings: Settings, build: Callable[[Program, Inputs], Built]
+        self, root: Root, method: str, settings: Settings, build: Callable[[Compiled, Inputs], Built]
     ) -> None:
         super().__init__()
         self.root = root
@@ -320,7 +315,7 @@ class Program(nn.Module):
         inputs = Inputs.of(self.model, self._move(x))
         return self(*inputs.args, **inputs.kwargs)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Program:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Compiled:
         before = {id(p): p for p in self.root.parameters()}
         if self._built is not None:
             for dtype in {p.dtype for p in before.values()}:
@@ -345,44 +340,6 @@ class Program(nn.Module):
             self.built.executor.device = self.device
             _move_optimizer_state(self.optimizers.values())
 
-    # ---- the rest of the contract, in rooms of its own ----------------------------------------
-
-    def fit(self, loader: Iterable[Any], epochs: int = 1, **options: Any) -> History:
-        """Train for some epochs; see `locc.runtime.fit.fit`."""
-        from locc.runtime.fit import fit
-
-        return fit(self, loader, epochs, **options)
-
-    def evaluate(self, loader: Iterable[Any]) -> Evaluation:
-        """Return loss and accuracy of the inference path; see `locc.runtime.fit.evaluate`."""
-        from locc.runtime.fit import evaluate
-
-        return evaluate(self, loader)
-
-    def save(self, path: str | Path) -> None:
-        """Write everything that training needs to go on bit for bit; see `locc.runtime.checkpoint`."""
-        from locc.runtime.checkpoint import save
-
-        save(self, Path(path))
-
-    def load(self, path: str | Path) -> None:
-        """Go on from a saved state; see `locc.runtime.checkpoint`."""
-        from locc.runtime.checkpoint import load
-
-        load(self, Path(path))
-
-    def export_onnx(self, path: str | Path, **options: Any) -> Path:
-        """Write the inference path as one ONNX file; see `locc.export`."""
-        from locc.export import export_onnx
-
-        return export_onnx(self, Path(path), **options)
-
-    def export_onnx_modules(self, folder: str | Path, **options: Any) -> Path:
-        """Write one ONNX file per module and a manifest; see `locc.export`."""
-        from locc.export import export_onnx_modules
-
-        return export_onnx_modules(self, Path(folder), **options)
-
     def extra_repr(self) -> str:
         """Name the method and the modules."""
         if self._built is None:
@@ -395,13 +352,13 @@ def _move_optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
-def checked(program: object) -> Program:
+def checked(program: object) -> Compiled:
     """Return a program, where one was asked for.
 
     Raises:
         LoccError: it is something else.
     """
-    if not isinstance(program, Program):
+    if not isinstance(program, Compiled):
         raise LoccError(
             f"a compiled program was asked for, as locc.compile returns it; found {type(program).__name__}"
         )

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from locc.lower import Instruction, Loop, Plan, Segment, instructions_of
-from locc.runtime import Program
-from locc.verify.snapshot import preserved, same_bits
+from locc.program import Program
+from locc.verify.experiment.snapshot import preserved, same_bits
 
 from .trial import Holdings, State, Trial, twin, unit, untouched
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from locc.lower import Receive, Send
-from locc.runtime import Program
+from locc.program import Program
 from locc.runtime.backends import BACKENDS
 from locc.runtime.streams import preserved_rng
 

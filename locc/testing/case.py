@@ -11,8 +11,8 @@ from torch import Tensor
 
 from locc.compiler import compile
 from locc.errors import CaptureError, LoccError, MethodError, nearest
+from locc.program import Program
 from locc.rewrite import Method
-from locc.runtime import Program
 from locc.testing.families import ModelSpec
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from locc.ir import Inputs, assign, node_parameters
 from locc.lower import Backward, Instruction
+from locc.program import Program
 from locc.rewrite import GradientChain, Method, OutputLoss, Pass
-from locc.runtime import Program
 
 from .case import Case
 from .isolation import assert_isolated

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from locc.errors import LoccError, nearest
 from locc.lower import Backward, Plan
-from locc.runtime import Program
+from locc.program import Program
 
 from .alone import Whole
 from .perturb import DISTURBANCES, disturbed, reached_at_once, reached_later

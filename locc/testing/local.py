@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from locc.errors import LocalityError
-from locc.runtime import Program
+from locc.runtime import Compiled
 from locc.verify import Certificate, verify
 
 
-def assert_local(program: Program, x: Any = None, y: Any = None) -> Certificate:
+def assert_local(program: Compiled, x: Any = None, y: Any = None) -> Certificate:
     """Assert that no gradient and no state change of a program crosses a module boundary.
 
     Runs every check of `locc.verify` from the beginning; the program is bit for bit as it was afterwards,

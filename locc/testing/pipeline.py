@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from locc.errors import LoccError
 from locc.ir.view import DATA
-from locc.runtime import Program
+from locc.program import Program
 from locc.verify import Certificate
 
 from .alone import MissingError, Tape

@@ -15,8 +15,9 @@ from torch import nn
 
 from locc.compiler import Splits, compile
 from locc.errors import LoccError
+from locc.program import Program
 from locc.rewrite import Method
-from locc.runtime import Program
+from locc.runtime import Compiled
 from locc.runtime.program import observers
 from locc.testing.local import assert_local
 
@@ -45,8 +46,8 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.held: list[Program] = []
-        self.proved: WeakKeyDictionary[Program, int] = WeakKeyDictionary()
+        self.held: list[Compiled] = []
+        self.proved: WeakKeyDictionary[Compiled, int] = WeakKeyDictionary()
         self.failures: list[str] = []
         observers.append(self.completed)
 
@@ -72,12 +73,12 @@ class Watch:
             finally:
                 self.held.clear()
 
-    def completed(self, program: Program) -> None:
+    def completed(self, program: Compiled) -> None:
         """Keep a program until its test ends."""
         self.held.append(program)
         self.prove(program)
 
-    def prove(self, program: Program) -> None:
+    def prove(self, program: Compiled) -> None:
         """Prove a program local, and note a failure."""
         self.proved[program] = program.steps
         certificate = program.built.certificate
@@ -99,7 +100,7 @@ class Watch:
             pytest.fail("\n\n".join(failures), pytrace=False)
 
 
-def prove(program: Program) -> None:
+def prove(program: Compiled) -> None:
     """Prove a program local; where only its loss could not be examined, warn: no target is known here.
 
     Raises:

@@ -17,7 +17,8 @@ from locc.errors import RunError
 from locc.ir import ops
 from locc.ir.captured import owned_tensor
 from locc.ir.view import draws
-from locc.runtime import Program, StepReport
+from locc.program import Program
+from locc.runtime import StepReport
 from locc.runtime.streams import autocast, of_backward, of_update, preserved_rng, seed_all, stream
 
 

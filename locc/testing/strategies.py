@@ -26,11 +26,11 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from locc.catalogue import methods as registered
 from locc.compiler import compile
 from locc.errors import LoccError, MethodError, SplitError, nearest
 from locc.ir import Inputs
-from locc.registry import methods as registered
-from locc.runtime import Program
+from locc.program import Program
 from locc.testing.case import OPTIMIZERS, Case, undefined
 from locc.testing.families import FAMILIES, ModelSpec, family_of
 

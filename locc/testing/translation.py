@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from locc.lower import Plan
-from locc.runtime import Program
+from locc.program import Program
 
 from .beside import run_beside
 from .reference import reference_step

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from locc.errors import LoccError
+from locc.facts.names import Names, node_buffers
 from locc.ir import Inputs
 from locc.ir.captured import owned_tensor
 from locc.ir.view import node_parameters
 from locc.lower import Backward, Instruction, Plan, instructions_of
-from locc.runtime import Program, checked
+from locc.program import Program
+from locc.runtime import checked
 from locc.verify import Certificate
-from locc.verify.batch import small_batch
-from locc.verify.names import Names, node_buffers
-from locc.verify.snapshot import preserved, same_bits
+from locc.verify.experiment.batch import small_batch
+from locc.verify.experiment.snapshot import preserved, same_bits
 
 from .local import assert_local
 
@@ -53,7 +54,8 @@ def certificate_of(program: Program) -> Certificate:
     Raises:
         AssertionError: the program is not local, or a check could not be completed.
     """
-    with untouched(checked(program)):
+    checked(program)
+    with untouched(program):
         return program.built.certificate or assert_local(program)
 
 

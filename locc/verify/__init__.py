@@ -4,8 +4,7 @@
 `from locc.verify import ...`, and is an attribute of the function as well.
 """
 
-from locc.verify.certificate import Certificate, CheckRun, ObjectiveFacts, OwnerFacts, TableRow
-from locc.verify.facts import Flow
+from locc.facts import Certificate, CheckRun, Flow, ObjectiveFacts, OwnerFacts, TableRow
 from locc.verify.findings import Finding
 from locc.verify.prover import prove, verify
 

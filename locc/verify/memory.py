@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, optim
 from torch.utils._pytree import tree_leaves, tree_map
 
+from locc.facts import Memory
 from locc.ir import TrainingGraph
 from locc.ir.state import begin
 from locc.lower import Instruction, Plan, Update
-from locc.verify.batch import Batch, standing_in
-from locc.verify.dispatch import Meter, memory_of
-from locc.verify.runner import Trainer, plans_of
-from locc.verify.snapshot import preserved
-from locc.verify.worlds import Meta
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What one step needs, in bytes.
-
-    Attributes:
-        batch: number of samples of the step.
-        parameters: parameters and buffers, auxiliaries included.
-        optimizer: the optimizers' state after one update.
-        peak: activations, what autograd saves, and gradients, at the worst moment, beyond these two. What
-            operators and optimizers allocate and free inside one call is not counted.
-        at: the owner whose code runs at that moment.
-        owners: for each owner, the most that is alive while its code runs, counted in the same way.
-    """
-
-    batch: int
-    parameters: int
-    optimizer: int
-    peak: int
-    at: str
-    owners: tuple[tuple[str, int], ...]
-
-    def of(self, owner: str) -> int | None:
-        """Return the most that is alive while an owner's code runs, or None if it runs none."""
-        return dict(self.owners).get(owner)
+from locc.verify.experiment.batch import Batch, standing_in
+from locc.verify.experiment.dispatch import Meter, memory_of
+from locc.verify.experiment.runner import Trainer, plans_of
+from locc.verify.experiment.snapshot import preserved
+from locc.verify.experiment.worlds import Meta
 
 
 def estimate(

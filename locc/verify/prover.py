@@ -11,19 +11,32 @@ from typing import Any
 from torch import fx, optim
 
 from locc.errors import LoccError
+from locc.facts import (
+    NOT,
+    Certificate,
+    CheckRun,
+    Locking,
+    Memory,
+    ObjectiveFacts,
+    OwnerFacts,
+    TableRow,
+    derive,
+    graph_hash,
+)
+from locc.facts.critical import critical_path
+from locc.facts.locking import locking, modularity
+from locc.facts.traffic import auxiliaries, couplings, flows, pipeline_exact
 from locc.ir import Inputs, TrainingGraph, assign
 from locc.ir.captured import strip
 from locc.lower import Plan
-from locc.runtime import Learner, Program, checked
-from locc.verify import facts, sentinel, static, storage, walk
-from locc.verify.batch import Batch, small_batch, standing_in, whole_batch
-from locc.verify.certificate import Certificate, CheckRun, ObjectiveFacts, OwnerFacts, TableRow, graph_hash
-from locc.verify.derive import derive
+from locc.runtime import Compiled, Learner, checked
+from locc.verify import sentinel, static, storage, walk
+from locc.verify.experiment.batch import Batch, small_batch, standing_in, whole_batch
+from locc.verify.experiment.runner import plans_of
+from locc.verify.experiment.snapshot import preserved
+from locc.verify.experiment.worlds import reason
 from locc.verify.findings import REACHABILITY, SENTINEL, STORAGE, WALK, refuse
-from locc.verify.memory import Memory, estimate
-from locc.verify.runner import plans_of
-from locc.verify.snapshot import preserved
-from locc.verify.worlds import reason
+from locc.verify.memory import estimate
 
 _FEW_PARAMETERS = 1 << 24
 _FEW_OPERATIONS = 1e10
@@ -97,7 +110,7 @@ def prove(
     return _certificate(ir, name, batch, seen)
 
 
-def verify(program: Program, x: Any = None, y: Any = None, *, real: bool | None = None) -> Certificate:
+def verify(program: Compiled, x: Any = None, y: Any = None, *, real: bool | None = None) -> Certificate:
     """Prove a live program local, from the beginning.
 
     Args:
@@ -214,16 +227,16 @@ def _incomplete(seen: _Evidence, name: str, reason: str) -> None:
 
 def _certificate(ir: TrainingGraph, name: str, batch: Batch, seen: _Evidence) -> Certificate:
     derived = derive(ir, batch.size, batch.target)
-    locks = {owner: facts.locking(ir, derived, owner) for owner in ir.owners}
-    verdict, reasons = facts.modularity(ir, derived, locks)
-    traffic = facts.flows(ir, derived)
-    coupled = facts.couplings(ir, seen.sentinel.written if seen.sentinel is not None else None)
-    exact, why = facts.pipeline_exact(ir, traffic, coupled)
-    helpers = facts.auxiliaries(ir)
+    locks = {owner: locking(ir, derived, owner) for owner in ir.owners}
+    verdict, reasons = modularity(ir, derived, locks)
+    traffic = flows(ir, derived)
+    coupled = couplings(ir, seen.sentinel.written if seen.sentinel is not None else None)
+    exact, why = pipeline_exact(ir, traffic, coupled)
+    helpers = auxiliaries(ir)
     shown = static.reached(ir)
     depth = max((lock.depth for lock in locks.values()), default=0)
     backward = (
-        "end to end" if verdict == facts.NOT else "none" if depth == 0 else f"{depth} hop" + "s" * (depth > 1)
+        "end to end" if verdict == NOT else "none" if depth == 0 else f"{depth} hop" + "s" * (depth > 1)
     )
     table = TableRow(bool(helpers), any(lock.update for lock in locks.values()), backward)
     doubts = [
@@ -257,11 +270,11 @@ def _in_order(ir: TrainingGraph) -> list[str]:
 
 def _critical(ir: TrainingGraph) -> list[str]:
     try:
-        return facts.critical_path(ir)
+        return critical_path(ir)
     except LoccError:  # phases that cannot share a step: the longest of them counts
         if not ir.phases:
             raise
-        paths = [facts.critical_path(ir, frozenset(phase.trains)) for phase in ir.phases]
+        paths = [critical_path(ir, frozenset(phase.trains)) for phase in ir.phases]
         return max(paths, key=len)
 
 
@@ -283,7 +296,7 @@ def _gradients(ir: TrainingGraph, layered: set[Any], seen: _Evidence) -> list[tu
 def _owner(
     ir: TrainingGraph,
     owner: str,
-    lock: facts.Locking,
+    lock: Locking,
     helpers: list[str],
     shown: dict[str, list[str]],
     seen: _Evidence,

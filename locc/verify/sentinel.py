@@ -20,22 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
+from locc.facts.names import Names, Owned, home
 from locc.ir import TrainingGraph
 from locc.ir.captured import strip
 from locc.ir.state import begin
 from locc.ir.view import DATA
 from locc.lower import Assign, Backward, Instruction, Plan, Segment, Update
-from locc.verify.batch import Batch, standing_in
-from locc.verify.dispatch import Writes, memory_of
+from locc.verify.experiment.batch import Batch, standing_in
+from locc.verify.experiment.dispatch import Writes, memory_of
+from locc.verify.experiment.runner import Trainer, plans_of
+from locc.verify.experiment.snapshot import preserved, same_bits
+from locc.verify.experiment.worlds import Meta, Real
 from locc.verify.findings import SENTINEL, Finding
-from locc.verify.names import Names, Owned, home
-from locc.verify.runner import Trainer, plans_of
 from locc.verify.slots import Place, Slots
-from locc.verify.snapshot import preserved, same_bits
 from locc.verify.storage import fingerprint
 from locc.verify.tape import Record, Tape, sequence_number
 from locc.verify.walk import findings_of
-from locc.verify.worlds import Meta, Real
 
 STEPS = 2
 _HANDS_OFF = "hooks, custom functions and checkpoints may touch their module's parameters only"

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from locc.facts.names import Names, spell_node
 from locc.ir import ops
 from locc.ir.captured import owned_tensor, strip
 from locc.ir.graph import TrainingGraph
 from locc.ir.view import DATA, node_parameters
 from locc.verify.findings import REACHABILITY, Finding
-from locc.verify.names import Names, spell_node
 
 _CUT = "cut the edge with ir.stop_gradient(owner, value), or give the objective to the module that it trains"
 

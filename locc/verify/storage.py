@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, optim
 
+from locc.facts.names import Names
 from locc.ir import TrainingGraph
 from locc.runtime.learner import Learner
 from locc.verify.findings import STORAGE, Finding
-from locc.verify.names import Names
 from locc.verify.static import overlapping
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import locc
-from locc.verify.facts import NOT, STRICT, WEAK
+from locc.facts import NOT, STRICT, WEAK
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "verifying.md").read_text()

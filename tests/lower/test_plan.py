@@ -11,11 +11,11 @@ from torch.nn import functional
 
 import locc
 from benchmarks.meter import peak_memory
+from locc import Program
 from locc.ir import TrainingGraph, carry, stop_gradient
 from locc.ir.view import Phase, Repeat
 from locc.lower import Backward, Loop, Plan, Segment, Update, lower
 from locc.rewrite import Method, Pass
-from locc.runtime import Program
 from support import Residual, Tied, batch, compiled, mlp, sgd
 
 

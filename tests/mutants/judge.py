@@ -18,7 +18,7 @@ from locc.ir import Inputs, TrainingGraph, invariants
 from locc.ir.captured import strip
 from locc.runtime import Learner
 from locc.verify import Certificate, sentinel, static, storage, walk
-from locc.verify.batch import small_batch
+from locc.verify.experiment.batch import small_batch
 from locc.verify.findings import Finding
 
 from . import edges, labels, scalars, tensors  # noqa: F401  # they register their operators

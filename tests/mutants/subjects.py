@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import locc
+from locc import Program
 from locc.ir import TrainingGraph
-from locc.runtime import Program
 from verify import shapes
 from zoo import find
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import locc
+from locc import Program
 from locc.losses import Loss
-from locc.runtime import Program
 from zoo import CASES, Case
 
 STEPS = 3

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import locc
-from locc import CheckpointError
-from locc.runtime import Program, checkpoint
+from locc import CheckpointError, Program
+from locc.runtime import checkpoint
 from support import batch, same, snapshot
 
 

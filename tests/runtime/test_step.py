@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import locc
-from locc import RunError
-from locc.runtime import Program
+from locc import Program, RunError
 from support import Residual, batch, compiled, mlp, same, sgd, snapshot
 
 F64 = torch.float64

@@ -11,7 +11,7 @@ from torch import fx
 import locc
 from locc.ir import TrainingGraph, ops
 from locc.verify import sentinel, static, walk
-from locc.verify.batch import small_batch
+from locc.verify.experiment.batch import small_batch
 from locc.verify.findings import REACHABILITY, SENTINEL, WALK
 
 from .leaks import HARMLESS, LEAKS, OWN, Act, Chain, plain

@@ -7,7 +7,7 @@ import torch
 
 import locc
 from locc.verify import sentinel, static, storage, walk
-from locc.verify.batch import small_batch
+from locc.verify.experiment.batch import small_batch
 from locc.verify.findings import SENTINEL, WALK
 
 from . import leaks

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import locc
+from locc.facts import NOT, STRICT, WEAK
 from locc.ir import TrainingGraph, inner, stop_gradient
 from locc.rewrite import Method, Pass
 from locc.verify import Certificate
-from locc.verify.facts import NOT, STRICT, WEAK
 
 METHODS = sorted(locc.methods())
 WIDTH = 6

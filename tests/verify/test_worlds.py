@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import locc
 from locc.verify import sentinel
-from locc.verify.batch import small_batch
-from locc.verify.dispatch import Kernels
-from locc.verify.shapes import RealTensorError, Shapes
-from locc.verify.worlds import Meta
+from locc.verify.experiment.batch import small_batch
+from locc.verify.experiment.dispatch import Kernels
+from locc.verify.experiment.shapes import RealTensorError, Shapes
+from locc.verify.experiment.worlds import Meta
 
 from .leaks import LEAKS, Chain, plain
 from .shapes import SHAPES

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import locc
 from examples.digits import digits, loaders
 from examples.models import SmallCNN
+from locc import Program
 from locc.errors import MethodError
 from locc.ir import TensorSpec
-from locc.runtime.program import Program
 from support import Residual, Tied, batch, compiled, mlp, same, sgd, snapshot
 
 SPLITS = ["relu1", "relu2"]

@@ -12,7 +12,7 @@ from locc.ir import TrainingGraph
 from locc.ir.captured import owned_tensor
 from locc.lower import Backward, Loop, Plan, Segment, Update, lower
 from locc.runtime import Machine
-from locc.verify.worlds import Real
+from locc.verify.experiment.worlds import Real
 
 ROUNDS = 2
 """A repeated region runs this often in a check: once fresh, once on what it carries."""

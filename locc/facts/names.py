@@ -58,6 +58,12 @@ def home(owners: tuple[str, ...]) -> str:
     return "which modules " + ", ".join(f"'{o}'" for o in owners) + " use"
 
 
+def some(names: list[str]) -> str:
+    """Return the first few names, quoted, and how many more there are."""
+    shown = ", ".join(f"'{n}'" for n in names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+
 def _users(ir: TrainingGraph) -> dict[int, dict[str, None]]:
     users: dict[int, dict[str, None]] = {}
     for node in ir.graph.nodes:
