@@ -19,7 +19,7 @@ from locc.facts.traffic import Flow
 from locc.ir import Coupling, TrainingGraph
 from locc.ir.captured import strip
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,8 @@ def _flows(flows: tuple[Flow, ...], end: str) -> Iterator[str]:
         hops = f", through {_count(flow.hops, 'module')}" if flow.hops else ""
         spec = f" {flow.spec}" if flow.spec else ""
         way = f" ({flow.direction})" if other != "data" else ""
-        yield f"{flow.kind} {flow.value}{spec} {preposition} {other}{way}{hops}"
+        late = f", {_count(flow.staleness, 'step')} old" if flow.staleness else ""
+        yield f"{flow.kind} {flow.value}{spec} {preposition} {other}{way}{hops}{late}"
     if len(flows) > 10:
         yield f"and {len(flows) - 10} more"
 
@@ -275,7 +276,9 @@ def _locking(owner: OwnerFacts) -> str:
         backward = f"yes, waits for {_listed(owner.backward_waits_for, 4)}"
         backward += f" (a chain of {owner.backward_depth})" if owner.backward_depth > 1 else " (one hop)"
     update = f"yes, waits for {_listed(owner.update_waits_for, 4)}" if owner.update_locked else "no"
-    return f"forward: {_yes(owner.forward_locked)}; update: {update}; backward: {backward}"
+    earlier = [o for o in owner.depends_on if o not in owner.update_waits_for]
+    late = f"; trains on values of earlier steps of {_listed(earlier, 4)}" if earlier else ""
+    return f"forward: {_yes(owner.forward_locked)}; update: {update}; backward: {backward}{late}"
 
 
 def _listed(items: Iterable[str], most: int = 6) -> str:

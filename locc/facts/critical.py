@@ -14,8 +14,8 @@ from locc.lower.tasks import Analysis, BackwardTask, RegionTask, Task, analyse, 
 def critical_path(ir: TrainingGraph, active: frozenset[str] | None = None) -> list[str]:
     """Return the longest chain of module-steps in one training step.
 
-    A module-step is a stretch of an owner's forward that runs layers with parameters, or one backward
-    pass through such layers; a repeated region counts once for each round.
+    A module-step is a stretch of an owner's code that runs layers with parameters, or multiplies or solves
+    matrices (a closed form), or one backward pass through such; a repeated region counts once for each round.
     """
     found = analyse(ir, active)
     return _longest(ir, found, order(ir, found, found.needed), None)
@@ -91,6 +91,6 @@ def _heaviest(graph: nx.DiGraph[int], steps: list[list[str]]) -> list[str]:
 def _layered(ir: TrainingGraph, node: fx.Node) -> bool:
     if node.op == "get_attr":
         return False
-    return bool(node_parameters(ir.root, node)) or any(
+    return bool(node.meta.get("contracts") or node_parameters(ir.root, node)) or any(
         s.op == "get_attr" and node_parameters(ir.root, s) for s in node.all_input_nodes
     )

@@ -13,6 +13,8 @@ from locc.ir import ops
 from locc.ir.captured import owned_tensor
 from locc.ir.graph import TrainingGraph
 from locc.ir.spec import TensorSpec
+from locc.ir.state import State
+from locc.ir.time import ages, held
 from locc.ir.view import DATA, node_parameters
 
 _LINEAR_LAYERS = (nn.Linear, nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.conv._ConvNd)
@@ -37,7 +39,9 @@ class Derivation:
     """Facts on every node.
 
     Attributes:
-        parents: what a node's value depends on, round a repeated region included.
+        parents: what a node's value depends on within the step, round a repeated region included.
+        held: for a read of what the step before has left, the values that it was set to.
+        ages: how many steps ago the newest data came from which a value is computed.
         layered: `gradient` nodes whose gradient passes through layers with parameters.
         traits: what a value is computed from: "input", "label", "parameter", "gradient", "error".
         signals: nodes that are linear in a gradient.
@@ -48,6 +52,8 @@ class Derivation:
     """
 
     parents: dict[fx.Node, list[fx.Node]]
+    held: dict[fx.Node, list[fx.Node]]
+    ages: dict[fx.Node, int]
     layered: set[fx.Node]
     traits: dict[fx.Node, frozenset[str]]
     signals: dict[fx.Node, Signal]
@@ -60,15 +66,22 @@ class Derivation:
         """Return the place of a node's owner; -1 for the batch itself."""
         return self.rank.get(str(node.meta.get("owner", DATA)), -1)
 
-    def closure(self, roots: list[fx.Node]) -> set[fx.Node]:
-        """Return everything that the values of `roots` depend on, themselves included."""
+    def closure(self, roots: list[fx.Node], across: bool = False) -> set[fx.Node]:
+        """Return everything that the values of `roots` depend on, themselves included.
+
+        Within the step, or `across` steps: also by way of what earlier ones have left.
+        """
         seen, todo = set(roots), list(roots)
         while todo:
-            for source in self.parents.get(todo.pop(), []):
+            for source in self.sources(todo.pop(), across):
                 if source not in seen:
                     seen.add(source)
                     todo.append(source)
         return seen
+
+    def sources(self, node: fx.Node, across: bool) -> list[fx.Node]:
+        """Return what a value depends on directly."""
+        return [*self.parents.get(node, ()), *(self.held.get(node, ()) if across else ())]
 
 
 def derive(ir: TrainingGraph, batch: int = 2, target: Any = None) -> Derivation:
@@ -78,13 +91,52 @@ def derive(ir: TrainingGraph, batch: int = 2, target: Any = None) -> Derivation:
         for entry, end in region.carried:
             parents[entry].append(end)
     layered = {n for n in ir.gradients() if _passes_layers(ir, n)}
-    traits = _traits(ir, layered)
-    result = Derivation(parents, layered, traits, {}, [], _ranks(ir), target, batch)
-    for node in ir.graph.nodes:
-        signal = _signal(ir, node, result)
-        if signal is not None:
-            result.signals[node] = signal
+    earlier = held(ir)
+    traits = _traits(ir, layered, earlier)
+    result = Derivation(parents, earlier, ages(ir), layered, traits, {}, [], _ranks(ir), target, batch)
+    _find_signals(ir, result)
     return result
+
+
+def _find_signals(ir: TrainingGraph, known: Derivation) -> None:
+    """Find the values that are linear in a gradient, by way of what earlier steps have left as well.
+
+    A read is linear where what was left is, starting from the gradients of the step (the least fixed point);
+    of these, it is nothing but a gradient as long as nothing shows otherwise (the greatest).
+    """
+    most = len(known.layered)  # round a loop of states a chain has no end: each gradient counts once
+    reads: dict[fx.Node, Signal] = {}
+    while True:
+        _sweep(ir, known, reads)
+        found = dict(reads)
+        for read, values in known.held.items():
+            hops = [known.signals[v].hops for v in values if v in known.signals]
+            if hops:
+                found[read] = Signal(min(max(hops), most), _starts_at_zero(ir, read))
+        if found == reads:
+            break
+        reads = found
+    while mixed := [r for r, s in reads.items() if s.pure and not _pure(known, known.held[r])]:
+        reads.update({read: Signal(reads[read].hops, False) for read in mixed})
+        _sweep(ir, known, reads)
+
+
+def _sweep(ir: TrainingGraph, known: Derivation, reads: dict[fx.Node, Signal]) -> None:
+    known.signals, known.doubtful = {}, []
+    for node in ir.graph.nodes:
+        signal = reads.get(node) or _signal(ir, node, known)
+        if signal is not None:
+            known.signals[node] = signal
+
+
+def _pure(known: Derivation, values: list[fx.Node]) -> bool:
+    return all(v in known.signals and known.signals[v].pure for v in values)
+
+
+def _starts_at_zero(ir: TrainingGraph, read: fx.Node) -> bool:
+    held = owned_tensor(ir.root, read.meta["state"] if "state" in read.meta else str(read.target))
+    start = held.initial if isinstance(held, State) else held
+    return isinstance(start, Tensor) and not bool(start.count_nonzero())
 
 
 def _passes_layers(ir: TrainingGraph, gradient: fx.Node) -> bool:
@@ -116,22 +168,31 @@ def _has_parameters(ir: TrainingGraph, node: fx.Node) -> bool:
     return any(s.op == "get_attr" and node_parameters(ir.root, s) for s in node.all_input_nodes)
 
 
-def _traits(ir: TrainingGraph, layered: set[fx.Node]) -> dict[fx.Node, frozenset[str]]:
+def _traits(
+    ir: TrainingGraph, layered: set[fx.Node], earlier: dict[fx.Node, list[fx.Node]]
+) -> dict[fx.Node, frozenset[str]]:
     found: dict[fx.Node, frozenset[str]] = {}
-    for node in ir.graph.nodes:
-        mine: set[str] = set()
-        if node is ir.target:
-            mine.add("label")
-        elif node.op == "placeholder":
-            mine.add("input")
-        if node_parameters(ir.root, node):
-            mine.add("parameter")
-        if node.target is ops.gradient:
-            mine.add("gradient" if node in layered else "error")
-        for source in node.all_input_nodes:
-            mine |= found.get(source, frozenset())
-        found[node] = frozenset(mine)
+    before: dict[fx.Node, frozenset[str]] | None = None
+    while found != before:
+        before = dict(found)
+        for node in ir.graph.nodes:
+            sources = [*node.all_input_nodes, *earlier.get(node, ())]
+            found[node] = _own(ir, node, layered).union(*(found.get(s, frozenset()) for s in sources))
     return found
+
+
+def _own(ir: TrainingGraph, node: fx.Node, layered: set[fx.Node]) -> frozenset[str]:
+    """Return the traits that a value has of itself."""
+    mine: set[str] = set()
+    if node is ir.target:
+        mine.add("label")
+    elif node.op == "placeholder":
+        mine.add("input")
+    if node_parameters(ir.root, node):
+        mine.add("parameter")
+    if node.target is ops.gradient:
+        mine.add("gradient" if node in layered else "error")
+    return frozenset(mine)
 
 
 def _signal(ir: TrainingGraph, node: fx.Node, known: Derivation) -> Signal | None:
@@ -189,7 +250,7 @@ def _probe(
 
 
 def _sample(ir: TrainingGraph, node: fx.Node, known: Derivation) -> Any:
-    if node.op == "get_attr":
+    if node.op == "get_attr" and "state" not in node.meta:
         held = owned_tensor(ir.root, str(node.target))
         return held.detach() if isinstance(held, Tensor) else held
     if node is ir.target:

@@ -45,6 +45,8 @@ class OwnerFacts:
         backward_waits_for: later modules whose backward pass its update waits for (empty: not
             backward-locked).
         backward_depth: the longest chain of such backward passes.
+        depends_on: later modules whose values it trains on, those of earlier steps included, for which it
+            does not wait.
         trains_on_gradient: the gradient that came through a later module's layers and in which its
             objective is linear, or None.
         gradient_hops: how many modules' layers that gradient crossed.
@@ -63,6 +65,7 @@ class OwnerFacts:
     update_waits_for: tuple[str, ...]
     backward_waits_for: tuple[str, ...]
     backward_depth: int
+    depends_on: tuple[str, ...]
     trains_on_gradient: str | None
     gradient_hops: int
     peak_memory: int | None

@@ -27,6 +27,7 @@ class Flow:
         direction: "up" to a later module in the order of the values, "down" to an earlier one, "within" a
             module and its auxiliaries.
         hops: for a gradient, how many modules' layers it was back-propagated through.
+        staleness: how many steps ago the newest data came from which it is computed.
     """
 
     producer: str
@@ -36,6 +37,7 @@ class Flow:
     spec: str
     direction: str
     hops: int = 0
+    staleness: int = 0
 
 
 def flows(ir: TrainingGraph, facts: Derivation) -> list[Flow]:
@@ -59,11 +61,12 @@ def _flow(ir: TrainingGraph, source: fx.Node, entry: fx.Node, facts: Derivation)
     hops = signal.hops if signal is not None and kind == "gradient" else 0
     spec = source.meta.get("spec")
     value = strip(str(source.target)) if source.op == "get_attr" else source.name
-    return Flow(producer, consumer, kind, value, str(spec) if spec is not None else "", direction, hops)
+    text = str(spec) if spec is not None else ""
+    return Flow(producer, consumer, kind, value, text, direction, hops, facts.ages[source])
 
 
 def _kind(ir: TrainingGraph, source: fx.Node, entry: fx.Node, facts: Derivation) -> str:
-    if source.op == "get_attr":
+    if source.op == "get_attr" and source not in facts.held:
         return "state"
     traits = facts.traits[source]
     if traits and traits <= {"label"}:

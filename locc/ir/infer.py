@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -82,8 +83,8 @@ def _run(root: nn.Module, op: str, target: Any, args: Any, kwargs: Any, batch: i
     device = "cpu" if fake is not None else "meta"
 
     def value(node: fx.Node) -> Any:
-        if isinstance(held.get(node), nn.Module):
-            return held[node]
+        if fake is not None and isinstance(module := held.get(node), nn.Module):
+            return _copy(fake, module)
         spec = node.meta.get("spec")
         if spec is None:
             raise _UnknownError
@@ -93,12 +94,18 @@ def _run(root: nn.Module, op: str, target: Any, args: Any, kwargs: Any, batch: i
         a, k = fx.map_arg(args, value), fx.map_arg(kwargs, value)
         if op == "call_method":
             result = getattr(a[0], target)(*a[1:], **k)
-        elif op == "call_module":
-            result = _call(root.get_submodule(str(target)), a, k)
+        elif fake is not None and op == "call_module":
+            result = _call(_copy(fake, root.get_submodule(str(target))), a, k)
         else:
             function: Callable[..., Any] = target
             result = function(*a, **k)
     return tree_map(_spec, result)
+
+
+def _copy(fake: FakeTensorMode, module: nn.Module) -> nn.Module:
+    """Return a module of shapes alone: what its code keeps on itself stays out of the real one."""
+    with FakeCopyMode(fake):
+        return copy.deepcopy(module)
 
 
 def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:

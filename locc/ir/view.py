@@ -179,15 +179,6 @@ class View:
         """Whether an `assign` keeps a delayed value for later: it runs in every step that reads the delay."""
         return node.target is ops.assign and self._delayed(node.all_input_nodes[0])
 
-    def age(self, value: fx.Node) -> int:
-        """Return by how many steps a value is older than the step: the length of its delay, otherwise 0."""
-        found = [n for n in self.graph.nodes if n.target is ops.assign]
-        assigned = {n.all_input_nodes[0].target: n.all_input_nodes[-1] for n in found}
-        steps = 0
-        while self._delayed(value):
-            value, steps = assigned[value.target], steps + 1
-        return steps
-
     def _delayed(self, node: fx.Node) -> bool:
         held = owned_tensor(self.root, node.meta["state"]) if "state" in node.meta else None
         return node.op == "get_attr" and isinstance(held, State) and held.delays

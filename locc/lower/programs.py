@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from locc.ir.graph import TrainingGraph
 from locc.ir.spec import Spec
+from locc.ir.time import ages
 from locc.ir.view import DATA
 from locc.lower.instructions import (
     Assign,
@@ -31,7 +32,7 @@ class Received:
         name: of the value.
         spec: its shape and dtype, None where it is no tensor (a target).
         source: the owner that computes it; "data" for the batch.
-        staleness: by how many steps it is older than the step that reads it.
+        staleness: how many steps ago the newest data came from which it is computed.
     """
 
     name: str
@@ -83,12 +84,12 @@ def module_programs(ir: TrainingGraph, plan: Plan) -> dict[str, ModuleProgram]:
 
 
 def _receives(ir: TrainingGraph, plan: Plan) -> tuple[Received, ...]:
-    node = {n.name: n for n in ir.graph.nodes}
+    age = {node.name: steps for node, steps in ages(ir).items()}
     found = [Received(n, plan.specs.get(n), DATA) for n in plan.inputs if n in plan.read]
     for instruction in instructions_of(plan.instructions):
         if isinstance(instruction, Receive):
             name = instruction.value
-            found.append(Received(name, instruction.spec, instruction.source, ir.age(node[name])))
+            found.append(Received(name, instruction.spec, instruction.source, age[name]))
     return tuple(dict.fromkeys(found))
 
 

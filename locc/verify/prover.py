@@ -234,7 +234,7 @@ def _certificate(ir: TrainingGraph, name: str, batch: Batch, seen: _Evidence) ->
     exact, why = pipeline_exact(ir, traffic, coupled)
     helpers = auxiliaries(ir)
     shown = static.reached(ir)
-    depth = max((lock.depth for lock in locks.values()), default=0)
+    depth = max((lock.chain for lock in locks.values()), default=0)
     backward = (
         "end to end" if verdict == NOT else "none" if depth == 0 else f"{depth} hop" + "s" * (depth > 1)
     )
@@ -325,6 +325,7 @@ def _owner(
         update_waits_for=lock.update,
         backward_waits_for=lock.backward,
         backward_depth=lock.depth,
+        depends_on=lock.values,
         trains_on_gradient=lock.trains_on,
         gradient_hops=lock.hops,
         peak_memory=seen.memory.of(owner) if seen.memory is not None else None,

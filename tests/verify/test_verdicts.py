@@ -131,7 +131,7 @@ class Arriving(Pass):
             for arriving in [n for n in gradient.users if n.target is stop_gradient]:
                 owner, spec = arriving.meta["owner"], arriving.meta["spec"]
                 users = list(arriving.users)
-                new = ir.emit(owner, self.function, arriving, spec=spec)
+                new = ir.emit(owner, self.function, arriving)
                 for user in users:
                     user.replace_input_with(arriving, new)
 
@@ -144,7 +144,7 @@ class Cut(Pass):
         for gradient in ir.gradients():
             for arriving in [n for n in gradient.users if n.target is stop_gradient]:
                 owner, spec = arriving.meta["owner"], arriving.meta["spec"]
-                new = ir.emit(owner, torch.ones, spec.concrete(2)[1:], spec=spec)
+                new = ir.emit(owner, torch.ones, spec.concrete(2)[1:])
                 arriving.replace_all_uses_with(new)
         while ended := [n for n in ir.gradients() if not any(u.users for u in n.users)]:
             for gradient in ended:
