@@ -129,7 +129,7 @@ class Arriving(Pass):
     def rewrite(self, ir: TrainingGraph) -> None:
         for gradient in ir.gradients():
             for arriving in [n for n in gradient.users if n.target is stop_gradient]:
-                owner, spec = arriving.meta["owner"], arriving.meta["spec"]
+                owner = arriving.meta["owner"]
                 users = list(arriving.users)
                 new = ir.emit(owner, self.function, arriving)
                 for user in users:
