@@ -21,7 +21,7 @@ from locc.ir.spec import Spec, TensorSpec
 from locc.ir.state import RESIZE, State, renewed
 from locc.ir.view import DATA, Owner, View
 
-_KEPT = ("random", "line", "contracts")
+_KEPT = ("random", "untried", "line", "contracts")
 
 
 @dataclass
@@ -109,8 +109,10 @@ class TrainingGraph(View):
             node: fx.Node = self.graph.create_node(op, target, tuple(args), dict(kwargs), name)
         node.meta.update(owner=owner, role=role, made_by=self._making)
         node.meta["spec"] = spec if found is None else found.spec
-        if infers and (found is None or found.random):
-            node.meta["random"] = True  # what could not be tried may draw
+        if infers and found is None:
+            node.meta["untried"] = True
+        elif found is not None and found.random:
+            node.meta["random"] = True
         if found is not None and found.contracts:
             node.meta["contracts"] = True
         return node

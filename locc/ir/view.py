@@ -6,6 +6,7 @@ Metadata of a node, beside what capture wrote (`locc.ir.captured`):
 - `role`: what it is for ("forward", "boundary", "head", "loss", "objective", ...)
 - `made_by`: the stage or pass that created it
 - `state`: for a read of a state that lives across steps, the path of its `locc.ir.state.State`
+- `random`: True where it draws random numbers; `untried`: True where that could not be tried
 - `contracts`: True where it multiplies or solves matrices (absent otherwise)
 """
 
@@ -254,8 +255,8 @@ def replaced_names(node: fx.Node) -> set[str]:
 
 
 def draws(root: nn.Module, node: fx.Node) -> bool:
-    """Whether `node` may draw random numbers: it has, or it holds dropout whose rate may be raised."""
-    if node.meta.get("random"):
+    """Whether `node` may draw random numbers: it has, it was not tried, or its dropout's rate may be raised."""
+    if node.meta.get("random") or node.meta.get("untried"):
         return True
     holder = node if node.op == "call_module" else node.args[0] if node.target in _HOLDING else None
     module = owned_tensor(root, str(holder.target)) if isinstance(holder, fx.Node) else None
