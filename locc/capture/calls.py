@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from locc.capture.state import preserved
 from locc.errors import CaptureError, nearest
 from locc.ir.captured import Inputs, Root, strip
 from locc.markers import split
+from locc.snapshot import preserved
 
 Stack = tuple[tuple[str, int], ...]
 Handler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]

@@ -30,7 +30,7 @@ from locc.capture.ledger import Ledger
 from locc.capture.patches import functions_patched
 from locc.capture.sizes import Sizes
 from locc.capture.source import user_code, user_line
-from locc.capture.state import bindings, preserved, python_random_state, rewritten
+from locc.capture.state import bindings, python_random_state, rewritten
 from locc.capture.targets import (
     Applied,
     Hooked,
@@ -45,6 +45,7 @@ from locc.capture.tree import flatten, leaves_of, map_plain
 from locc.errors import CaptureError
 from locc.ir.captured import Root, strip
 from locc.ir.ops import assign
+from locc.snapshot import preserved
 
 _READS_VALUES = {"__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__"}
 _READS_VALUES |= {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"}

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from locc.capture.batch import Call, merge
 from locc.capture.calls import Calls, intercepting
 from locc.capture.source import user_code
-from locc.capture.state import preserved, seed_all, values_preserved
+from locc.capture.state import seed_all
 from locc.capture.targets import unchanging
 from locc.capture.tree import LEAF, Path, Structure, flatten, leaves_of
 from locc.errors import CaptureError
 from locc.ir.captured import Root, strip
 from locc.ir.spec import Dim
+from locc.snapshot import preserved, values_preserved
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 from locc.capture.batch import Call
 from locc.capture.eager import Eager
 from locc.capture.graphs import Trace, placeholder_name
-from locc.capture.state import preserved
 from locc.capture.targets import Constant
 from locc.errors import CaptureError, LoccError
 from locc.ir.captured import BatchGuard, Inputs, Root, owned_tensor
+from locc.snapshot import preserved
 
 Batches = tuple[int | None, int | None]
 

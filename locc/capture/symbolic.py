@@ -15,11 +15,12 @@ from locc.capture.eager import Run
 from locc.capture.graphs import Trace, emit_output, placeholder_name, tidy
 from locc.capture.patches import functions_patched
 from locc.capture.source import user_line
-from locc.capture.state import bindings, preserved, python_random_state, rewritten
+from locc.capture.state import bindings, python_random_state, rewritten
 from locc.capture.targets import Applied, Region
 from locc.capture.transforms import transforms_patched
 from locc.errors import CaptureError
 from locc.ir.captured import Root, strip
+from locc.snapshot import preserved
 
 
 def trace(root: Root, call: Call, opened: frozenset[str], training: bool, eager: Run) -> Trace:

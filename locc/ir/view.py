@@ -255,7 +255,7 @@ def replaced_names(node: fx.Node) -> set[str]:
 
 
 def draws(root: nn.Module, node: fx.Node) -> bool:
-    """Whether `node` may draw random numbers: it has, it was not tried, or its dropout's rate may be raised."""
+    """Whether `node` may draw random numbers: it has, was not tried, or holds dropout."""
     if node.meta.get("random") or node.meta.get("untried"):
         return True
     holder = node if node.op == "call_module" else node.args[0] if node.target in _HOLDING else None

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from locc.lower import Instruction, Loop, Plan, Segment, instructions_of
 from locc.program import Program
-from locc.verify.experiment.snapshot import preserved, same_bits
+from locc.snapshot import preserved, same_bits
 
 from .trial import Holdings, State, Trial, twin, unit, untouched
 

@@ -19,9 +19,9 @@ from locc.ir.view import node_parameters
 from locc.lower import Backward, Instruction, Plan, instructions_of
 from locc.program import Program
 from locc.runtime import checked
+from locc.snapshot import preserved, same_bits
 from locc.verify import Certificate
 from locc.verify.experiment.batch import small_batch
-from locc.verify.experiment.snapshot import preserved, same_bits
 
 from .local import assert_local
 

@@ -30,10 +30,10 @@ from locc.ir import Inputs, TrainingGraph, assign
 from locc.ir.captured import strip
 from locc.lower import Plan
 from locc.runtime import Compiled, Learner, checked
+from locc.snapshot import preserved
 from locc.verify import sentinel, static, storage, walk
 from locc.verify.experiment.batch import Batch, small_batch, standing_in, whole_batch
 from locc.verify.experiment.runner import plans_of
-from locc.verify.experiment.snapshot import preserved
 from locc.verify.experiment.worlds import reason
 from locc.verify.findings import REACHABILITY, SENTINEL, STORAGE, WALK, refuse
 from locc.verify.memory import estimate

@@ -26,10 +26,10 @@ from locc.ir.captured import strip
 from locc.ir.state import begin
 from locc.ir.view import DATA
 from locc.lower import Assign, Backward, Instruction, Plan, Segment, Update
+from locc.snapshot import preserved, same_bits
 from locc.verify.experiment.batch import Batch, standing_in
 from locc.verify.experiment.dispatch import Writes, memory_of
 from locc.verify.experiment.runner import Trainer, plans_of
-from locc.verify.experiment.snapshot import preserved, same_bits
 from locc.verify.experiment.worlds import Meta, Real
 from locc.verify.findings import SENTINEL, Finding
 from locc.verify.slots import Place, Slots

@@ -1,9 +1,10 @@
-"""Leaves a program bit for bit as it was: tensors, attributes, gradients, optimizers, generators."""
+"""Leaves a model bit for bit as it was: tensors, attributes, hooks, gradients, optimizers, generators."""
 
 from __future__ import annotations
 
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn, optim
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+_HOLDING = (list, dict, set, deque, tuple)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -24,18 +26,35 @@ def preserved(
     With `values=False`, what a run on fake tensors cannot change is not copied: parameters, buffers and
     optimizer state, but for its counters.
     """
-    undo: list[Callable[[], None]] = [_generators()]
-    tensors = {id(t): t for t in (*root.parameters(), *root.buffers())}
-    undo += [_tensor(t, values) for t in tensors.values()]
+    tensors = _tensors(root)
+    undo = [_generators(), *(_tensor(t, values) for t in tensors)]
     undo += [_attributes(module) for module in root.modules()]
     undo += [_optimizer(o, values) for o in optimizers]
-    for tensor in tensors.values():
+    for tensor in tensors:
         tensor.grad = None
     try:
         yield
     finally:
         for step in reversed(undo):
             step()
+
+
+@contextmanager
+def values_preserved(root: nn.Module) -> Iterator[None]:
+    """Undo, on exit, every change to the values of parameters and buffers, and nothing else."""
+    tables = [(module._buffers, dict(module._buffers)) for module in root.modules()]
+    undo = [_tensor(t, True) for t in _tensors(root)]
+    try:
+        yield
+    finally:
+        for step in undo:
+            step()
+        for table, saved in tables:
+            table.update(saved)
+
+
+def _tensors(root: nn.Module) -> list[Tensor]:
+    return list({id(t): t for t in (*root.parameters(), *root.buffers())}.values())
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -96,12 +115,7 @@ def _tensor(tensor: Tensor, values: bool) -> Callable[[], None]:
 
 def _attributes(module: nn.Module) -> Callable[[], None]:
     attributes = dict(module.__dict__)
-    tables = {name: dict(attributes[name]) for name in _TABLES}
-    containers = [
-        (value, type(value)(value))
-        for key, value in attributes.items()
-        if type(value) in (list, dict, set) and key not in _TABLES
-    ]
+    held = list(_containers(attributes))
     tensors = [
         (value, value.detach().clone())
         for key, value in attributes.items()
@@ -112,11 +126,7 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
         for name in set(module.__dict__) - set(attributes):
             del module.__dict__[name]
         module.__dict__.update(attributes)
-        for name, table in tables.items():
-            current = module.__dict__[name]
-            current.clear()
-            current.update(table)
-        for container, saved in containers:
+        for container, saved in held:
             _refill(container, saved)
         for tensor, value in tensors:
             if not same_bits(tensor.detach(), value):
@@ -125,12 +135,42 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _refill(container: Any, saved: Any) -> None:
-    if isinstance(container, list):
-        container[:] = saved
-    else:
-        container.clear()
+def _containers(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield each list, dict, set and deque among the values or inside of one, with what it holds.
+
+    The tables of parameters, buffers, submodules and hooks are such dicts.
+    """
+    seen: set[int] = set()
+    todo = list(values.values())
+    while todo:
+        value = todo.pop()
+        if not isinstance(value, _HOLDING) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        inside = value.values() if isinstance(value, dict) else value
+        todo += [v for v in inside if isinstance(v, _HOLDING)]
+        if isinstance(value, dict):
+            yield value, list(value.items())
+        elif not isinstance(value, tuple):
+            yield value, list(value)
+
+
+def _refill(container: Any, saved: list[Any]) -> None:
+    now = list(container.items() if isinstance(container, dict) else container)
+    if len(now) == len(saved) and all(_is(a, b) for a, b in zip(now, saved, strict=True)):
+        return
+    container.clear()
+    if isinstance(container, (dict, set)):
         container.update(saved)
+    else:
+        container.extend(saved)
+
+
+def _is(one: Any, other: Any) -> bool:
+    """Whether two entries, or items of a dict, are the same objects."""
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other) == 2:
+        return one[0] is other[0] and one[1] is other[1]
+    return one is other
 
 
 def _optimizer(optimizer: optim.Optimizer, values: bool) -> Callable[[], None]:
