@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import locc
-from locc.runtime import Program, checkpoint
+from locc import Program
+from locc.runtime import checkpoint
 
 
 class Residual(nn.Module):

@@ -257,8 +257,8 @@ class TrainingGraph(View):
         if reset is None:
             return node
         start = self.read(owner, f"{path}.initial", role="state")
-        where = {"dim": dim} if dim else {}
-        read = self.emit(owner, renewed, reset, node, start, role="state", spec=spec, **where)
+        along = (dim,) if dim else ()
+        read = self.emit(owner, renewed, reset, node, start, *along, role="state", spec=spec)
         read.meta["state"] = path
         return read
 

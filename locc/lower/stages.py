@@ -24,7 +24,9 @@ def stages(ir: TrainingGraph, name: str, sequential: bool) -> tuple[Phase, ...]:
     named = [phase.name for phase in ir.phases]
     for phase in ir.phases:
         if named.count(phase.name) > 1:
-            raise MethodError(f"two phases of method '{name}' are called '{phase.name}'; give each its own name")
+            raise MethodError(
+                f"two phases of method '{name}' are called '{phase.name}'; give each its own name"
+            )
         for owner in (*phase.trains, *(phase.frozen or ())):
             if owner not in ir.owners:
                 raise MethodError(

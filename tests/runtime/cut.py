@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import locc
-from locc.runtime import Program
+from locc import Program
+from locc.runtime.fit import History
 from runtime.turns import Probing, norms
 from support import batch
 
@@ -60,7 +61,7 @@ def by_workers(seed: int) -> DataLoader[Any]:
 
 @dataclass(frozen=True)
 class Scene:
-    """A program, a loader (of a seed), and how `fit` is called: warm-up, two turns an epoch, three batches."""
+    """A program, its loader (of a seed), and how `fit` is called; a pass has three batches."""
 
     loader: Callable[[int], DataLoader[Any]] = shuffled
     options: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class Scene:
         options = {"seed": 1, "verify": False, "example_inputs": batch(4)[0], **self.options}
         return locc.compile(norms(), Probing(), ["a", "b"], **options)
 
-    def fit(self, program: Program, loader: Any, **options: Any) -> Any:
+    def fit(self, program: Program, loader: Any, **options: Any) -> History:
         return program.fit(loader, EPOCHS, progress=False, **self.fitting, **options)
 
 

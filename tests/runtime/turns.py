@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -57,6 +56,27 @@ class InPhases(Method):
         return (Heads(self.phases),)
 
 
+@dataclass(frozen=True)
+class Rewrite(Pass):
+    function: Callable[[TrainingGraph], None]
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        self.function(ir)
+        ir.objective(ir.last.name, ir.apply_loss(), "loss")
+
+
+@dataclass(frozen=True)
+class Written(Method):
+    """What a function writes, and the user's loss for the last module."""
+
+    family: ClassVar[str] = "test"
+    reference: ClassVar[str] = "none"
+    function: Callable[[TrainingGraph], None]
+
+    def passes(self) -> Sequence[Pass]:
+        return (Rewrite(self.function),)
+
+
 def changed(now: Tensor, before: Tensor) -> Tensor:
     """How far an activation has moved from that of the step before."""
     return (now - before).square().mean()
@@ -79,7 +99,8 @@ class Probes(Pass):
             name, value = module.name, head(ir, module.name)
             (width,) = value.meta["spec"].features
             trace = ir.state(name, f"{name}_trace", TensorSpec((width,), value.meta["spec"].dtype), 0.5)
-            ir.assign(name, trace, ir.emit(name, mixed, trace, ir.stop_gradient(name, value, role="detached")))
+            now = ir.stop_gradient(name, value, role="detached")
+            ir.assign(name, trace, ir.emit(name, mixed, trace, now))
             probe = ir.add_owner(f"{name}.probe", module).name
             probes.append(probe)
             net = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(0.3))
