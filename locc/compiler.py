@@ -76,7 +76,8 @@ def compile(
         tied: policy for a parameter that two modules use: "error", "owner" or "copy".
         scheduler: callable(optimizer) -> learning-rate scheduler, or a dict of them by module.
         clip: largest gradient norm of each owner.
-        accumulate: number of steps whose mean gradient makes one update.
+        accumulate: number of steps whose mean gradient makes one update of the parameters. What a method
+            sets without a gradient (state, moving averages, closed forms) is set in every step.
         autocast: "bfloat16" or "float16": run the forward under autocast.
         seed: of auxiliaries, dropout and noise; the default is `torch.initial_seed()`.
         atomic: undo a whole step when an objective is not finite, earlier modules' updates included;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import locc
 from locc import Program
+from locc.runtime import checkpoint
 
 
 class Residual(nn.Module):
@@ -74,6 +76,13 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two states are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def everything(program: Program) -> dict[str, Tensor]:
+    """Every tensor and number that training depends on."""
+    tensors, header = checkpoint._state(program)
+    tensors["header"] = torch.tensor(list(json.dumps(header).encode()))
+    return tensors
 
 
 def compiled(model: nn.Module, method: Any = "bp", splits: Any = (), **options: Any) -> Program:

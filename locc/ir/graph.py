@@ -197,7 +197,8 @@ class TrainingGraph(View):
     def assign(self, owner: str, state: str | fx.Node, value: fx.Node) -> fx.Node:
         """Set a state, parameter or buffer to `value` when the step (in a region: its round) is over.
 
-        Under `accumulate` this happens in every step, as state belongs to the step and not to the update.
+        Under `accumulate=n` this happens in every step, as state belongs to the step and not to the update;
+        parameters that an objective trains move in every n-th.
 
         Args:
             owner: whose it is.
@@ -231,12 +232,13 @@ class TrainingGraph(View):
             name: what to call it.
             spec: shape and dtype; with the batch dimension, it is allocated when the first batch comes.
             initial: what it starts from: a number, or a tensor that broadcasts to the shape.
-            reset: a bool of the batch, [] or [B]: the samples that start from `initial` in this step.
+            reset: a flag of the batch, [] for the whole state or [B] for each sample along its batch
+                dimension: what starts from `initial` in this step.
             resize: what another batch size does: "reset" starts anew, "error" is refused.
             delays: whether it only keeps a value for later, so that it moves in each phase that reads it.
 
         Raises:
-            GraphError: `resize` is neither, or `initial` does not broadcast.
+            GraphError: `resize` is neither, `initial` does not broadcast, or `reset` is of another shape.
         """
         if resize not in RESIZE:
             raise GraphError(f"state '{name}' of '{owner}': resize={resize!r}; choose 'reset' or 'error'")
@@ -244,13 +246,21 @@ class TrainingGraph(View):
             held = State(owner, name, spec, initial, resize, delays)
         except RuntimeError as error:
             raise GraphError(f"state '{name}' of '{owner}': initial does not fit {spec}: {error}") from error
+        dim = spec.batch_dim
+        flag = reset.meta.get("spec") if reset is not None else None
+        if isinstance(flag, TensorSpec) and flag.shape not in ((), () if dim is None else (spec.shape[dim],)):
+            raise GraphError(
+                f"state '{name}' of '{owner}' is {spec}, and reset= is {flag}; give a flag [] for the whole "
+                "state, or one for each sample, as long as the state's batch dimension"
+            )
         path = self.add_module(name, held)
         node = self.read(owner, f"{path}.value", role="state")
         node.meta.update(spec=spec, state=path)
         if reset is None:
             return node
         start = self.read(owner, f"{path}.initial", role="state")
-        read = self.emit(owner, renewed, reset, node, start, role="state", spec=spec)
+        along = (dim,) if dim else ()
+        read = self.emit(owner, renewed, reset, node, start, *along, role="state", spec=spec)
         read.meta["state"] = path
         return read
 

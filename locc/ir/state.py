@@ -44,22 +44,20 @@ class State(nn.Module):
         self.register_buffer("initial", torch.as_tensor(initial).detach().to(spec.dtype).clone())
         self.register_buffer("value", self._start(0))
 
-    def begin(self, batch: int) -> None:
-        """Make ready for a step on `batch` samples.
-
-        Raises:
-            RunError: the state is of another batch size, and was declared not to start anew.
-        """
+    def admit(self, batch: int) -> None:
+        """Raise RunError where the state holds another batch size, and was declared not to start anew."""
         found, wanted = tuple(self.value.shape), self.spec.concrete(batch)
-        if found == wanted:
-            return
-        if self.resize == "error" and self.value.numel():
+        if found != wanted and self.resize == "error" and self.value.numel():
             raise RunError(
                 f"state '{self.name}' of '{self.owner}' holds {found} from the step before, and a batch of "
                 f"{batch} needs {wanted}; keep the batch size (drop_last=True), or declare the state with "
                 "resize='reset'"
             )
-        self.value = self._start(batch)
+
+    def begin(self, batch: int) -> None:
+        """Start anew for a step on `batch` samples, if the state is of another size."""
+        if tuple(self.value.shape) != self.spec.concrete(batch):
+            self.value = self._start(batch)
 
     def _start(self, batch: int) -> Tensor:
         return self.initial.expand(self.spec.concrete(batch)).contiguous().clone()
@@ -80,22 +78,27 @@ def states(root: nn.Module) -> Iterator[tuple[str, State]]:
 
 
 def begin(root: nn.Module, batch: int) -> None:
-    """Make every state ready for a step on `batch` samples.
+    """Make every state ready for a step on `batch` samples, or none.
 
     Raises:
-        RunError: see `State.begin`.
+        RunError: see `State.admit`.
     """
-    for _, state in states(root):
+    found = [state for _, state in states(root)]
+    for state in found:
+        state.admit(batch)
+    for state in found:
         state.begin(batch)
 
 
-def renewed(flag: Tensor, value: Tensor, initial: Tensor) -> Tensor:
+def renewed(flag: Tensor, value: Tensor, initial: Tensor, dim: int = 0) -> Tensor:
     """Return `initial` where a flag is set and `value` elsewhere.
 
     Args:
         flag: a bool [] for the whole state, or [B] for each sample.
-        value: [B,...], or any shape where the flag is one.
+        value: of any shape; where the flag is [B], with B samples along `dim`.
         initial: broadcasts to the shape of `value`.
+        dim: the batch dimension of `value`.
     """
-    flag = flag.reshape(flag.shape + (1,) * (value.dim() - flag.dim())) if flag.dim() else flag
+    if flag.dim():
+        flag = flag.reshape([-1 if i == dim else 1 for i in range(value.dim())])
     return torch.where(flag.to(torch.bool), initial, value)

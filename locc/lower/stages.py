@@ -17,10 +17,16 @@ def stages(ir: TrainingGraph, name: str, sequential: bool) -> tuple[Phase, ...]:
     method's phases, restricted to them, take turns within it.
 
     Raises:
-        MethodError: a phase of the method `name` names no owner of the graph, or cannot freeze what it
-            should; under the sequential schedule, a module is trained by means of a later one or not at all.
+        MethodError: a phase of the method `name` names no owner of the graph, has the name of another, or
+            cannot freeze what it should; under the sequential schedule, a module is trained by means of a
+            later one or not at all.
     """
+    named = [phase.name for phase in ir.phases]
     for phase in ir.phases:
+        if named.count(phase.name) > 1:
+            raise MethodError(
+                f"two phases of method '{name}' are called '{phase.name}'; give each its own name"
+            )
         for owner in (*phase.trains, *(phase.frozen or ())):
             if owner not in ir.owners:
                 raise MethodError(

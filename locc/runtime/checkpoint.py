@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from locc.errors import CheckpointError
+from locc.ir.state import states
 from locc.runtime.program import Compiled
 from locc.runtime.progress import Progress
 
@@ -75,7 +76,7 @@ def load(program: Compiled, path: Path) -> None:
             f"{', '.join(program.ir.owners)}. Compile with the same model, splits and options"
         )
     own, mine = _state(program)
-    problem = next(_misfits(tensors, header, own, mine), None)
+    problem = next(_misfits(program, tensors, header, own, mine), None)
     if problem is not None:
         raise CheckpointError(f"'{path}' does not fit this program: {problem}")
     try:
@@ -90,16 +91,26 @@ def load(program: Compiled, path: Path) -> None:
 
 
 def _misfits(
-    tensors: Mapping[str, Tensor], header: dict[str, Any], own: Mapping[str, Tensor], mine: dict[str, Any]
+    program: Compiled,
+    tensors: Mapping[str, Tensor],
+    header: dict[str, Any],
+    own: Mapping[str, Tensor],
+    mine: dict[str, Any],
 ) -> Iterator[str]:
     """Yield what keeps a saved state from being this program's."""
 
     def state(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: t for n, t in held.items() if n.startswith("state/")}
 
+    sized = {f"state/{path}.value": held for path, held in states(program.root)}
+
+    def fits(name: str, a: Tensor, b: Tensor) -> bool:
+        shapes = sized[name].fits(tuple(b.shape)) if name in sized else a.shape == b.shape
+        return shapes and a.dtype == b.dtype
+
     for name in {**state(own), **state(tensors)}:
         a, b = own.get(name), tensors.get(name)
-        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        if a is None or b is None or not fits(name, a, b):
             yield f"tensor '{name.removeprefix('state/')}' is missing or has another shape or dtype"
     for key, what in (
         ("optimizers", "optimizers"),
@@ -242,21 +253,23 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    for path, state in states(program.root):  # a state may be of another batch size
+        state.value = state.value.new_empty(tensors[f"state/{path}.value"].shape)
     with torch.no_grad():
         for name, tensor in _own(program).items():
             tensor.copy_(tensors[f"state/{name}"])
     numbers = {owner: i for i, owner in enumerate(program.ir.owners)}
     for owner, learner in program.built.learners.items():
         saved = header["optimizers"][owner]
-        state: dict[int, dict[str, Any]] = {}
+        entries: dict[int, dict[str, Any]] = {}
         for index, plain in saved["plain"].items():
-            state[int(index)] = {k: _restore(v) for k, v in plain.items()}
+            entries[int(index)] = {k: _restore(v) for k, v in plain.items()}
         prefix = f"optimizer/{numbers[owner]}/"
         for name, tensor in tensors.items():
             if name.startswith(prefix):
                 index, _, key = name.removeprefix(prefix).partition("/")
-                state.setdefault(int(index), {})[key] = tensor
-        learner.optimizer.load_state_dict({"state": state, "param_groups": _restore(saved["groups"])})
+                entries.setdefault(int(index), {})[key] = tensor
+        learner.optimizer.load_state_dict({"state": entries, "param_groups": _restore(saved["groups"])})
         learner.clear()
         learner.pending = saved["pending"]
         for i, parameter in enumerate(learner.parameters):

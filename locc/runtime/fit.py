@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +118,8 @@ def fit(
             sequential schedule, of each module's stage.
         validation: evaluated after each epoch.
         progress: whether to show the progress bar.
-        scheduler_interval: "epoch" or "step": how often the learning-rate schedulers advance.
+        scheduler_interval: when the learning-rate schedulers advance: after each "epoch" (pass) in which
+            their module trains, or after each "step" that updates it (every `accumulate`-th).
         resume: False forgets a fit that was cut and starts a new one.
         checkpoint: a file to write after each pass, as `Program.save` does; `Program.load` in a new process
             and the same call of `fit` go on from there, also where this process was killed.
@@ -185,7 +186,7 @@ def _begin(program: Compiled, loader: Iterable[Any], epochs: int, resume: bool) 
         program.progress = Progress(epochs, RandomState.now(loader, program.device), outside)
         return every
     left = [one for one in every if one.at >= at.at]
-    if not left and epochs < at.epochs:
+    if epochs < at.at[1] or (not left and epochs < at.epochs):
         raise LoccError(
             f"epochs={epochs}: a fit of {at.epochs} epochs was cut in epoch {at.at[1]}, and fit goes on with "
             f"it; give epochs={at.epochs} to end it, or resume=False to start a new one"
@@ -257,7 +258,7 @@ class _Fit:
         """Train on the batches of the pass that are not done yet."""
         program, progress = self.program, self.progress
         title = f"epoch {progress.at[1]}" + (f" [{program.phase}]" if program.phase else "")
-        total = len(self.loader) if isinstance(self.loader, Sized) else None
+        total = _length(self.loader)
         task = None
         if self.bar is not None:
             task = self.bar.add_task(title, total=total, completed=progress.batches, losses="")
@@ -298,22 +299,30 @@ class _Fit:
         found = {**whole, **report.objectives}
         self.progress.count(found)
         if self.stepwise:
-            _advance(program, found)
+            _advance(program, found, waiting=False)
         if self.every is not None and program.steps % self.every == 0:
             assert self.checkpoint is not None
             save(program, self.checkpoint)
 
 
-def _advance(program: Compiled, means: Mapping[str, Any]) -> None:
+def _advance(program: Compiled, means: Mapping[str, Any], waiting: bool = True) -> None:
+    """Advance the schedulers of what trains; `waiting`: of what accumulates gradients as well."""
     training = program.plan(program.phase).trains
     for name, scheduler in program.schedulers.items():
-        if name not in training:
+        if name not in training or (program.built.learners[name].pending and not waiting):
             continue
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             # Each module watches its own objectives: the loss knows nothing of an early module.
             scheduler.step(sum(float(v) for key, v in means.items() if key.rpartition(".")[0] == name))
         else:
             scheduler.step()
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):  # a DataLoader over an iterable data set has a len that raises
+        return None
 
 
 def _text(sums: dict[str, Tensor], steps: int) -> str:

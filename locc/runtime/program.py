@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from locc.errors import CaptureError, LoccError, RunError, nearest
 from locc.facts import Certificate
 from locc.ir import Inputs, Phase, Root, TrainingGraph
-from locc.ir.state import begin
+from locc.ir.state import begin, states
 from locc.ir.view import node_modules
 from locc.lower import ModuleProgram, Plan, lower, module_programs
 from locc.runtime.executor import Executor
@@ -201,10 +201,11 @@ class Compiled(nn.Module):
                 "this is a copy of a program, and its code is bound to the model of the original; copy "
                 "program.model and compile again"
             )
-        values = self.bind(x, y)
         plan = self.plan(self.phase)
+        self._follow_device()
         backup = self._backup() if self.settings.atomic else None
         try:
+            values = self.bind(x, y)
             with self.frozen():
                 objectives, loss = built.executor.run(plan, values, self.steps)
         except BaseException:
@@ -285,12 +286,15 @@ class Compiled(nn.Module):
     def _backup(self) -> Callable[[], None]:
         """Return a function that undoes everything a step changes."""
         tensors = [(t, t.detach().clone()) for t in (*self.root.parameters(), *self.root.buffers())]
+        held = [(state, state.value) for _, state in states(self.root)]  # another batch size replaces it
         learners = [learner.backup() for learner in self.built.learners.values()]
 
         def restore() -> None:
             with torch.no_grad():
                 for tensor, value in tensors:
                     tensor.copy_(value)
+            for state, value in held:
+                state.value = value
             for undo in learners:
                 undo()
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,8 +14,10 @@ from benchmarks.meter import peak_memory
 from locc import Program
 from locc.ir import TrainingGraph, carry, stop_gradient
 from locc.ir.view import Phase, Repeat
-from locc.lower import Backward, Loop, Plan, Segment, Update, lower
+from locc.lower import Backward, Instruction, Loop, Plan, Segment, Update, lower
 from locc.rewrite import Method, Pass
+from locc.testing import CONFORMANCE_MODELS
+from runtime.turns import Probing, norms
 from support import Residual, Tied, batch, compiled, mlp, sgd
 
 
@@ -48,7 +50,7 @@ def kinds(plan: Plan) -> list[str]:
     return [f"{letter[type(i)]} {i.owner}" for i in plan.instructions]
 
 
-def final_values(program: Program, phase: str | None = None) -> dict[str, Any]:
+def final_values(program: Program, data: Any = None) -> dict[str, Any]:
     """What is left in the environment after a step."""
     left: dict[str, Any] = {}
 
@@ -56,7 +58,7 @@ def final_values(program: Program, phase: str | None = None) -> dict[str, Any]:
         left["values"] = values
 
     program.built.executor.observe = observe
-    program.step(*batch())
+    program.step(*(data or batch()))
     program.built.executor.observe = None
     return left["values"]
 
@@ -109,20 +111,41 @@ def test_the_order_does_not_depend_on_the_run():
 # ---- memory ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["bp", "dgl", "dtp", "dni", "dfa"])
-def test_nothing_is_left_at_the_end_of_a_step(method):
-    program = compiled(mlp(), method, ["relu1", "relu2"])
-    assert final_values(program) == {}
+def wrongly_kept(instructions: list[Instruction], leaving: set[str]) -> set[str]:
+    """The values that do not go once, with the last instruction that touches them; `leaving` stay."""
+    last: dict[str, int] = {}
+    freed: list[tuple[str, int]] = []
+    wrong: set[str] = set()
+    for i, instruction in enumerate(instructions):
+        last.update(dict.fromkeys((*instruction.reads, *instruction.writes), i))
+        freed += [(name, i) for name in instruction.frees]
+        if isinstance(instruction, Loop):
+            entries = {entry for _, entry, _ in instruction.carried}
+            wrong |= wrongly_kept(instruction.body, {*instruction.reads, *instruction.writes, *entries})
+    wanted = {(name, i) for name, i in last.items() if name not in leaving}
+    return wrong | {name for name, _ in wanted ^ set(freed)} | {n for n, _ in freed if freed.count(n) > 1}
 
 
-def test_a_value_goes_after_its_last_reader():
-    program = compiled(Residual(), "bp", ["blocks.*"])
-    plan = program.plan()
-    for i, instruction in enumerate(plan.instructions):
-        for name in instruction.frees:
-            assert not any(name in (*later.reads, *later.writes) for later in plan.instructions[i + 1 :])
-    written = {n for i in plan.instructions for n in (*i.writes, *i.reads)}
-    assert written == {n for i in plan.instructions for n in i.frees}
+@pytest.mark.parametrize("method", [*sorted(locc.methods()), Probing()], ids=str)
+def test_a_value_goes_with_its_last_reader_and_nothing_is_left_at_the_end_of_a_step(method):
+    """In each phase, in the whole plan and in each module's own program."""
+    case = replace(CONFORMANCE_MODELS["norm"], method=method)
+    program = case.compile(verify=False)
+    for phase in (p.name for p in program.phases) if program.phases else (None,):
+        program.phase = phase
+        plans = [program.plan(phase), *(p.plan for p in program.module_programs.values())]
+        assert [wrongly_kept(plan.instructions, set()) for plan in plans] == [set()] * len(plans)
+        assert final_values(program, case.batch()) == {}
+
+
+def test_a_phase_does_not_hold_what_of_the_batch_it_does_not_read():
+    seen: list[set[str]] = []
+    program = compiled(norms(), Probing(), ["a", "b"])
+    program.built.executor.observe = lambda _, values: seen.append(set(values))
+    program.phase = "probes"
+    program.step(*batch())
+    assert "input_1" in seen[0]
+    assert not any("target" in values for values in seen)
 
 
 @pytest.mark.parametrize("count", [2, 4, 12])
@@ -253,7 +276,7 @@ def test_a_phase_drops_what_it_does_not_need():
     assert kinds(program.plan("bottom")) == ["f relu1", "b relu1", "u relu1"]
     assert program.plan("top").trains == ("relu2", "third")
     assert "aux" not in " ".join(
-        i.code for i in program.plan("top").instructions if getattr(i, "owner", "") == "relu1"
+        line for i in program.plan("top").instructions if i.owner == "relu1" for line in i.text
     )
     with pytest.raises(locc.RunError, match="there is no phase 'tip'; nearest: 'top'"):
         program.plan("tip")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import locc
 from locc import CheckpointError, Program
 from locc.runtime import checkpoint
-from support import batch, same, snapshot
+from support import batch, everything, same, snapshot
 
 
 def model() -> nn.Sequential:
@@ -38,14 +38,6 @@ def build(splits: Any = ("3", "5"), method: str = "bp", optimizer: Any = None, *
     optimizer = optimizer or (lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9))
     options.setdefault("example_inputs", batch()[0])
     return locc.compile(model(), method, splits, optimizer=optimizer, seed=1, **options)
-
-
-def everything(program: Program) -> dict[str, Tensor]:
-    """Every tensor and number that training depends on."""
-    tensors, header = checkpoint._state(program)
-    header.pop("digest", None)
-    tensors["header"] = torch.tensor(list(json.dumps(header).encode()))
-    return tensors
 
 
 def unchanged(program: Program, before: dict[str, Tensor]) -> bool:

@@ -1,6 +1,6 @@
 """The verdict follows the graph: methods under other names, and methods changed by one pass.
 
-What is expected of a changed method follows from the definitions of `locc.verify.facts.modularity`.
+What is expected of a changed method follows from the definitions of `locc.facts.locking.modularity`.
 """
 
 from __future__ import annotations
