@@ -19,9 +19,10 @@ from locc.ir.order import dependencies, program_order
 from locc.ir.printer import render
 from locc.ir.spec import Spec, TensorSpec
 from locc.ir.state import RESIZE, State, renewed
+from locc.ir.tape import changers
 from locc.ir.view import DATA, Owner, View
 
-_KEPT = ("random", "untried", "line", "contracts")
+_KEPT = ("random", "untried", "line", "contracts", "views")
 
 
 @dataclass
@@ -51,8 +52,8 @@ class TrainingGraph(View):
     ) -> fx.Node:
         """Add a call of `function` to the owner's program and return its node.
 
-        The spec is found by running `function` on shapes alone; one that is given is a check, and stands
-        in where the function cannot run so (it reads the target, say).
+        The spec is found by trying `function` on a few samples; one that is given is a check, and stands
+        in where that tells nothing (it reads the target, say).
 
         Raises:
             GraphError: the owner does not exist, or the given spec is not that of the result.
@@ -98,7 +99,7 @@ class TrainingGraph(View):
         if name is None and op == "call_function":
             # Not the function's own name: printed code would shadow the function.
             name = role if role != getattr(target, "__name__", "") else f"{role}_of_{owner}"
-        found = infer(self.root, op, target, args, kwargs) if infers else None
+        found = infer(self.root, op, target, args, kwargs, self._tried) if infers else None
         if found is not None and spec is not None and spec != found.spec:
             what = getattr(target, "__name__", target)
             raise GraphError(
@@ -111,10 +112,9 @@ class TrainingGraph(View):
         node.meta["spec"] = spec if found is None else found.spec
         if infers and found is None:
             node.meta["untried"] = True
-        elif found is not None and found.random:
-            node.meta["random"] = True
-        if found is not None and found.contracts:
-            node.meta["contracts"] = True
+        elif found is not None:
+            facts = {"random": found.random, "contracts": found.contracts}
+            node.meta.update({name: True for name, holds in facts.items() if holds}, views=found.views)
         return node
 
     def _end(self) -> fx.Node:
@@ -325,54 +325,76 @@ class TrainingGraph(View):
             role: the role of the new nodes.
 
         Raises:
-            GraphError: no wanted value is computed from one of `inputs`.
+            GraphError: the values asked for do not read one of `inputs`, or what takes its place has another
+                spec.
         """
-        needed = self._between(owner, set(inputs), wanted)
-        unread = [n.name for n in inputs if n not in wanted and not any(u in needed for u in n.users)]
+        changed = changers(self.graph)
+        needed = self._between(owner, set(inputs), wanted, changed)
+        self._check_replay(owner, inputs, needed | set(wanted))
+        copies: dict[fx.Node, fx.Node] = dict(inputs)
+        self._replays += 1
+        order = dependencies(self.graph, needed)
+        position = {node: i for i, node in enumerate(order)}
+        for node in nx.lexicographical_topological_sort(order, key=position.__getitem__):
+            copies[node] = self._copy_quietly(node, copies, role)
+            copies[node].meta["replay"] = self._replays, node
+        return [copies[n] for n in wanted]
+
+    @staticmethod
+    def _between(
+        owner: str, entries: set[fx.Node], wanted: list[fx.Node], changed: dict[fx.Node, list[fx.Node]]
+    ) -> set[fx.Node]:
+        """Return what the owner computes between some values, changes in place included."""
+        needed: set[fx.Node] = set()
+        todo = list(wanted)
+        while todo:
+            node = todo.pop()
+            fixed = node.op in ("get_attr", "placeholder") or node.meta["role"] == "boundary"
+            if node in needed or node in entries or node.meta["owner"] != owner or fixed:
+                continue
+            needed.add(node)
+            todo.extend((*node.all_input_nodes, *changed.get(node, ())))
+        return needed
+
+    def _check_replay(self, owner: str, inputs: dict[fx.Node, fx.Node], needed: set[fx.Node]) -> None:
+        unread = [n.name for n in inputs if n not in needed and needed.isdisjoint(n.users)]
         if unread:
             raise GraphError(
                 f"pass '{self._making}' replays '{owner}' with another {', '.join(unread)}, which the values "
                 "asked for do not read; give what they read (ir.boundaries(consumer=...)), or ask for what "
                 "reads it"
             )
-        copies: dict[fx.Node, fx.Node] = dict(inputs)
-        self._replays += 1
-        for node in _sorted(dependencies(self.graph), needed):
-            copies[node] = self._copy_quietly(node, copies, role)
-            copies[node].meta["replay"] = self._replays, node
-        return [copies[n] for n in wanted]
-
-    def _between(self, owner: str, entries: set[fx.Node], wanted: list[fx.Node]) -> set[fx.Node]:
-        needed: set[fx.Node] = set()
-        todo = list(wanted)
-        while todo:
-            node = todo.pop()
-            if node in needed or node in entries or node.meta["owner"] != owner or node.op == "get_attr":
-                continue
-            if node.meta["role"] == "boundary":
-                continue
-            needed.add(node)
-            todo.extend(node.all_input_nodes)
-        return needed
+        for node, other in inputs.items():
+            old, new = node.meta.get("spec"), other.meta.get("spec")
+            if None not in (old, new) and old != new:
+                raise GraphError(
+                    f"pass '{self._making}' replays '{owner}' with '{other.name}', {new}, in the place of "
+                    f"'{node.name}', {old}; replay it on a value of the same shape and dtype; join or cut "
+                    "batches before or after"
+                )
 
     def _copy_quietly(self, node: fx.Node, copies: dict[fx.Node, fx.Node], role: str) -> fx.Node:
+        owner, spec = node.meta["owner"], node.meta.get("spec")
+        for state in node.meta.get("mutates", ()):
+            if state.op == "get_attr" and state not in copies:
+                copies[state] = self.emit(owner, torch.clone, state, role=role)
+                copies[state].meta["replay"] = self._replays, node
+
         def follow(n: fx.Node) -> fx.Node:
             return copies.get(n, n)
 
+        op, target = node.op, node.target
         args, kwargs = fx.map_arg(node.args, follow), fx.map_arg(node.kwargs, follow)
-        owner, spec = node.meta["owner"], node.meta.get("spec")
-        if node.op == "call_module":
-            module = owned_tensor(self.root, str(node.target))
+        if op == "call_module":
+            module = owned_tensor(self.root, str(target))
             assert isinstance(module, nn.Module)
             if any(True for _ in module.buffers()):
-                args = (self.read(owner, str(node.target), role="module"), args, kwargs)
-                made = self._op(owner, ops.call_quietly, args, role, None, spec)
-                made.meta.update({k: node.meta[k] for k in _KEPT if k in node.meta})
-                return made
-        made = self._place(node.op, node.target, args, kwargs, owner, role, None, spec, infers=False)
+                op, target = "call_function", ops.call_quietly
+                args, kwargs = (self.read(owner, str(node.target), role="module"), args, kwargs), {}
+        made = self._place(op, target, args, kwargs, owner, role, None, spec, infers=False)
         made.meta.update({k: node.meta[k] for k in _KEPT if k in node.meta})
         if "mutates" in node.meta:
-            made.meta["mutates"] = tuple(copies.get(n, n) for n in node.meta["mutates"])
+            made.meta["mutates"] = tuple(follow(n) for n in node.meta["mutates"])
         return made
 
     def tidy(self) -> None:
@@ -391,15 +413,9 @@ class TrainingGraph(View):
                 ops.objective,
                 ops.assign,
             )
-            forward = node.meta.get("role") == "forward"
-            if pure and not forward and not node.users and node not in keep:
+            acts = node.meta.get("role") == "forward" or "mutates" in node.meta
+            if pure and not acts and not node.users and node not in keep:
                 self.graph.erase_node(node)
 
     def __str__(self) -> str:
         return render(self)
-
-
-def _sorted(order: nx.DiGraph[fx.Node], chosen: set[fx.Node]) -> list[fx.Node]:
-    """Return nodes in an order in which each comes after what it reads, else as the graph has them."""
-    position = {node: i for i, node in enumerate(order)}
-    return list(nx.lexicographical_topological_sort(order.subgraph(chosen), key=position.__getitem__))

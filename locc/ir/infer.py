@@ -1,9 +1,11 @@
-"""What a node of the graph computes, found by running it on shapes alone."""
+"""What a node of the graph computes, found by trying it on a few samples."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from locc.ir.captured import owned_tensor
+from locc.ir.likeness import likeness
+from locc.ir.memory import memories
 from locc.ir.spec import BatchDim, Dim, Spec, TensorSpec, map_specs
 
 _BATCHES = (6, 8, 11)
-_CONTRACTIONS = ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot", "convolution", "linalg", "cholesky")
-_MORE = ("triangular_solve", "lu_", "scaled_dot_product", "_scaled_dot_product", "_linalg", "_conv")
+_SMALL = 2**20
+"""Up to so many elements, kernels are run: they take less time than PyTorch's shape rules in Python."""
+
+_CONTRACTION = re.compile(
+    r"(.*mm|mv|addmv|.*dot|_trilinear|.*convolution.*|.*cholesky.*|.*triangular_solve|lu_.*|.*attention.*"
+    r"|.*(rnn|lstm|gru).*|_?linalg_(?!vector_norm|cross|diagonal).*)"
+)
+_NEEDS_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 @dataclass(frozen=True)
@@ -30,11 +40,63 @@ class Inferred:
         spec: shape and dtype of its value.
         random: whether it draws random numbers.
         contracts: whether it multiplies or solves matrices.
+        views: whether its value lies in the memory of what it reads.
     """
 
     spec: Spec
     random: bool
     contracts: bool
+    views: bool
+
+
+def infer(
+    root: nn.Module, op: str, target: Any, args: Any, kwargs: Any, known: dict[Hashable, Inferred | None]
+) -> Inferred | None:
+    """Try an operation at two batch sizes or three; nothing under the root changes.
+
+    Args:
+        root: holds the modules and tensors.
+        op: the kind of node, as in `torch.fx`.
+        target: the node's.
+        args: the node's.
+        kwargs: the node's.
+        known: what has been tried before; the result is added.
+
+    Returns:
+        What it yields, or None where that cannot be known: an input without a spec (the target), code whose
+        result depends on data, or a shape that does not grow evenly with the batch.
+    """
+    inputs: list[fx.Node] = []
+    fx.map_arg((args, kwargs), inputs.append)
+    held = {n: owned_tensor(root, str(n.target)) for n in inputs if n.op == "get_attr"}
+    modules = {n: h for n, h in held.items() if isinstance(h, nn.Module)}
+    if any(n.meta.get("spec") is None for n in inputs if n not in modules):
+        return None
+    if op == "call_module":
+        target = root.get_submodule(str(target))
+    trial = _Trial(op, target, args, kwargs, inputs, modules)
+    try:
+        key = (op, *(likeness(v, modules) for v in (target, args, kwargs)))
+        if key in known:
+            return known[key]
+    except TypeError:  # an argument that cannot be hashed
+        return _tried(trial)
+    known[key] = _tried(trial)
+    return known[key]
+
+
+def _tried(trial: _Trial) -> Inferred | None:
+    for fake in (False, True):
+        if fake or trial.elements() <= _SMALL:
+            try:
+                return trial.result(fake)
+            except Exception:  # whatever it raises, it cannot be run so
+                continue
+    return None
+
+
+class _UnknownError(Exception):
+    pass
 
 
 class _Watch(TorchDispatchMode):
@@ -43,68 +105,78 @@ class _Watch(TorchDispatchMode):
         self.random = self.contracts = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
+        if not _NEEDS_DATA.isdisjoint(func.tags):
+            raise _UnknownError
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
-        self.contracts |= name in _CONTRACTIONS or name.startswith((*_CONTRACTIONS[7:], *_MORE))
+        self.contracts = self.contracts or _CONTRACTION.fullmatch(func.overloadpacket.__name__) is not None
         return func(*args, **(kwargs or {}))
 
 
-def infer(root: nn.Module, op: str, target: Any, args: Any, kwargs: Any) -> Inferred | None:
-    """Run an operation on shapes, at two batch sizes or three.
+@dataclass
+class _Trial:
+    op: str
+    target: Any
+    args: Any
+    kwargs: Any
+    inputs: list[fx.Node]
+    modules: dict[fx.Node, nn.Module]
 
-    Returns:
-        What it yields, or None where that cannot be known: an input without a spec (the target), code that
-        needs data, or a shape that is no multiple of the batch size.
-    """
-    watch = _Watch()
-    try:
+    def elements(self) -> int:
+        """Return how many elements a run reads."""
+        found: list[int] = []
+        for node in self.inputs:
+            map_specs(lambda s: found.append(math.prod(s.concrete(_BATCHES[-1]))), node.meta.get("spec"))
+        called = (self.target,) if self.op == "call_module" else ()
+        found += [t.numel() for m in (*self.modules.values(), *called) for t in m.parameters()]
+        return sum(found)
+
+    def result(self, fake: bool) -> Inferred:
+        watch = _Watch()
+        views = False
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            results = [_run(root, op, target, args, kwargs, batch, watch) for batch in _BATCHES[:2]]
-            spec = _merge(results, _BATCHES[:2])
+            found = []
+            for batch in _BATCHES[:2]:
+                value, given = self._run(batch, fake, watch)
+                views |= not given.isdisjoint(memories(value))
+                found.append(tree_map(_spec, value))
+            spec = _merge(found, _BATCHES[:2])
             if _odd(spec):  # two points make any line: a third one tells a line from a curve
-                third = _run(root, op, target, args, kwargs, _BATCHES[2], watch)
-                if _merge([third], _BATCHES[2:]) != map_specs(lambda s: _at(s, _BATCHES[2]), spec):
-                    return None
-    except Exception:  # whatever an operation raises on shapes alone, nothing is known of it
-        return None
-    return Inferred(spec, watch.random, watch.contracts)
+                value, _ = self._run(_BATCHES[2], fake, watch)
+                third = _merge([tree_map(_spec, value)], _BATCHES[2:])
+                if third != map_specs(lambda s: TensorSpec(s.concrete(_BATCHES[2]), s.dtype), spec):
+                    raise _UnknownError
+        return Inferred(spec, watch.random, watch.contracts, views)
+
+    def _run(self, batch: int, fake: bool, watch: _Watch) -> tuple[Any, set[int]]:
+        """Return the value for a batch size, and the memory of what it is computed from."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        with mode or nullcontext():
+            values = {n: map_specs(lambda s: _filled(s, batch), n.meta.get("spec")) for n in self.inputs}
+            values.update((n, _copied(m, mode)) for n, m in self.modules.items())
+            args: Any = fx.map_arg(self.args, values.__getitem__)
+            kwargs: Any = fx.map_arg(self.kwargs, values.__getitem__)
+            given = memories(list(values.values()))
+            if self.op == "call_module":
+                module = _copied(self.target, mode)
+                given |= memories([*module.parameters(), *module.buffers()])
+            with watch:
+                if self.op == "call_method":
+                    value = getattr(args[0], self.target)(*args[1:], **kwargs)
+                elif self.op == "call_module":
+                    value = _call(module, args, kwargs)
+                else:
+                    value = self.target(*args, **kwargs)
+            return value, given
 
 
-class _UnknownError(Exception):
-    pass
+def _filled(spec: TensorSpec, batch: int) -> Tensor:
+    """Return a tensor that most operations accept: ones, and zeros where it may hold indices."""
+    return torch.full(spec.concrete(batch), int(spec.differentiable), dtype=spec.dtype)
 
 
-def _run(root: nn.Module, op: str, target: Any, args: Any, kwargs: Any, batch: int, watch: _Watch) -> Any:
-    inputs: list[fx.Node] = []
-    fx.map_arg((args, kwargs), inputs.append)
-    held = {n: owned_tensor(root, str(n.target)) for n in inputs if n.op == "get_attr"}
-    modules = op == "call_module" or any(isinstance(h, nn.Module) for h in held.values())
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if modules else None
-    device = "cpu" if fake is not None else "meta"
-
-    def value(node: fx.Node) -> Any:
-        if fake is not None and isinstance(module := held.get(node), nn.Module):
-            return _copy(fake, module)
-        spec = node.meta.get("spec")
-        if spec is None:
-            raise _UnknownError
-        return map_specs(lambda s: s.empty(batch, device), spec)
-
-    with fake or nullcontext(), watch:
-        a, k = fx.map_arg(args, value), fx.map_arg(kwargs, value)
-        if op == "call_method":
-            result = getattr(a[0], target)(*a[1:], **k)
-        elif fake is not None and op == "call_module":
-            result = _call(_copy(fake, root.get_submodule(str(target))), a, k)
-        else:
-            function: Callable[..., Any] = target
-            result = function(*a, **k)
-    return tree_map(_spec, result)
-
-
-def _copy(fake: FakeTensorMode, module: nn.Module) -> nn.Module:
-    """Return a module of shapes alone: what its code keeps on itself stays out of the real one."""
-    with FakeCopyMode(fake):
+def _copied(module: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
+    """Return a copy: what a module's code keeps on itself, and its statistics, stay as they are."""
+    with FakeCopyMode(mode) if mode is not None else nullcontext():
         return copy.deepcopy(module)
 
 
@@ -126,6 +198,8 @@ def _merge(found: list[Any], batches: tuple[int, ...]) -> Spec:
     if isinstance(first, dict):
         return {key: _merge([f[key] for f in found], batches) for key in first}
     if isinstance(first, (tuple, list)):
+        if len(first) != len(last):
+            raise _UnknownError
         return tuple(_merge([f[i] for f in found], batches) for i in range(len(first)))
     if not isinstance(first, TensorSpec):
         return None
@@ -142,10 +216,6 @@ def _dim(a: Any, b: Any, batches: tuple[int, ...]) -> Dim:
     if rest:
         raise _UnknownError
     return BatchDim(scale, a - scale * batches[0])
-
-
-def _at(spec: TensorSpec, batch: int) -> TensorSpec:
-    return TensorSpec(spec.concrete(batch), spec.dtype)
 
 
 def _odd(spec: Spec) -> bool:

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
 
 from locc.errors import GraphError
 from locc.ir import ops
-from locc.ir.captured import strip
+from locc.ir.captured import owned_tensor, strip
 from locc.ir.graph import TrainingGraph
+from locc.ir.memory import memory_of, overlap
 from locc.ir.ops import Rebuild
 from locc.ir.order import dependencies
+from locc.ir.readers import touching
 from locc.ir.structure import fingerprint
 from locc.ir.tape import changers, tape_of
 from locc.ir.view import DATA, node_parameters
@@ -80,9 +83,8 @@ def _objectives_train(ir: TrainingGraph) -> Iterator[str]:
         owner = node.meta["owner"]
         if not any(p.requires_grad for p in ir.parameters(owner).values()):
             continue  # a module that the user has frozen, or one that only borrows
-        tape = tape_of(node, changed)
-        held = {n for n in tape if n.op == "get_attr"} | tape
-        if not any(p.requires_grad for n in held for _, p in node_parameters(ir.root, n)):
+        reached = (p for n in tape_of(node, changed) for _, p in node_parameters(ir.root, n))
+        if not any(p.requires_grad for p in reached):
             yield (
                 f"objective '{node.meta['objective']}' reaches no parameter of '{owner}'; compute it from "
                 "what the module computes, without a stop_gradient in between"
@@ -90,28 +92,40 @@ def _objectives_train(ir: TrainingGraph) -> Iterator[str]:
 
 
 def _assigns_own(ir: TrainingGraph) -> Iterator[str]:
-    assigned: dict[str, fx.Node] = {}
-    for node in ir.graph.nodes:
-        if node.target is not ops.assign:
+    assigns = [n for n in ir.graph.nodes if n.target is ops.assign]
+    touched = touching(ir.root, ir.graph.nodes) if assigns else {}
+    assigned: dict[int, list[tuple[fx.Node, torch.Tensor]]] = {}
+    for node in assigns:
+        state, owner = node.all_input_nodes[0], node.meta["owner"]
+        tensor = owned_tensor(ir.root, str(state.target)) if state.op == "get_attr" else None
+        if not isinstance(tensor, torch.Tensor) or state.meta["owner"] != owner:
+            yield f"assign '{node.name}' sets something that is not a state of '{owner}'"
             continue
-        state = node.args[0]
-        if (
-            not isinstance(state, fx.Node)
-            or state.op != "get_attr"
-            or state.meta["owner"] != node.meta["owner"]
-        ):
-            yield f"assign '{node.name}' sets something that is not a state of '{node.meta['owner']}'"
-            continue
-        path, region = str(state.target), node.meta.get("repeat")
-        if path in assigned:
-            yield f"'{strip(path)}' is assigned twice, by '{assigned[path].name}' and '{node.name}'"
-        assigned[path] = node
-        outside = [u.name for u in state.users if u.meta.get("repeat") != region] if region else []
-        if outside:
-            yield (
-                f"'{strip(path)}' is assigned in each round of region '{region}', and '{outside[0]}' reads "
-                "it outside; carry the value through the rounds (ir.repeats) instead"
-            )
+        path, memory = strip(str(state.target)), memory_of(tensor)
+        twin = next((n for n, t in assigned.get(memory, ()) if overlap(t, tensor)), None)
+        if twin is not None:
+            yield f"'{path}' is assigned twice, by '{twin.name}' and '{node.name}'"
+        assigned.setdefault(memory, []).append((node, tensor))
+        for other, held in touched.get(memory, ()):
+            if overlap(held, tensor):
+                yield from _misread(node, path, other)
+
+
+def _misread(assign: fx.Node, path: str, reader: fx.Node) -> Iterator[str]:
+    """Yield what is wrong with a read of what is assigned, by whatever path."""
+    if reader.meta["owner"] != assign.meta["owner"]:
+        yield (
+            f"'{path}' is assigned by '{assign.meta['owner']}', and '{reader.name}' of "
+            f"'{reader.meta['owner']}' reads it; bring it in with stop_gradient"
+        )
+    region = assign.meta.get("repeat")
+    reading = reader.users if reader.op == "get_attr" else (reader,)
+    outside = [n.name for n in reading if n.meta.get("repeat") != region and n.target is not ops.assign]
+    if region and outside:
+        yield (
+            f"'{path}' is assigned in each round of region '{region}', and '{outside[0]}' reads it outside; "
+            "carry the value through the rounds (ir.repeats) instead"
+        )
 
 
 def _acyclic(ir: TrainingGraph) -> Iterator[str]:

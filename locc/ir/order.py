@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import networkx as nx
 from torch import fx
@@ -11,8 +11,8 @@ from torch import fx
 from locc.ir.view import Owner
 
 
-def dependencies(code: fx.Graph) -> nx.DiGraph[fx.Node]:
-    """Return the graph "u runs before v" over all nodes of the training graph.
+def dependencies(code: fx.Graph, chosen: Container[fx.Node] | None = None) -> nx.DiGraph[fx.Node]:
+    """Return the graph "u runs before v" over the nodes of the training graph, or over some of them.
 
     Beside the data edges, the nodes of an owner's captured forward keep the order in which the user's
     code runs them: in-place ops and buffers depend on it. So do those of each replay, which sees buffers as
@@ -20,9 +20,10 @@ def dependencies(code: fx.Graph) -> nx.DiGraph[fx.Node]:
     """
     result: nx.DiGraph[fx.Node] = nx.DiGraph()
     previous: dict[tuple[str, int], fx.Node] = {}
-    for node in code.nodes:
-        result.add_node(node)
-        result.add_edges_from((source, node) for source in node.all_input_nodes)
+    nodes = [n for n in code.nodes if chosen is None or n in chosen]
+    result.add_nodes_from(nodes)  # in the graph's order, which breaks ties
+    for node in nodes:
+        result.add_edges_from((source, node) for source in node.all_input_nodes if source in result)
         replay, original = node.meta.get("replay", (0, None))
         runs = node.op in ("call_function", "call_method", "call_module")
         if runs and (replay or node.meta.get("role") == "forward"):

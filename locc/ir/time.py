@@ -9,6 +9,7 @@ from torch import fx
 
 from locc.ir import ops
 from locc.ir.captured import owned_tensor
+from locc.ir.memory import memory_of
 from locc.ir.state import State
 from locc.ir.view import View, node_tensors
 
@@ -24,10 +25,10 @@ def held(ir: View) -> dict[fx.Node, list[fx.Node]]:
             target, value = node.all_input_nodes[0], node.all_input_nodes[-1]
             for _, tensor in node_tensors(ir.root, target):
                 if not isinstance(tensor, torch.nn.Parameter):
-                    written.setdefault(_memory(tensor), []).append(value)
+                    written.setdefault(memory_of(tensor), []).append(value)
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in ir.graph.nodes if written else ():
-        values = [v for tensor in _read(ir, node) for v in written.get(_memory(tensor), ())]
+        values = [v for tensor in _read(ir, node) for v in written.get(memory_of(tensor), ())]
         if values:
             found[node] = list(dict.fromkeys(values))
     return found
@@ -39,10 +40,6 @@ def _read(ir: View, node: fx.Node) -> list[torch.Tensor]:
         state = owned_tensor(ir.root, node.meta["state"])
         return [state.value] if isinstance(state, State) else []
     return [tensor for _, tensor in node_tensors(ir.root, node)]
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def ages(ir: View) -> dict[fx.Node, int]:

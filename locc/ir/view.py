@@ -12,7 +12,7 @@ Metadata of a node, beside what capture wrote (`locc.ir.captured`):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import fx, nn
 from locc.ir import ops
 from locc.ir.captured import Captured, Root, owned_tensor
 from locc.ir.coupling import Coupling
+from locc.ir.infer import Inferred
 from locc.ir.spec import TensorSpec
 from locc.ir.state import State
 from locc.ir.tape import tape_of
@@ -138,6 +139,7 @@ class View:
     initial: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _making: str = "partition"
     _replays: int = 0
+    _tried: dict[Hashable, Inferred | None] = field(default_factory=dict)
 
     # ---- reading ----------------------------------------------------------------------------
 

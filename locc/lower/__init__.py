@@ -11,9 +11,10 @@ from locc.lower.instructions import (
     Send,
     Update,
     instructions_of,
+    unknown,
 )
 from locc.lower.plan import lower
-from locc.lower.programs import ModuleProgram, Received, Sent, module_programs
+from locc.lower.programs import ModuleProgram, Received, Sent, module_programs, program_of
 from locc.lower.project import project
 from locc.lower.stages import stages
 
@@ -33,6 +34,8 @@ __all__ = [
     "instructions_of",
     "lower",
     "module_programs",
+    "program_of",
     "project",
     "stages",
+    "unknown",
 ]

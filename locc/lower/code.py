@@ -47,7 +47,6 @@ def compile_nodes(
         copies[node] = _copy(graph, node, copies, node in found.leaves)
     kept = [n for n in nodes if _used_outside(n, inside, ir, found.needed)]
     graph.output(tuple(copies[n] for n in kept))
-    graph._codegen = fx.graph.CodeGen()
     source_code = graph.python_code("self")
     space: dict[str, Any] = dict(source_code.globals)
     exec(compile(source_code.src, f"<locc {nodes[0].meta['owner']}>", "exec"), space)
@@ -86,8 +85,13 @@ def leaf(x: torch.Tensor) -> torch.Tensor:
 
 
 def tracked(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` so that a gradient can be taken with respect to it: a leaf, where it has no tape."""
-    return x if x.requires_grad else leaf(x)
+    """Return `x` so that a gradient can be taken with respect to it: a leaf, where it has no tape.
+
+    A leaf that it may be (a module's parameter) has gradients of its own, which are none of the value's.
+    """
+    if not x.requires_grad:
+        return leaf(x)
+    return x.view_as(x) if x.is_leaf else x
 
 
 def _used_outside(node: fx.Node, inside: set[fx.Node], ir: TrainingGraph, needed: set[fx.Node]) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
+from locc.errors import LoccError
 from locc.ir.spec import Spec
 
 
@@ -51,29 +52,23 @@ class Backward:
 
 @dataclass
 class Update:
-    """One optimizer step of an owner.
-
-    `copies` are the values in flight that turned out to share memory with what this writes (None before
-    the first run): they are copied first.
-    """
+    """One optimizer step of an owner."""
 
     owner: str
     frees: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    copies: tuple[str, ...] | None = None
 
 
 @dataclass
 class Assign:
-    """Sets the parameter or state of an owner at `path` to a value; `copies` as in `Update`."""
+    """Sets the parameter or state of an owner at `path` to a value."""
 
     owner: str
     path: str
     value: str
     frees: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    copies: tuple[str, ...] | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -97,11 +92,7 @@ class Loop:
 
 @dataclass
 class Send:
-    """Hands a value to the programs of the owners `to`, without its tape.
-
-    `copied` says whether it shares memory with a parameter or state (None before the first run): then it is
-    copied, since its owner goes on.
-    """
+    """Hands a value to the programs of the owners `to`, without its tape."""
 
     owner: str
     value: str
@@ -109,7 +100,6 @@ class Send:
     spec: Spec
     frees: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    copied: bool | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -135,6 +125,14 @@ class Receive:
 
 
 Instruction = Segment | Backward | Update | Assign | Loop | Send | Receive
+
+
+def unknown(instruction: object) -> LoccError:
+    """Return the error for what is no instruction."""
+    known = ", ".join(kind.__name__ for kind in get_args(Instruction))
+    return LoccError(
+        f"the plan holds a {type(instruction).__name__}, which is no instruction; known: {known}"
+    )
 
 
 @dataclass
@@ -198,6 +196,8 @@ def _describe(instruction: Instruction) -> str:
         return f"{instruction.owner}: send {instruction.value} to {', '.join(instruction.to)}{frees}"
     if isinstance(instruction, Receive):
         return f"{instruction.owner}: receive {instruction.value} from {instruction.source}{frees}"
+    if not isinstance(instruction, Loop):
+        raise unknown(instruction)
     inside = "\n".join("    " + line for i in instruction.body for line in _describe(i).splitlines())
     return f"{instruction.owner}: repeat '{instruction.name}' {instruction.times} times{frees}\n{inside}"
 

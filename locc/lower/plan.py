@@ -18,14 +18,23 @@ from locc.lower.instructions import (
     instructions_of,
     release,
 )
-from locc.lower.tasks import Analysis, BackwardTask, RegionTask, Task, UpdateTask, analyse, order
+from locc.lower.tasks import (
+    Analysis,
+    BackwardTask,
+    RegionTask,
+    Task,
+    UpdateTask,
+    analyse,
+    argument,
+    order,
+)
 
 
 def lower(ir: TrainingGraph, active: frozenset[str] | None = None) -> Plan:
     """Turn the training graph into a plan for a step in which the owners `active` train (None: all)."""
     found = analyse(ir, active)
     loss = ir.loss.name if ir.loss is not None and ir.loss in found.needed else None
-    instructions = _Emitter(ir, found).emit(order(ir, found, found.needed), found.needed)
+    instructions = _Emitter(ir, found).emit(order(ir, found, found.needed))
     inputs = tuple(n.name for n in (*ir.inputs, ir.target))
     release(instructions)
     runs = tuple(dict.fromkeys(i.owner for i in instructions_of(instructions)))
@@ -36,8 +45,9 @@ def lower(ir: TrainingGraph, active: frozenset[str] | None = None) -> Plan:
 class _Emitter:
     def __init__(self, ir: TrainingGraph, found: Analysis) -> None:
         self.ir, self.found = ir, found
+        self.done: set[BackwardTask] = set()
 
-    def emit(self, tasks: list[Task], scope: set[fx.Node]) -> list[Instruction]:
+    def emit(self, tasks: list[Task], inside: str | None = None) -> list[Instruction]:
         result: list[Instruction] = []
         pending: list[fx.Node] = []
 
@@ -46,7 +56,6 @@ class _Emitter:
                 result.append(self._segment(pending))
                 pending.clear()
 
-        remaining = [t for t in tasks if isinstance(t, BackwardTask)]
         for task in tasks:
             if isinstance(task, fx.Node) and task.target is not ops.assign:
                 if not self._computes(task):
@@ -57,12 +66,11 @@ class _Emitter:
                 continue
             flush()
             if isinstance(task, BackwardTask):
-                remaining.remove(task)
-                result.append(self._backward(task, remaining))
+                result.append(self._backward(task, inside))
             elif isinstance(task, UpdateTask):
                 result.append(Update(task.owner))
             elif isinstance(task, fx.Node):
-                state, value = _argument(task, 0), _argument(task, 1)
+                state, value = argument(task, 0), argument(task, 1)
                 result.append(Assign(str(task.meta["owner"]), str(state.target), value.name))
             else:
                 result.append(self._loop(task))
@@ -89,29 +97,29 @@ class _Emitter:
         owner, taped = self._kind(nodes[0])
         return Segment(owner, taped, *compile_nodes(nodes, self.ir, self.found))
 
-    def _backward(self, task: BackwardTask, remaining: list[BackwardTask]) -> Backward:
-        tape = self.found.tapes[task]
-        retain = any(self._shared(tape & self.found.tapes[other]) for other in remaining)
+    def _backward(self, task: BackwardTask, inside: str | None) -> Backward:
+        self.done.add(task)
+        later = [t for b, t in self.found.tapes.items() if b.owner == task.owner and b not in self.done]
+        shared = {n for n in self.found.tapes[task] if any(n in tape for tape in later)}
+        if inside is not None:  # a tape from before the region serves every round
+            shared |= {n for n in self.found.tapes[task] if n.meta.get("repeat") != inside}
         names = tuple(
             str(u.meta["objective"])
             for u in task.scalar.users
             if u.target is ops.objective and u in self.found.needed
         )
-        gradients = tuple((g.name, _argument(g, 1).name) for g in task.gradients)
-        return Backward(task.owner, task.scalar.name, names, gradients, retain)
-
-    @staticmethod
-    def _shared(nodes: set[fx.Node]) -> bool:
-        return any(
-            n.op not in ("get_attr", "placeholder") and n.target is not ops.stop_gradient for n in nodes
+        gradients = tuple((g.name, argument(g, 1).name) for g in task.gradients)
+        retain = any(
+            n.op not in ("get_attr", "placeholder") and n.target is not ops.stop_gradient for n in shared
         )
+        return Backward(task.owner, task.scalar.name, names, gradients, retain)
 
     def _loop(self, task: RegionTask) -> Loop:
         region = self.ir.repeats[task.name]
         scope = {n for n in self.found.needed if n.meta.get("repeat") == task.name}
         entries = {entry for entry, _ in region.carried}
-        body = self.emit(order(self.ir, self.found, scope - entries, inside=task.name), scope)
-        carried = tuple((_argument(entry, 0).name, entry.name, end.name) for entry, end in region.carried)
+        body = self.emit(order(self.ir, self.found, scope - entries, inside=task.name), task.name)
+        carried = tuple((argument(entry, 0).name, entry.name, end.name) for entry, end in region.carried)
         made = {w for i in body for w in i.writes} | {entry for _, entry, _ in carried}
         reads = dict.fromkeys(
             [first for first, _, _ in carried] + [r for i in body for r in i.reads if r not in made]
@@ -126,9 +134,3 @@ class _Emitter:
 
     def _read_outside(self, scope: set[fx.Node]) -> set[str]:
         return {n.name for n in scope if any(u in self.found.needed - scope for u in n.users)}
-
-
-def _argument(node: fx.Node, index: int) -> fx.Node:
-    found = node.args[index]
-    assert isinstance(found, fx.Node)
-    return found

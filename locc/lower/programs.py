@@ -20,6 +20,7 @@ from locc.lower.instructions import (
     Send,
     Update,
     instructions_of,
+    unknown,
 )
 from locc.lower.project import project
 
@@ -52,10 +53,10 @@ class Sent:
 
 @dataclass(frozen=True)
 class ModuleProgram:
-    """The program of one module and of the auxiliaries that serve it; prints as readable Python.
+    """The program of a module and of the auxiliaries that serve it, or of other owners; prints as Python.
 
     Attributes:
-        name: the module's.
+        name: of the module.
         owners: the module, then its auxiliaries.
         receives: what it waits for, the batch included, in the order of first use.
         sends: what it hands on.
@@ -77,10 +78,14 @@ def module_programs(ir: TrainingGraph, plan: Plan) -> dict[str, ModuleProgram]:
     found: dict[str, ModuleProgram] = {}
     for module in ir.modules:
         owners = sorted((o for o in ir.owners.values() if o.index == module.index), key=lambda o: o.auxiliary)
-        names = tuple(o.name for o in owners)
-        part = project(plan, names)
-        found[module.name] = ModuleProgram(module.name, names, _receives(ir, part), _sends(part), part)
+        found[module.name] = program_of(ir, plan, tuple(o.name for o in owners))
     return found
+
+
+def program_of(ir: TrainingGraph, plan: Plan, owners: tuple[str, ...]) -> ModuleProgram:
+    """Return the program of some owners, named after the first of them."""
+    part = project(plan, owners)
+    return ModuleProgram(owners[0], owners, _receives(ir, part), _sends(part), part)
 
 
 def _receives(ir: TrainingGraph, plan: Plan) -> tuple[Received, ...]:
@@ -130,8 +135,10 @@ def _lines(instructions: list[Instruction]) -> list[str]:
             found.append(f"send({i.value}, to={list(i.to)})")
         elif isinstance(i, Receive):
             found.append(f"{i.value} = receive({i.value!r}, source={i.source!r})")
-        else:
+        elif isinstance(i, Loop):
             found += _loop(i)
+        else:
+            raise unknown(i)
         if i.frees and not isinstance(i, Loop):
             found.append(f"del {', '.join(i.frees)}")
     return found

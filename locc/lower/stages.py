@@ -7,7 +7,7 @@ from torch import fx
 from locc.errors import MethodError
 from locc.ir import Owner, Phase, TrainingGraph, ops
 from locc.ir.view import node_modules
-from locc.lower.tasks import analyse
+from locc.lower.tasks import needed_nodes
 
 
 def stages(ir: TrainingGraph, name: str, sequential: bool) -> tuple[Phase, ...]:
@@ -34,7 +34,7 @@ def stages(ir: TrainingGraph, name: str, sequential: bool) -> tuple[Phase, ...]:
                 )
     phases = tuple(p for m in ir.modules for p in _stage(ir, m, name)) if sequential else ir.phases
     for phase in phases:
-        needed = analyse(ir, frozenset(phase.trains)).needed
+        needed = needed_nodes(ir, frozenset(phase.trains))
         if sequential:
             _check_upward(ir, name, phase, needed)
         asked = "schedule='sequential'"

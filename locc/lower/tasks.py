@@ -17,7 +17,9 @@ from torch import fx
 from locc.errors import GraphError
 from locc.ir import ops
 from locc.ir.graph import TrainingGraph
+from locc.ir.memory import memory_of
 from locc.ir.order import dependencies
+from locc.ir.readers import readers
 from locc.ir.tape import changers, tape_of
 from locc.ir.view import node_tensors
 
@@ -51,7 +53,11 @@ Task = fx.Node | BackwardTask | UpdateTask | RegionTask
 
 @dataclass
 class Analysis:
-    """What a phase needs: its nodes, which of them carry a tape, and its backward passes."""
+    """What a phase needs: its nodes, which of them carry a tape, and its backward passes.
+
+    `before` is the graph "u runs before v" over the needed nodes, and `readers` maps each memory of the root
+    to those that read it.
+    """
 
     needed: set[fx.Node]
     taped: set[fx.Node]
@@ -59,14 +65,16 @@ class Analysis:
     backwards: list[BackwardTask]
     tapes: dict[BackwardTask, set[fx.Node]]
     trains: tuple[str, ...]
+    before: nx.DiGraph[fx.Node]
+    readers: dict[int, set[fx.Node]]
 
 
-def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
-    """Find what a step needs in which only the owners `active` train (None: all of them)."""
+def needed_nodes(ir: TrainingGraph, active: frozenset[str] | None) -> set[fx.Node]:
+    """Return the nodes of a step in which only the owners `active` train (None: all of them)."""
+    changed = changers(ir.graph)
     chosen = frozenset(ir.owners) if active is None else active
     objectives = [n for n in ir.objectives() if n.meta["owner"] in chosen]
     assigns = [n for n in ir.graph.nodes if n.target is ops.assign and n.meta["owner"] in chosen]
-    changed = changers(ir.graph)
     states = [n for n in changed if n.op == "get_attr" and n.meta["owner"] in chosen]
     needed = _ancestors([*objectives, *assigns, *(c for n in states for c in changed[n])], changed)
     _add_delays(ir, needed, changed)
@@ -75,10 +83,17 @@ def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
             needed |= _ancestors([ir.loss], changed)
         elif all(n in needed for n in ir.loss.all_input_nodes):
             needed.add(ir.loss)
+    return needed
+
+
+def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
+    """Find what a step needs in which only the owners `active` train (None: all of them)."""
+    needed = needed_nodes(ir, active)
+    changed = changers(ir.graph)
     scalars: dict[fx.Node, tuple[bool, list[fx.Node]]] = {}
     for node in ir.graph.nodes:
         if node in needed and node.target in (ops.objective, ops.gradient):
-            scalar = _scalar(node)
+            scalar = argument(node, 0)
             learns, gradients = scalars.get(scalar, (False, []))
             if node.target is ops.gradient:
                 scalars[scalar] = (learns, [*gradients, node])
@@ -88,11 +103,12 @@ def analyse(ir: TrainingGraph, active: frozenset[str] | None) -> Analysis:
         BackwardTask(str(s.meta["owner"]), s, learns, tuple(g)) for s, (learns, g) in scalars.items()
     ]
     tapes = {b: tape_of(b.scalar, changed) for b in backwards}
-    leaves = {g.args[1] for b in backwards for g in b.gradients if isinstance(g.args[1], fx.Node)}
+    leaves = {argument(g, 1) for b in backwards for g in b.gradients}
     taped = {n for tape in tapes.values() for n in tape}
     trained = {b.owner for b in backwards if b.trains}
     trains = tuple(o for o in ir.owners if o in trained and _learns(ir, o))
-    return Analysis(needed, taped, leaves, backwards, tapes, trains)
+    before = dependencies(ir.graph, needed)
+    return Analysis(needed, taped, leaves, backwards, tapes, trains, before, readers(ir.root, needed))
 
 
 def _add_delays(ir: TrainingGraph, needed: set[fx.Node], changed: Mapping[fx.Node, list[fx.Node]]) -> None:
@@ -102,10 +118,11 @@ def _add_delays(ir: TrainingGraph, needed: set[fx.Node], changed: Mapping[fx.Nod
         needed |= _ancestors(fresh, changed)
 
 
-def _scalar(node: fx.Node) -> fx.Node:
-    scalar = node.args[0]
-    assert isinstance(scalar, fx.Node)
-    return scalar
+def argument(node: fx.Node, index: int) -> fx.Node:
+    """Return an argument that is a node."""
+    found = node.args[index]
+    assert isinstance(found, fx.Node)
+    return found
 
 
 def _learns(ir: TrainingGraph, owner: str) -> bool:
@@ -138,17 +155,18 @@ def order(ir: TrainingGraph, found: Analysis, scope: set[fx.Node], inside: str |
     for node in sorted(scope, key=position.__getitem__):
         graph.add_node(task(node))
         first.setdefault(task(node), position[node])
-    for source, node in dependencies(ir.graph).edges:
-        if source in scope and node in scope and task(source) != task(node):
-            graph.add_edge(task(source), task(node))
+    for node in scope:
+        for source in found.before.predecessors(node):
+            if source in scope and task(source) != task(node):
+                graph.add_edge(task(source), task(node))
     backwards = [b for b in found.backwards if b.scalar in scope and b.scalar not in region]
     for backward in backwards:
         graph.add_edge(backward.scalar, backward)
         for gradient in backward.gradients:
             graph.add_edge(backward, gradient)
-            leaf = gradient.args[1]
+            leaf = argument(gradient, 1)
             if leaf in scope:
-                graph.add_edge(task(leaf), backward)  # type: ignore[arg-type]
+                graph.add_edge(task(leaf), backward)
     _add_writes(ir, found, graph, task, inside)
 
     def key(item: Task) -> tuple[int, int, int, int]:
@@ -175,66 +193,40 @@ def _add_writes(
     task: Callable[[fx.Node], Task],
     inside: str | None,
 ) -> None:
-    """Order every write of a parameter or state after all that reads the old value, under whatever path.
-
-    What only shares its memory (a view that an earlier instruction made) is copied when the write runs.
-    """
-    readers = _readers(ir, found.needed)
-    assigns = [n for n in found.needed if n.target is ops.assign and n.meta.get("repeat") == inside]
+    """Order every write of a parameter or state after all that reads the old value, under whatever path."""
+    assigns = {
+        n: memory_of(_state(ir, n))
+        for n in found.needed
+        if n.target is ops.assign and n.meta.get("repeat") == inside
+    }
     for owner in found.trains if inside is None else ():
         update = UpdateTask(owner)
         for backward in found.backwards:
             if backward.owner == owner and backward.trains:
                 graph.add_edge(backward, update)
-        own = {memory_of(p) for p in ir.parameters(owner).values() if p.requires_grad}
-        _after(graph, found, task, {n for key in own for n in readers.get(key, ())}, update)
-        for node in assigns:
-            if memory_of(_state(ir, node)) in own:
-                graph.add_edge(update, node)  # of two writes the assigned value holds
-    for node in assigns:
-        _after(graph, found, task, readers.get(memory_of(_state(ir, node)), set()) - {node}, node)
+        for memory in {memory_of(p) for p in ir.parameters(owner).values() if p.requires_grad}:
+            _after(found, graph, task, memory, update)
+            # Of two writes the assigned value holds.
+            graph.add_edges_from((update, node) for node, other in assigns.items() if other == memory)
+    for node, memory in assigns.items():
+        _after(found, graph, task, memory, node)
 
 
-def _state(ir: TrainingGraph, node: fx.Node) -> torch.Tensor:
-    ((_, tensor),) = node_tensors(ir.root, _scalar(node))
+def _state(ir: TrainingGraph, assign: fx.Node) -> torch.Tensor:
+    ((_, tensor),) = node_tensors(ir.root, argument(assign, 0))
     return tensor
 
 
 def _after(
-    graph: nx.DiGraph[Task],
-    found: Analysis,
-    task: Callable[[fx.Node], Task],
-    reading: set[fx.Node],
-    write: Task,
+    found: Analysis, graph: nx.DiGraph[Task], task: Callable[[fx.Node], Task], memory: int, write: Task
 ) -> None:
-    for node in reading:
-        if graph.has_node(task(node)) and task(node) != write:
-            graph.add_edge(task(node), write)
+    """Order a write after what reads the memory, now or in a backward pass.
+
+    An `assign` of what lies there is no reader: the value is in flight, and copied when the write runs.
+    """
+    reading = {n for n in found.readers.get(memory, ()) if n.target is not ops.assign}
+    tasks = {task(n) for n in reading}
     for backward, tape in found.tapes.items():
-        if reading & tape and graph.has_node(backward):
-            graph.add_edge(backward, write)
-
-
-def memory_of(tensor: torch.Tensor) -> int:
-    """Return what is equal for tensors that share memory."""
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _readers(ir: TrainingGraph, needed: set[fx.Node]) -> dict[int, set[fx.Node]]:
-    """Return, for each memory of the root, the nodes that read it: as a leaf's own, or as an argument."""
-    result: dict[int, set[fx.Node]] = {}
-    for node in needed:
-        for _, tensor in node_tensors(ir.root, node):
-            using = {node} if node.op == "call_module" else set(_through(node))
-            result.setdefault(memory_of(tensor), set()).update(u for u in using if u in needed)
-    return result
-
-
-def _through(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes that use a value, looking through `stop_gradient`, which shares its storage."""
-    found: list[fx.Node] = []
-    for user in node.users:
-        found.append(user)
-        if user.target is ops.stop_gradient:
-            found.extend(_through(user))
-    return found
+        if not reading.isdisjoint(tape):  # its backward pass; one inside of a region, whenever that runs
+            tasks.add(backward if graph.has_node(backward) else task(backward.scalar))
+    graph.add_edges_from((t, write) for t in tasks if t != write and graph.has_node(t))

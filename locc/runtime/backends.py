@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from locc.ir.captured import owned_tensor
-from locc.lower import Backward, Instruction, Plan, Segment, Send, Update
+from locc.ir.memory import memories
+from locc.lower import Backward, Instruction, Plan, Segment, Update
 from locc.runtime.context import Context, non_finite
-from locc.runtime.machine import Channels, Machine, memory_of, tensors_of
+from locc.runtime.machine import Channels, Machine
 from locc.runtime.streams import autocast, of_backward, of_update, seed_all, stream
 
 
@@ -96,12 +97,9 @@ class Eager(Machine):
         assert isinstance(held, Tensor)
         return held
 
-    def send(self, task: Send) -> None:
-        """Hand a value to other programs; a parameter or state as it is now, since its owner goes on."""
-        if task.copied is None:
-            held = {memory_of(t) for t in (*self.context.root.parameters(), *self.context.root.buffers())}
-            task.copied = any(memory_of(t) in held for t in tensors_of(self.values[task.value]))
-        super().send(task)
+    def written(self) -> set[int]:
+        """Return the memory of everything under the root."""
+        return memories([*self.context.root.parameters(), *self.context.root.buffers()])
 
 
 BACKENDS: dict[str, type[Eager]] = {"eager": Eager}

@@ -8,10 +8,22 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from locc.errors import LoccError
-from locc.lower import Assign, Backward, Instruction, Loop, Plan, Receive, Segment, Send, Update
+from locc.ir.memory import memories, memory_of
+from locc.lower import (
+    Assign,
+    Backward,
+    Instruction,
+    Loop,
+    Plan,
+    Receive,
+    Segment,
+    Send,
+    Update,
+    unknown,
+)
 
 
 class Channels(Protocol):
@@ -64,10 +76,7 @@ class Machine:
         for instruction in instructions:
             how = self._HOW.get(type(instruction))
             if how is None:
-                raise LoccError(
-                    f"the plan holds a {type(instruction).__name__}, which no backend runs; known: "
-                    + ", ".join(kind.__name__ for kind in self._HOW)
-                )
+                raise unknown(instruction)
             with self.turn if how not in ("receive", "loop") else nullcontext():
                 getattr(self, how)(instruction)
             self.ran(instruction)
@@ -105,6 +114,7 @@ class Machine:
         if not task.objectives:
             return list(torch.autograd.grad(scalar, values, retain_graph=task.retain, allow_unused=True))
         for value in values:
+            value.grad = None  # what another objective has left in a leaf
             if not value.is_leaf:
                 value.retain_grad()
         scalar.backward(retain_graph=task.retain)
@@ -144,9 +154,14 @@ class Machine:
         return loop.times
 
     def send(self, task: Send) -> None:
-        """Hand a value to other programs."""
+        """Hand a value to other programs; what lies in a parameter or state is copied, for that goes on."""
         value = tree_map(_detached, self.values[task.value])
-        self._connected().send(task, tree_map(_copied, value) if task.copied else value)
+        kept = memories(value).isdisjoint(self.written())
+        self._connected().send(task, value if kept else tree_map(_copied, value))
+
+    def written(self) -> set[int]:
+        """Return the memory of the parameters and state that this and other instructions write."""
+        raise NotImplementedError
 
     def receive(self, task: Receive) -> None:
         """Wait for a value of another program."""
@@ -161,29 +176,13 @@ class Machine:
         return self.channels
 
     def protect(self, task: Update | Assign, written: Iterable[Tensor]) -> None:
-        """Copy the values in flight that share memory with what an instruction is about to write.
-
-        Which they are is a matter of the code, so it is looked up once.
-        """
-        if task.copies is None:
-            memory = {memory_of(t) for t in written}
-            task.copies = tuple(
-                name
-                for name, value in self.values.items()
-                if name not in task.frees and any(memory_of(v) in memory for v in tensors_of(value))
-            )
-        for name in task.copies:
+        """Copy the values in flight that lie in memory which an instruction is about to write."""
+        found = {name: memories(value) for name, value in self.values.items() if name not in task.frees}
+        if not any(found.values()):
+            return
+        memory = memories(list(written))
+        for name in [name for name, held in found.items() if not memory.isdisjoint(held)]:
             self.values[name] = tree_map(_copied, self.values[name])
-
-
-def memory_of(tensor: Tensor) -> int:
-    """Return what is equal for tensors that share memory."""
-    return int(tensor.untyped_storage()._cdata)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """Return the tensors of a value that may be nested."""
-    return [v for v in tree_leaves(value) if isinstance(v, Tensor)]
 
 
 def _copied(value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from locc.lower import Plan
+from locc.lower import ModuleProgram, Plan
 from locc.program import Program
 
 from .beside import run_beside
@@ -62,7 +62,12 @@ def assert_lowered(
             )
 
 
-def assert_side_by_side(program: Program, batches: Iterable[tuple[Any, Any]]) -> None:
+def assert_side_by_side(
+    program: Program,
+    batches: Iterable[tuple[Any, Any]],
+    *,
+    programs: Mapping[str, ModuleProgram] | None = None,
+) -> None:
     """Assert that the module programs, run side by side in threads, train the same bits as `program.step`.
 
     The program is as it was afterwards.
@@ -73,6 +78,7 @@ def assert_side_by_side(program: Program, batches: Iterable[tuple[Any, Any]]) ->
     Args:
         program: a compiled program.
         batches: (x, y) pairs as `step` takes them.
+        programs: other module programs of the same plan, instead of the program's.
 
     Raises:
         AssertionError: names the first tensor that differs and its module, or the program that fails.
@@ -83,7 +89,7 @@ def assert_side_by_side(program: Program, batches: Iterable[tuple[Any, Any]]) ->
         trial = Trial(program, guarded=True)
         wanted = _states(program, [trial.run(plan, batch, i) for i, batch in enumerate(values)])
     with untouched(program), program.frozen():
-        found = _states(program, run_beside(program, values))
+        found = _states(program, run_beside(program, values, programs))
     for owner in wanted:
         different = difference(wanted[owner], found[owner])
         if different is not None:
