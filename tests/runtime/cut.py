@@ -193,6 +193,7 @@ def main(folder: Path) -> None:
         child = os.fork()
         if child == 0:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
             code = 1
             try:
                 code = run(name, folder)

@@ -88,6 +88,7 @@ def test_a_phase_may_freeze_some_of_what_does_not_train():
 def test_modes_come_back_also_where_a_step_fails_and_the_users_own_eval_stays():
     model = norms()
     program = in_phase(None, model)
+    model.a[1].eval()
     model.b[1].eval()
     modes = [m.training for m in model.modules()]
 

@@ -30,6 +30,14 @@ def told(history: History) -> list[tuple[Any, ...]]:
     return [(e.number, e.phase, e.loss, e.objectives, e.validation) for e in history.epochs]
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """Which it does not in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @functools.cache
 def uncut(scene: str) -> tuple[list[tuple[Any, ...]], dict[str, Tensor]]:
     """The history of a whole fit, and all that training depends on after it."""
