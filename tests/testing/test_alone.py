@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from locc.lower import Loop, Plan, Segment
 from locc.runtime import Executor
@@ -83,7 +83,7 @@ def played(times: int = 3) -> tuple[Plan, list[Tensor]]:
 @pytest.mark.parametrize("owner", ["a", "b"])
 def test_a_loop_of_two_owners_is_played_round_by_round(owner: str) -> None:
     plan, values = played()
-    executor = Executor({}, 0, {"a": 0, "b": 1})
+    executor = Executor(nn.Module(), {}, seed=0)
     tape = Tape()
     executor.observe = tape.record
     executor.run(plan, values, 0)
