@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -38,8 +37,6 @@ class Machine:
 
     drops: ClassVar[bool] = True
     """Whether values go when nothing reads them any more."""
-    turn: AbstractContextManager[Any] = nullcontext()
-    """Entered for each instruction but a Receive: what several programs in one process take turns by."""
 
     _HOW: ClassVar[dict[type, str]] = {
         Segment: "segment",
@@ -68,8 +65,7 @@ class Machine:
                     f"the plan holds a {type(instruction).__name__}, which no backend runs; known: "
                     + ", ".join(kind.__name__ for kind in self._HOW)
                 )
-            with self.turn if how not in ("receive", "loop") else nullcontext():
-                getattr(self, how)(instruction)
+            getattr(self, how)(instruction)
             self.ran(instruction)
             if self.drops:
                 for name in instruction.frees:

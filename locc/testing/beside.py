@@ -2,83 +2,116 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from locc.lower import Receive, Send
-from locc.runtime import Program
+from locc.lower import ModuleProgram, Receive, Send
+from locc.runtime import Program, StepReport
 from locc.runtime.backends import BACKENDS
 from locc.runtime.streams import preserved_rng
 
 from .trial import twin
 
-PATIENCE = 60.0
-"""Seconds after which a program that waits for a value gives up."""
-
 
 class StoppedError(Exception):
-    """Another program has failed, or what it should have sent never came."""
+    """Another program has failed, or no program sends what this one waits for."""
 
 
 class Mailbox:
-    """One queue for each value and each program that receives it."""
+    """One queue for each value and each program that receives it, and whose turn it is.
 
-    def __init__(self, homes: dict[str, str]) -> None:
-        self.homes = homes
-        self.failed = threading.Event()
-        self.queues: dict[tuple[str, str], queue.Queue[Any]] = {}
-        self.lock = threading.Lock()
+    One program runs at a time, until it waits for a value that has not come; then the next in the order of
+    the model that can go on. So a program is as far ahead of those that it sends to as it can be, which
+    shows what it may not change any more, and every run is the same.
+    """
 
-    def _queue(self, value: str, home: str) -> queue.Queue[Any]:
-        with self.lock:
-            return self.queues.setdefault((value, home), queue.Queue())
+    def __init__(self, programs: Mapping[str, ModuleProgram]) -> None:
+        self.homes = {owner: p.name for p in programs.values() for owner in p.owners}
+        self.queues: dict[tuple[str, str], deque[Any]] = {}
+        self.waits: dict[str, tuple[str, str] | None] = dict.fromkeys(programs)
+        self.turn: str | None = next(iter(programs), None)
+        self.changed = threading.Condition()
 
     def send(self, instruction: Send, value: Any) -> None:
         """Put a value into the queue of each program that reads it."""
         for home in dict.fromkeys(self.homes[owner] for owner in instruction.to):
-            self._queue(instruction.value, home).put(value)
+            self.queues.setdefault((instruction.value, home), deque()).append(value)
 
     def receive(self, instruction: Receive) -> Any:
-        """Take the next value; give up when another program fails."""
-        waiting = self._queue(instruction.value, self.homes[instruction.owner])
-        for _ in range(int(PATIENCE / 0.05)):
-            try:
-                return waiting.get(timeout=0.05)
-            except queue.Empty:
-                if self.failed.is_set():
-                    break
-        raise StoppedError(f"'{instruction.value}' of '{instruction.source}' never came")
+        """Take the next value; where there is none yet, let the others run.
+
+        Raises:
+            StoppedError: none will come.
+        """
+        home = self.homes[instruction.owner]
+        key = instruction.value, home
+        self.waits[home] = key
+        if not self.queues.get(key):
+            self.next()
+            self.wait(home)
+        self.waits[home] = None
+        if not self.queues.get(key):
+            raise StoppedError(f"'{instruction.value}' of '{instruction.source}' never came")
+        return self.queues[key].popleft()
+
+    def next(self) -> None:
+        """Give the turn to the first program that can go on, or to one that waits in vain."""
+        ready = [name for name, key in self.waits.items() if key is None or self.queues.get(key)]
+        with self.changed:
+            self.turn = next(iter(ready or self.waits), None)
+            self.changed.notify_all()
+
+    def wait(self, name: str) -> None:
+        """Wait for a program's turn."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == name)
+
+    def leave(self, name: str) -> None:
+        """End a program."""
+        del self.waits[name]
+        self.next()
 
 
-def run_beside(program: Program, batches: list[list[Any]]) -> list[dict[str, Tensor]]:
-    """Train on batches with one thread for each module's program; returns the objectives of each step.
+def run_beside(
+    program: Program, batches: list[list[Any]], programs: Mapping[str, ModuleProgram] | None = None
+) -> list[StepReport]:
+    """Train on batches with one thread for each module's program; returns what each step reports.
+
+    Args:
+        program: a compiled program.
+        batches: of the plan's inputs.
+        programs: others than `program.module_programs`.
 
     Raises:
         AssertionError: a program fails; names it.
     """
-    programs = program.module_programs
-    mailbox = Mailbox({owner: p.name for p in programs.values() for owner in p.owners})
-    turn = threading.Lock()  # for each instruction: PyTorch has one random generator a process
-    done: list[dict[str, Tensor]] = [{} for _ in batches]
+    programs = program.module_programs if programs is None else programs
+    mailbox = Mailbox(programs)
+    objectives: list[dict[str, Tensor]] = [{} for _ in batches]
+    losses: list[Tensor | None] = [None for _ in batches]
     errors: dict[str, BaseException] = {}
 
     def work(name: str) -> None:
-        context = replace(program.built.executor, turn=turn, observe=None, flags=[])
+        context = replace(program.built.executor, observe=None, flags=[])
         plan = programs[name].plan
+        mailbox.wait(name)
         try:
             for number, batch in enumerate(batches):
                 machine = BACKENDS[context.backend](
                     context, plan, twin(batch), program.steps + number, mailbox
                 )
                 machine.run(plan.instructions)
-                done[number].update(machine.objectives)
+                objectives[number].update(machine.objectives)
+                losses[number] = machine.loss if machine.loss is not None else losses[number]
         except BaseException as error:  # told to the caller, in whose thread an assertion belongs
             errors[name] = error
-            mailbox.failed.set()
+        finally:
+            mailbox.leave(name)
 
     threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in programs]
     with preserved_rng(program.device):
@@ -89,4 +122,4 @@ def run_beside(program: Program, batches: list[list[Any]]) -> list[dict[str, Ten
     first = next((n for n, e in errors.items() if not isinstance(e, StoppedError)), next(iter(errors), None))
     if first is not None:
         raise AssertionError(f"the program of module '{first}' fails: {errors[first]}") from errors[first]
-    return done
+    return [StepReport(found, loss) for found, loss in zip(objectives, losses, strict=True)]
