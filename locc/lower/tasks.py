@@ -144,17 +144,20 @@ def _ancestors(roots: list[fx.Node], changed: Mapping[fx.Node, list[fx.Node]]) -
 
 def order(ir: TrainingGraph, found: Analysis, scope: set[fx.Node], inside: str | None = None) -> list[Task]:
     """Return the tasks of `scope` (a phase, or the nodes of one region) in the order in which they run."""
-    position = {node: i for i, node in enumerate(ir.graph.nodes)}
+    return _sorted(ir, task_graph(ir, found, scope, inside))
+
+
+def task_graph(
+    ir: TrainingGraph, found: Analysis, scope: set[fx.Node], inside: str | None = None
+) -> nx.DiGraph[Task]:
+    """Return the graph "u runs before v" over the tasks of `scope`."""
     region = {n: RegionTask(n.meta["repeat"]) for n in scope if n.meta.get("repeat") not in (None, inside)}
 
     def task(node: fx.Node) -> Task:
         return region.get(node, node)
 
     graph: nx.DiGraph[Task] = nx.DiGraph()
-    first: dict[Task, int] = {}
-    for node in sorted(scope, key=position.__getitem__):
-        graph.add_node(task(node))
-        first.setdefault(task(node), position[node])
+    graph.add_nodes_from(task(node) for node in ir.graph.nodes if node in scope)
     for node in scope:
         for source in found.before.predecessors(node):
             if source in scope and task(source) != task(node):
@@ -168,17 +171,24 @@ def order(ir: TrainingGraph, found: Analysis, scope: set[fx.Node], inside: str |
             if leaf in scope:
                 graph.add_edge(task(leaf), backward)
     _add_writes(ir, found, graph, task, inside)
+    return graph
+
+
+def _sorted(ir: TrainingGraph, graph: nx.DiGraph[Task]) -> list[Task]:
+    """Return tasks in a valid order: writes, then backward passes, then nodes, each as soon as they can."""
+    position = {node: i for i, node in enumerate(ir.graph.nodes)}
+    first = {n.meta["repeat"]: n for n in reversed(ir.graph.nodes) if "repeat" in n.meta}
 
     def key(item: Task) -> tuple[int, int, int, int]:
         if isinstance(item, UpdateTask):
             return (0, ir.owners[item.owner].index, 0, 0)
         if isinstance(item, fx.Node) and item.target is ops.assign:
-            return (0, ir.owners[item.meta["owner"]].index, 1, first[item])
+            return (0, ir.owners[item.meta["owner"]].index, 1, position[item])
         if isinstance(item, BackwardTask):
             return (1, ir.owners[item.owner].index, 0, position[item.scalar])
-        node = item if isinstance(item, fx.Node) else next(n for n in region if region[n] == item)
+        node = item if isinstance(item, fx.Node) else first[item.name]
         owner = ir.owners.get(node.meta["owner"])
-        return (2, owner.index if owner else -1, int(owner.auxiliary) if owner else 0, first[item])
+        return (2, owner.index if owner else -1, int(owner.auxiliary) if owner else 0, position[node])
 
     if not nx.is_directed_acyclic_graph(graph):
         cycle = " -> ".join(getattr(u, "name", type(u).__name__) for u, _ in nx.find_cycle(graph))

@@ -36,7 +36,6 @@ class Eager(Machine):
     ) -> None:
         super().__init__(plan, values, channels)
         self.context, self.number = context, step
-        self.turn = context.turn
         self.objectives: dict[str, Tensor] = {}
         self.loss: Tensor | None = None
 

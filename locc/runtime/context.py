@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ class Context:
     """What the instructions of a step need to know, and what persists between steps.
 
     `observe` is called after each instruction, with the values in flight. With `guarded=False` an
-    objective that is not finite does not stop the step. `turn` is entered for each instruction.
+    objective that is not finite does not stop the step.
     """
 
     root: nn.Module
@@ -32,7 +31,6 @@ class Context:
     observe: Callable[[Instruction, dict[str, Any]], None] | None = None
     deferred: bool = True
     guarded: bool = True
-    turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
 
     def defer(self, step: int, name: str, flag: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -50,8 +49,6 @@ class Machine:
 
     drops: ClassVar[bool] = True
     """Whether values go when nothing reads them any more."""
-    turn: AbstractContextManager[Any] = nullcontext()
-    """Entered for each instruction but a Receive: what several programs in one process take turns by."""
 
     _HOW: ClassVar[dict[type, str]] = {
         Segment: "segment",
@@ -77,8 +74,7 @@ class Machine:
             how = self._HOW.get(type(instruction))
             if how is None:
                 raise unknown(instruction)
-            with self.turn if how not in ("receive", "loop") else nullcontext():
-                getattr(self, how)(instruction)
+            getattr(self, how)(instruction)
             self.ran(instruction)
             if self.drops:
                 for name in instruction.frees:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from locc.lower import ModuleProgram, Receive, Send
 from locc.program import Program
+from locc.runtime import StepReport
 from locc.runtime.backends import BACKENDS
 from locc.runtime.streams import preserved_rng
 
@@ -19,87 +20,95 @@ from .trial import twin
 
 
 class StoppedError(Exception):
-    """What a program waits for will never come."""
+    """Another program has failed, or no program sends what this one waits for."""
 
 
 class Mailbox:
-    """A queue for each value and each program that receives it.
+    """One queue for each value and each program that receives it, and whose turn it is.
 
-    Args:
-        homes: owner -> name of the program that it is in.
+    One program runs at a time, until it waits for a value that has not come; then the next in the order of
+    the model that can go on. So a program is as far ahead of those that it sends to as it can be, which
+    shows what it may not change any more, and every run is the same.
     """
 
-    def __init__(self, homes: Mapping[str, str]) -> None:
-        self.homes = homes
-        self.running = set(homes.values())
-        self.waiting: dict[str, tuple[str, str]] = {}
-        self.sent: defaultdict[tuple[str, str], deque[Any]] = defaultdict(deque)
+    def __init__(self, programs: Mapping[str, ModuleProgram]) -> None:
+        self.homes = {owner: p.name for p in programs.values() for owner in p.owners}
+        self.queues: dict[tuple[str, str], deque[Any]] = {}
+        self.waits: dict[str, tuple[str, str] | None] = dict.fromkeys(programs)
+        self.turn: str | None = next(iter(programs), None)
         self.changed = threading.Condition()
 
     def send(self, instruction: Send, value: Any) -> None:
         """Put a value into the queue of each program that reads it."""
-        with self.changed:
-            for home in dict.fromkeys(self.homes[owner] for owner in instruction.to):
-                self.sent[instruction.value, home].append(value)
-            self.changed.notify_all()
+        for home in dict.fromkeys(self.homes[owner] for owner in instruction.to):
+            self.queues.setdefault((instruction.value, home), deque()).append(value)
 
     def receive(self, instruction: Receive) -> Any:
-        """Take the next value.
+        """Take the next value; where there is none yet, let the others run.
 
         Raises:
-            StoppedError: no program is left that could send it.
+            StoppedError: none will come.
         """
         home = self.homes[instruction.owner]
         key = instruction.value, home
-        with self.changed:
-            self.waiting[home] = key
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: self.sent[key] or self._stuck())
-            if not self.sent[key]:
-                raise StoppedError(f"'{instruction.value}' of '{instruction.source}' never came")
-            del self.waiting[home]
-            return self.sent[key].popleft()
+        self.waits[home] = key
+        if not self.queues.get(key):
+            self.next()
+            self.wait(home)
+        self.waits[home] = None
+        if not self.queues.get(key):
+            raise StoppedError(f"'{instruction.value}' of '{instruction.source}' never came")
+        return self.queues[key].popleft()
 
-    def leave(self, home: str) -> None:
-        """Note that a program has ended."""
+    def next(self) -> None:
+        """Give the turn to the first program that can go on, or to one that waits in vain."""
+        ready = [name for name, key in self.waits.items() if key is None or self.queues.get(key)]
         with self.changed:
-            self.running.discard(home)
+            self.turn = next(iter(ready or self.waits), None)
             self.changed.notify_all()
 
-    def _stuck(self) -> bool:
-        """Whether every program that still runs waits for what has not been sent."""
-        return all(home in self.waiting and not self.sent[self.waiting[home]] for home in self.running)
+    def wait(self, name: str) -> None:
+        """Wait for a program's turn."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == name)
+
+    def leave(self, name: str) -> None:
+        """End a program."""
+        del self.waits[name]
+        self.next()
 
 
 def run_beside(
     program: Program, batches: list[list[Any]], programs: Mapping[str, ModuleProgram] | None = None
-) -> list[dict[str, Tensor]]:
-    """Train on batches with a thread for each module's program; returns the objectives of each step.
+) -> list[StepReport]:
+    """Train on batches with one thread for each module's program; returns what each step reports.
 
     Args:
-        program: whose optimizers and random streams to use.
-        batches: the values of the plan's inputs, a list for each step.
+        program: a compiled program.
+        batches: of the plan's inputs.
         programs: others than `program.module_programs`.
 
     Raises:
         AssertionError: a program fails, waits for what never comes, or sends what nobody receives.
     """
     programs = program.module_programs if programs is None else programs
-    mailbox = Mailbox({owner: name for name, p in programs.items() for owner in p.owners})
-    turn = threading.Lock()  # for each instruction: PyTorch has one random generator a process
-    done: list[dict[str, Tensor]] = [{} for _ in batches]
+    mailbox = Mailbox(programs)
+    objectives: list[dict[str, Tensor]] = [{} for _ in batches]
+    losses: list[Tensor | None] = [None for _ in batches]
     errors: dict[str, BaseException] = {}
 
     def work(name: str) -> None:
-        context = replace(program.built.executor, turn=turn, observe=None, flags=[])
+        context = replace(program.built.executor, observe=None, flags=[])
         plan = programs[name].plan
+        mailbox.wait(name)
         try:
             for number, batch in enumerate(batches):
                 machine = BACKENDS[context.backend](
                     context, plan, twin(batch), program.steps + number, mailbox
                 )
                 machine.run(plan.instructions)
-                done[number].update(machine.objectives)
+                objectives[number].update(machine.objectives)
+                losses[number] = machine.loss if machine.loss is not None else losses[number]
         except BaseException as error:  # told to the caller, in whose thread an assertion belongs
             errors[name] = error
         finally:
@@ -111,14 +120,12 @@ def run_beside(
             thread.start()
         for thread in threads:
             thread.join()
-    _complain(errors, mailbox)
-    return done
-
-
-def _complain(errors: dict[str, BaseException], mailbox: Mailbox) -> None:
-    """Raise for what went wrong; that a program waits in vain only if no other fails."""
-    for name in sorted(errors, key=lambda n: isinstance(errors[n], StoppedError)):
-        raise AssertionError(f"the program of module '{name}' fails: {errors[name]}") from errors[name]
-    left = [f"'{value}' to the program of '{home}'" for (value, home), q in mailbox.sent.items() if q]
+    first = next((n for n, e in errors.items() if not isinstance(e, StoppedError)), next(iter(errors), None))
+    if first is not None:
+        raise AssertionError(f"the program of module '{first}' fails: {errors[first]}") from errors[first]
+    left = [
+        f"'{value}' to the program of '{home}'" for (value, home), queue in mailbox.queues.items() if queue
+    ]
     if left:
         raise AssertionError(f"the programs send {', '.join(left)}, which it never receives")
+    return [StepReport(found, loss) for found, loss in zip(objectives, losses, strict=True)]

@@ -10,6 +10,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,8 @@ from .case import Case
 from .isolation import assert_isolated
 from .local import assert_local
 from .pipeline import assert_pipeline_exact
-from .trial import Trial, difference
+from .translation import assert_lowered, assert_side_by_side
+from .trial import Trial, difference, first_line
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,22 @@ class Subject:
     def program(self, *, verify: bool = False, **overrides: Any) -> Program:
         """Return a new program on a new model; unproved, since a check is there for that."""
         return self.case.compile(verify=verify, **overrides)
+
+    @cached_property
+    def double(self) -> tuple[Program, Case]:
+        """The case in float64 and its program, shared by the checks that leave a program as it was.
+
+        Raises:
+            AssertionError: the method compiles in float32 only.
+        """
+        case = replace(self.case, model=replace(self.case.model, dtype=torch.float64))
+        try:
+            return case.compile(verify=False), case
+        except Exception as error:
+            raise AssertionError(
+                f"it does not compile on the model in float64: {first_line(error)}; give auxiliaries and "
+                "constants the dtype of the values that they meet (value.meta['spec'].dtype)"
+            ) from error
 
     def with_method(self, method: Method) -> Subject:
         """Return the same model under another method."""
@@ -291,6 +309,22 @@ def a_pipeline_trains_the_same(subject: Subject) -> None:
         assert_pipeline_exact(program, [subject.case.batch(number) for number in range(5)])
 
 
+def the_plan_computes_what_the_graph_means(subject: Subject) -> None:
+    """In every phase, the lowered plan trains to the bits of `reference_step`, in float64."""
+    program, case = subject.double
+    for phase in phases_of(program):
+        program.phase = phase
+        assert_lowered(program, *case.batch())
+
+
+def module_programs_train_side_by_side(subject: Subject) -> None:
+    """In every phase, the module programs train to the bits of the plan that they are cut out of."""
+    program, case = subject.double
+    for phase in phases_of(program):
+        program.phase = phase
+        assert_side_by_side(program, [case.batch(number) for number in range(2)])
+
+
 CONFORMANCE: dict[str, Callable[[Subject], None]] = {
     "one module is backpropagation": one_module_is_backpropagation,
     "every parameter has one optimizer": every_parameter_has_one_optimizer,
@@ -299,6 +333,8 @@ CONFORMANCE: dict[str, Callable[[Subject], None]] = {
     "inference reads no label": inference_reads_no_label,
     "fixed matrices stay": fixed_matrices_stay,
     "objectives train their owner": objectives_train_their_owner,
+    "the plan computes what the graph means": the_plan_computes_what_the_graph_means,
+    "module programs train side by side": module_programs_train_side_by_side,
     "modules are local": modules_are_local,
     "modules are isolated": modules_are_isolated,
     "a pipeline trains the same": a_pipeline_trains_the_same,

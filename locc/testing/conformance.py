@@ -27,7 +27,7 @@ CONFORMANCE_MODELS: Mapping[str, Case] = {
     "convolution": _case("convolution", "batch_norm", "relu"),
     "residual": _case("residual", "tanh", "layer_norm"),
     "recurrent": _case("recurrent", "lstm", "gru"),
-    "transformer": _case("attention", "attention", "attention", optimizer="slow"),
+    "transformer": _case("attention", "attention", "attention", optimizer="adam"),
 }
 """The models of `assert_conforms`, three modules each; a case's method is replaced by the one under test."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from locc.errors import LoccError, nearest
 from locc.testing.blocks import CONVOLUTIONS, INSIDE, RECURRENT, TOKENS, VECTORS, Maker
@@ -218,6 +219,7 @@ class ModelSpec:
         width: number of features (channels) between the blocks.
         loss: "cross_entropy", or "mse" on numbers of the output's shape.
         seed: of the weights and the batches.
+        dtype: of the weights and of what is real in the batches; a float64 model holds float32 numbers.
     """
 
     family: str = "chain"
@@ -225,6 +227,7 @@ class ModelSpec:
     width: int = 4
     loss: str = "cross_entropy"
     seed: int = 0
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         known = family_of(self.family).blocks
@@ -239,9 +242,9 @@ class ModelSpec:
         family = FAMILIES[self.family]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            constant = torch.rand(self.width) + 0.5
+            constant = (torch.rand(self.width) + 0.5).to(self.dtype)  # blocks share the tensor: no cast later
             blocks = [family.blocks[kind](self.width, constant) for kind in self.blocks]
-            return family.assemble(blocks, self.width)
+            return family.assemble(blocks, self.width).to(self.dtype)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -265,8 +268,11 @@ class ModelSpec:
         """
         family = FAMILIES[self.family]
         draw = torch.Generator().manual_seed(1_000_003 * self.seed + number)
-        x = family.inputs(size, draw)
+        x = tree_map(self._cast, family.inputs(size, draw))
         shape = (size, *family.positions)
         if self.loss == "mse":
-            return x, torch.randn(*shape, family.classes, generator=draw)
+            return x, self._cast(torch.randn(*shape, family.classes, generator=draw))
         return x, torch.randint(family.classes, shape, generator=draw)
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value

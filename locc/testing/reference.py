@@ -3,7 +3,8 @@
 Every node computes its value from the parameters and state as they were before the step (inside a
 repeated region: before its round), a `gradient` is the derivative of its scalar, and all updates and
 assigns commit together at the end. A node that draws random numbers draws from a stream of its own. What a
-step computes is what its objectives and assigns need, in a phase those of the owners that train in it.
+step computes is what its objectives and assigns need, in a phase those of the owners that train in it, and
+it keeps a tape of what is differentiated.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def reference_step(program: Program, x: Any, y: Any = None) -> StepReport:
 
 class _Meaning:
     def __init__(self, program: Program, batch: dict[fx.Node, Any]) -> None:
-        self.program, self.ir, self.values, self.round = program, program.ir, batch, 0
+        self.program, self.ir, self.context = program, program.ir, program.built.executor
+        self.values, self.round = batch, 0
         phase = next((p for p in program.phases if p.name == program.phase), None)
         self.trains = set(self.ir.owners) if phase is None else set(phase.trains)
         self.changes: dict[fx.Node, list[fx.Node]] = {}
@@ -51,6 +53,8 @@ class _Meaning:
                 self.changes.setdefault(changed, []).append(node)
         self.needed = self._needed()
         self.wrt = {n.args[1] for n in self.needed if n.target is ops.gradient}
+        derived = [n.all_input_nodes[0] for n in self.needed if n.target in (ops.gradient, ops.objective)]
+        self.taped = self._behind(derived, (ops.stop_gradient, ops.gradient))
         self.objectives: dict[str, Tensor] = {}
         self.commits: list[tuple[Tensor, Tensor]] = []
 
@@ -66,28 +70,26 @@ class _Meaning:
             needed |= self._behind([loss])
         return needed
 
-    def _behind(self, roots: list[fx.Node]) -> set[fx.Node]:
+    def _behind(self, roots: list[fx.Node], ends: tuple[Any, ...] = ()) -> set[fx.Node]:
         seen: set[fx.Node] = set()
         while roots:
             node = roots.pop()
             if node not in seen:
                 seen.add(node)
-                roots += [*node.all_input_nodes, *self.changes.get(node, ())]
+                if node.target not in ends:
+                    roots += [*node.all_input_nodes, *self.changes.get(node, ())]
         return seen
 
     def step(self) -> StepReport:
-        context = self.program.built.executor
-        with torch.enable_grad():
-            for node in self.ir.graph.nodes:
-                if node in self.needed:
-                    self._value(node)
+        for node in (n for n in self.ir.graph.nodes if n in self.needed):
+            self._value(node)
         for name, value in self.objectives.items():
             if not torch.isfinite(value):
                 raise RunError(f"objective '{name}' is {float(value)}; nothing was updated")
         trained = {n.meta["owner"] for n in self.needed if n.target is ops.objective}
-        for owner in (o for o in context.learners if o in trained):
+        for owner in (o for o in self.context.learners if o in trained):
             self._draw(of_update(owner))
-            context.learners[owner].update(context.accumulate)
+            self.context.learners[owner].update(self.context.accumulate)
         self._commit()
         loss = self.values.get(self.ir.loss) if self.ir.loss is not None else None
         return StepReport(self.objectives, None if loss is None else loss.detach())
@@ -141,9 +143,9 @@ class _Meaning:
             target = self.ir.root.get_submodule(target)
         elif node.op == "call_method":
             target, args = getattr(args[0], target), args[1:]
-        with autocast(self.program.device, self.program.built.executor.autocast):
+        with torch.set_grad_enabled(node in self.taped), autocast(self.program.device, self.context.autocast):
             value = target(*args, **kwargs)
         return value.detach().requires_grad_() if node in self.wrt and not value.requires_grad else value
 
     def _draw(self, name: str) -> None:
-        seed_all(stream(self.program.built.executor.seed, self.program.steps, name, self.round))
+        seed_all(stream(self.context.seed, self.program.steps, name, self.round))

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from locc.lower import ModuleProgram, Plan
+from locc.lower import Backward, ModuleProgram, Plan, Segment, instructions_of
 from locc.program import Program
+from locc.runtime import StepReport, checked
 
 from .beside import run_beside
 from .reference import reference_step
-from .trial import Holdings, State, Trial, batch_of, difference, untouched
+from .trial import Holdings, State, Trial, batch_of, difference, first_line, twin, unit, untouched
 
 TOLERANCE = 1e-12
 """Largest difference of a float64 value, in units of the largest entry of its tensor or of one."""
 
 
 def assert_lowered(
-    program: Program, x: Any, y: Any = None, *, steps: int = 2, plan: Plan | None = None
+    program: Program, x: Any, y: Any = None, *, steps: int | None = None, plan: Plan | None = None
 ) -> None:
     """Assert that the plan of the current phase trains as `reference_step` does, which knows no plans.
 
-    Compares parameters, buffers, state, optimizer state and objectives after some steps: float64 values to
-    1e-12 of the largest entry, other floating-point values to the precision of their dtype, the rest exactly.
-    The program is as it was afterwards.
+    Compares parameters, buffers, state, optimizer state, objectives and loss after some steps: bit for bit
+    where each owner computes and back-propagates in the order of the graph. Otherwise sums of three gradients
+    may round in another way, and float64 values agree to 1e-12 of the largest entry, other floating-point
+    values to the precision of their dtype. The program is as it was afterwards.
 
     Example:
         >>> program = locc.compile(model.double(), "dtp", splits=["layer1"], example_inputs=x.double())
@@ -36,30 +38,42 @@ def assert_lowered(
         program: a compiled program.
         x: a batch as `step` takes it.
         y: its target; without one, a few samples of `x` with a made-up target are used.
-        steps: how many.
+        steps: how many; one more than it takes until every owner has made an update without it.
         plan: another plan of the same graph, instead of the program's.
 
     Raises:
-        AssertionError: names the first tensor that differs, and the module that owns it.
+        AssertionError: names the first tensor that differs, and the module that owns it; or the plan fails.
         RunError: an objective is not finite.
     """
-    values = batch_of(program, x, y)
+    checked(program).complete(x)
     plan = program.plan(program.phase) if plan is None else plan
-    with untouched(program):
+    count = 1 + unit(program, plan) if steps is None else steps
+
+    def meant(values: list[Any]) -> list[StepReport]:
+        batches = [twin(values) for _ in range(count)]
+        return [reference_step(program, tuple(inputs), target) for *inputs, target in batches]
+
+    def planned(values: list[Any]) -> list[StepReport]:
         trial = Trial(program, guarded=True)
-        found = _states(program, [trial.run(plan, values, i) for i in range(steps)])
-    with untouched(program):
-        done = [reference_step(program, tuple(values[:-1]), values[-1]).objectives for _ in range(steps)]
-        wanted = _states(program, done)
-    for owner in wanted:
-        different = difference(wanted[owner], found[owner], _close)
-        if different is not None:
-            raise AssertionError(
-                f"the plan of method '{program.method}'{_phase(program)} does not compute what its graph "
-                f"means: {different} of '{owner}' comes out different after {steps} steps of reference_step\n"
-                "  remedy: compare print(program.plan()) with print(program.ir); something runs too early, "
-                "twice or not at all"
-            )
+        return [trial.report(plan, values, number) for number in range(count)]
+
+    def after(run: Callable[[list[Any]], list[StepReport]]) -> State:
+        with untouched(program):
+            return _state(program, run(batch_of(program, x, y)))
+
+    wanted = after(meant)
+    try:
+        found = after(planned)
+    except (RuntimeError, LookupError) as error:
+        raise AssertionError(f"the plan of {_named(program)} fails: {first_line(error)}") from error
+    different = difference(wanted, found, _close if _reordered(program, plan) else None)
+    if different is not None:
+        raise AssertionError(
+            f"the plan of {_named(program)} does not compute what its graph means: {different} comes out "
+            f"different after {count} steps of reference_step\n"
+            "  remedy: compare print(program.plan()) with print(program.ir): something runs too early, "
+            "twice or not at all, or the model's code keeps what no buffer holds"
+        )
 
 
 def assert_side_by_side(
@@ -70,7 +84,7 @@ def assert_side_by_side(
 ) -> None:
     """Assert that the module programs, run side by side in threads, train the same bits as `program.step`.
 
-    The program is as it was afterwards.
+    Each runs as far ahead of the others as it can. The program is as it was afterwards.
 
     Example:
         >>> locc.testing.assert_side_by_side(program, [(x1, y1), (x2, y2)])
@@ -83,29 +97,54 @@ def assert_side_by_side(
     Raises:
         AssertionError: names the first tensor that differs and its module, or the program that fails.
     """
-    values = [program.bind(x, y) for x, y in batches]
+    pairs = list(batches)
+    checked(program).complete(pairs[0][0])
     plan = program.plan(program.phase)
     with untouched(program):
+        values = [program.bind(x, y) for x, y in pairs]
         trial = Trial(program, guarded=True)
-        wanted = _states(program, [trial.run(plan, batch, i) for i, batch in enumerate(values)])
+        wanted = _state(program, [trial.report(plan, batch, i) for i, batch in enumerate(values)])
     with untouched(program), program.frozen():
-        found = _states(program, run_beside(program, values, programs))
-    for owner in wanted:
-        different = difference(wanted[owner], found[owner])
-        if different is not None:
-            raise AssertionError(
-                f"the module programs of method '{program.method}'{_phase(program)}, run side by side, do "
-                f"not train as program.step does: {different} of '{owner}' comes out different"
-            )
+        values = [program.bind(x, y) for x, y in pairs]
+        found = _state(program, run_beside(program, values, programs))
+    different = difference(wanted, found)
+    if different is not None:
+        raise AssertionError(
+            f"the module programs of {_named(program)}, run side by side, do not train as program.step "
+            f"does: {different} comes out different\n"
+            "  remedy: find what a module reads beside what it receives (print(program.module_programs)); "
+            "locc.testing.assert_isolated(program, x, y) names it"
+        )
 
 
-def _phase(program: Program) -> str:
-    return f" in phase '{program.phase}'" if program.phase is not None else ""
+def _named(program: Program) -> str:
+    phase = f" in phase '{program.phase}'" if program.phase is not None else ""
+    return f"method '{program.method}'{phase}"
 
 
-def _states(program: Program, objectives: list[dict[str, Tensor]]) -> dict[str, State]:
-    holdings = Holdings(program)
-    return {owner: holdings.state(owner, objectives) for owner in program.ir.owners}
+def _state(program: Program, reports: list[StepReport]) -> State:
+    """Return all that every owner holds, and what the steps have reported."""
+    holdings, objectives = Holdings(program), [report.objectives for report in reports]
+    found: State = {}
+    for owner in program.ir.owners:
+        held = holdings.state(owner, objectives)
+        found.update((f"{name} of '{owner}'", value) for name, value in held.items())
+    losses = {f"the loss of step {i + 1}": report.network_loss for i, report in enumerate(reports)}
+    return {**found, **{name: loss for name, loss in losses.items() if loss is not None}}
+
+
+def _reordered(program: Program, plan: Plan) -> bool:
+    """Whether an owner computes, or back-propagates, in another order than the graph has."""
+    position = {node.name: i for i, node in enumerate(program.ir.graph.nodes)}
+    last: dict[tuple[str, type], int] = {}
+    for i in instructions_of(plan.instructions):
+        names = i.writes if isinstance(i, Segment) else (i.scalar,) if isinstance(i, Backward) else ()
+        for name in names:
+            key, place = (i.owner, type(i)), position[name]
+            if place < last.get(key, -1):
+                return True
+            last[key] = place
+    return False
 
 
 def _close(one: Any, other: Any) -> bool:

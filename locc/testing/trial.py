@@ -18,7 +18,7 @@ from locc.ir.captured import owned_tensor
 from locc.ir.view import node_parameters
 from locc.lower import Backward, Instruction, Plan, instructions_of
 from locc.program import Program
-from locc.runtime import checked
+from locc.runtime import StepReport, checked
 from locc.snapshot import preserved, same_bits
 from locc.verify import Certificate
 from locc.verify.experiment.batch import small_batch
@@ -37,6 +37,7 @@ def untouched(program: Program) -> Iterator[None]:
     built = program.built
     certificate = built.certificate
     gradients = [(p, p.grad) for p in program.parameters() if p.grad is not None]
+    waiting = [(learner, learner.pending, learner.skip) for learner in built.learners.values()]
     with preserved(program, program.optimizers.values()):
         for parameter, gradient in gradients:  # half-accumulated ones are part of the state
             parameter.grad = gradient.detach().clone()
@@ -46,6 +47,8 @@ def untouched(program: Program) -> Iterator[None]:
             yield
         finally:
             built.certificate = certificate
+            for learner, pending, skip in waiting:
+                learner.pending, learner.skip = pending, skip
 
 
 def certificate_of(program: Program) -> Certificate:
@@ -115,10 +118,17 @@ class Trial:
         self, plan: Plan, values: list[Any], number: int, observe: Observer | None = None
     ) -> dict[str, Tensor]:
         """Run the step that comes `number` steps after the program's last one; returns its objectives."""
+        return self.report(plan, values, number, observe).objectives
+
+    def report(
+        self, plan: Plan, values: list[Any], number: int, observe: Observer | None = None
+    ) -> StepReport:
+        """Run the same; returns all that a step reports."""
         self.executor.observe = observe
         with self.program.frozen():
-            objectives, _ = self.executor.run(plan, twin(values), self.program.steps + number)
-        return {name: value.clone() for name, value in objectives.items()}
+            objectives, loss = self.executor.run(plan, twin(values), self.program.steps + number)
+        found = {name: value.clone() for name, value in objectives.items()}
+        return StepReport(found, None if loss is None else loss.clone())
 
 
 State = dict[str, Any]

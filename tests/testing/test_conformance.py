@@ -17,7 +17,7 @@ from locc.ir import TrainingGraph
 from locc.rewrite import AttachHeads, LocalLoss, OutputLoss, activations
 from locc.testing import CONFORMANCE, CONFORMANCE_MODELS, assert_conforms
 
-RUN = {"modules are isolated", "a pipeline trains the same"}
+RUN = {"modules are isolated", "a pipeline trains the same", "module programs train side by side"}
 TWO = {name: CONFORMANCE_MODELS[name] for name in ("mlp", "residual")}
 ONE = {"mlp": TWO["mlp"]}
 
@@ -216,7 +216,7 @@ def test_a_sound_method_conforms_and_says_on_what() -> None:
         (Drifting, {"fixed matrices stay"}),
         (Foreign, {"objectives train their owner", "modules are local", *RUN}),
         (Whisper, RUN),
-        (Counting, {*RUN, "training resumes"}),
+        (Counting, {*RUN, "training resumes", "the plan computes what the graph means"}),
     ],
 )
 def test_a_broken_method_fails_its_checks(spoil: type[Pass], checks: set[str]) -> None:

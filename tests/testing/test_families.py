@@ -67,7 +67,7 @@ def test_every_block_of_every_family_is_clean(family: str, kind: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_case_trains_with_its_optimizer(name: str) -> None:
     program = Case(optimizer=name).compile()
-    kinds = {"sgd": "SGD", "slow": "SGD", "momentum": "SGD", "adam": "Adam", "adamw": "AdamW"}
+    kinds = {"sgd": "SGD", "momentum": "SGD", "adam": "Adam", "adamw": "AdamW"}
     assert {type(o).__name__ for o in program.optimizers.values()} == {kinds[name]}
 
 
