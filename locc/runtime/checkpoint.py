@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from locc.errors import CheckpointError
+from locc.ir.state import states
 from locc.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def load(program: Program, path: Path) -> None:
             f"{', '.join(program.ir.owners)}. Compile with the same model, splits and options"
         )
     own, mine = _state(program)
-    problem = next(_misfits(tensors, header, own, mine), None)
+    problem = next(_misfits(program, tensors, header, own, mine), None)
     if problem is not None:
         raise CheckpointError(f"'{path}' does not fit this program: {problem}")
     try:
@@ -92,16 +93,21 @@ def load(program: Program, path: Path) -> None:
 
 
 def _misfits(
-    tensors: Mapping[str, Tensor], header: dict[str, Any], own: Mapping[str, Tensor], mine: dict[str, Any]
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    header: dict[str, Any],
+    own: Mapping[str, Tensor],
+    mine: dict[str, Any],
 ) -> Iterator[str]:
     """Yield what keeps a saved state from being this program's."""
 
     def state(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: t for n, t in held.items() if n.startswith("state/")}
 
+    fits = {f"state/{path}.value": held.fits for path, held in states(program.root)}
     for name in {**state(own), **state(tensors)}:
         a, b = own.get(name), tensors.get(name)
-        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        if a is None or b is None or a.dtype != b.dtype or not fits.get(name, a.shape.__eq__)(b.shape):
             yield f"tensor '{name.removeprefix('state/')}' is missing or has another shape or dtype"
     for key, what in (
         ("optimizers", "optimizers"),
@@ -244,6 +250,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _apply(program: Program, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    for path, held in states(program.root):  # has the rows of the batch that it last met
+        held.value = torch.empty_like(tensors[f"state/{path}.value"], device=held.value.device)
     with torch.no_grad():
         for name, tensor in _own(program).items():
             tensor.copy_(tensors[f"state/{name}"])

@@ -163,16 +163,18 @@ class Machine:
     def protect(self, task: Update | Assign, written: Iterable[Tensor]) -> None:
         """Copy the values in flight that share memory with what an instruction is about to write.
 
-        Which they are is a matter of the code, so it is looked up once.
+        Which they are is a matter of the code, so it is looked up once, by a machine that drops what is dead.
         """
-        if task.copies is None:
+        copies = task.copies
+        if copies is None:
             memory = {memory_of(t) for t in written}
-            task.copies = tuple(
+            copies = tuple(
                 name
                 for name, value in self.values.items()
                 if name not in task.frees and any(memory_of(v) in memory for v in tensors_of(value))
             )
-        for name in task.copies:
+            task.copies = copies if self.drops else None
+        for name in copies:
             self.values[name] = tree_map(_copied, self.values[name])
 
 
