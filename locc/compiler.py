@@ -20,8 +20,10 @@ from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
 from locc.program import Program
 from locc.rewrite import Method, apply, configure, options
+from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
 from locc.verify import prove
+from locc.verify.experiment.batch import accepts, small_batch
 
 Splits = int | str | Sequence[str]
 
@@ -125,6 +127,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     with torch.no_grad():
         for parameter, value in ir.initial:
             parameter.copy_(value)
+    output = ir.prediction.meta["spec"]
     executor = Executor(
         request.root,
         learners,
@@ -134,6 +137,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         program.device,
         deferred=not request.settings.atomic,
         backend=request.settings.backend,
+        misfit=lambda target: misfit(request.name, request.method.target, output, target),
     )
     return Built(ir, certificate, learners, schedulers, executor, phases)
 
@@ -142,7 +146,28 @@ def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGra
     """Capture and cut the model, and apply the method."""
     ir = cut(request, inputs, policy)
     apply(request.method, request.name, ir)
+    check_target(request, ir, inputs)
     return ir
+
+
+def check_target(request: Request, ir: TrainingGraph, inputs: Inputs) -> None:
+    """Refuse a loss that takes no target of a kind that the method can read, as far as it can be tried.
+
+    Raises:
+        MethodError: it takes others only.
+    """
+    kinds, output = request.method.target, ir.prediction.meta["spec"]
+    if not kinds:
+        return
+    found = small_batch(ir, inputs)
+    tried = (t.to(found.tensors[0].device) for t in examples(kinds, output, found.size))
+    if found.stand_in or any(accepts(ir, found.size, target) for target in tried):
+        return
+    raise MethodError(
+        f"method '{request.name}' is undefined on this model: for the output {output} it needs "
+        f"{wanted(kinds, output)} as target, and loss '{request.loss.__name__}' does not take that, but "
+        f"{found.text}"
+    )
 
 
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:

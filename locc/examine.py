@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locc.compiler import Request, Splits, _method, _on_device, cut
+from locc.compiler import Request, Splits, _method, _on_device, check_target, cut
 from locc.errors import LoccError
 from locc.ir import Coupling, Inputs, Root, TensorSpec, TrainingGraph
 from locc.ir.captured import strip
@@ -181,6 +181,7 @@ def examine(
             _describe_partition(result, ir)
             stage = "rewrite"
             apply(chosen, result.method, ir)
+            check_target(request, ir, inputs)
             _describe_training(result, ir)
             stage = "lower"
             result.plan = str(lower(ir))

@@ -66,7 +66,7 @@ class TrainingGraph(View):
         """Add a call of the submodule at `path` (as `add_module` returned it); for `spec` see `emit`."""
         return self._place("call_module", path, args, kw, owner, role, None, spec)
 
-    def read(self, owner: str, path: str, role: str = "parameter") -> fx.Node:
+    def read(self, owner: str, path: str, role: str = "parameter", name: str | None = None) -> fx.Node:
         """Add a read of the parameter, buffer or module at `path`; one node for each owner and path."""
         found: fx.Node
         for found in self.graph.nodes:
@@ -74,7 +74,7 @@ class TrainingGraph(View):
                 return found
         tensor = owned_tensor(self.root, path)
         spec = TensorSpec.of(tensor) if isinstance(tensor, torch.Tensor) else None
-        node = self._place("get_attr", path, (), {}, owner, role, None, spec, infers=False)
+        node = self._place("get_attr", path, (), {}, owner, role, name, spec, infers=False)
         self._first().prepend(node)
         return node
 
@@ -254,7 +254,7 @@ class TrainingGraph(View):
                 "state, or one for each sample, as long as the state's batch dimension"
             )
         path = self.add_module(name, held)
-        node = self.read(owner, f"{path}.value", role="state")
+        node = self.read(owner, f"{path}.value", role="state", name=name)
         node.meta.update(spec=spec, state=path)
         if reset is None:
             return node
@@ -295,7 +295,7 @@ class TrainingGraph(View):
                 "spec= where the value has none (a value of the batch, the target)"
             )
         for i in range(1, steps + 1):
-            name = f"{value.name}_delayed" if i == 1 else f"{value.name}_{i}"
+            name = f"{value.name}_late" if i == 1 else f"{value.name}_{i}"
             held = self.state(owner, name, spec, initial, resize=resize, delays=True)
             self.assign(owner, held, value)
             value = held
@@ -339,6 +339,35 @@ class TrainingGraph(View):
             copies[node] = self._copy_quietly(node, copies, role)
             copies[node].meta["replay"] = self._replays, node
         return [copies[n] for n in wanted]
+
+    def feed(self, owner: str, old: fx.Node, new: fx.Node) -> None:
+        """Let the owner read `new` where it reads `old`, in training; what inference computes stays as it is.
+
+        What `new` itself is computed from goes on reading `old`, and so does what is emitted later.
+
+        Args:
+            owner: whose program.
+            old: an input of the model, the target, or a boundary entry of the owner.
+            new: a value of the owner that a pass has emitted (read from a state, say), of the same spec.
+
+        Raises:
+            GraphError: `old` or `new` is none of these, or the specs differ.
+        """
+        specs = {n.meta["spec"] for n in (old, new) if n.meta.get("spec") is not None}
+        given = old.op == "placeholder" or (old.meta["role"] == "boundary" and old.meta["owner"] == owner)
+        made = new.meta["owner"] == owner and new.meta["role"] not in ("forward", "boundary")
+        if not given or not made or len(specs) > 1:
+            raise GraphError(
+                f"pass '{self._making}' feeds '{owner}' with '{new.name}', {new.meta.get('spec')}, for "
+                f"'{old.name}', {old.meta.get('spec')}; feed a value that a pass has emitted for the owner, "
+                "for an input, the target or a boundary entry of it, of the same spec"
+            )
+        behind = [new]
+        for node in behind:
+            behind += [n for n in node.all_input_nodes if n not in behind]
+        for user in [u for u in old.users if u.meta.get("owner") == owner and u not in behind]:
+            user.replace_input_with(old, new)
+        new.meta["feeds"] = old if old.op == "placeholder" else old.all_input_nodes[0]
 
     @staticmethod
     def _between(

@@ -55,7 +55,7 @@ def _header(ir: View) -> list[str]:
         carried = ", ".join(f"{a.name} <- {b.name}" for a, b in region.carried)
         lines.append(f"# region '{region.name}' runs {region.times} times, carrying {carried}")
     for path, state in states(ir.root):
-        starts = f"{float(state.initial):g}" if state.initial.dim() == 0 else f"self{_path(path)}.initial"
+        starts = f"self{_path(path)}.initial" if state.starts is None else f"{state.starts:g}"
         lines.append(f"# state '{state.name}' of '{state.owner}', {state.spec}, starts at {starts}")
     return lines
 

@@ -25,6 +25,7 @@ class State(nn.Module):
         owner: the owner that reads and assigns it.
         resize: "reset" starts anew when the batch size changes; "error" refuses such a batch.
         delays: whether it only keeps another value for later steps.
+        starts: `initial` where it is one number, as declared.
     """
 
     value: Tensor
@@ -42,6 +43,7 @@ class State(nn.Module):
         super().__init__()
         self.owner, self.name, self.spec, self.resize, self.delays = owner, name, spec, resize, delays
         self.register_buffer("initial", torch.as_tensor(initial).detach().to(spec.dtype).clone())
+        self.starts = float(self.initial) if self.initial.dim() == 0 else None
         self.register_buffer("value", self._start(0))
 
     def admit(self, batch: int) -> None:

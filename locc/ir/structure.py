@@ -1,9 +1,10 @@
 """Whether two graphs compute the same thing, node by node.
 
 Looks through what never changes a value: `stop_gradient`, split markers and the copy that a consumer
-makes of a boundary value. A node that a pass put in the place of another (a feedback layer for a
-linear layer) says so in `meta["stands_for"]`, the (op, target) of the node it replaces; its first
-argument is then that node's argument.
+makes of a boundary value. What training reads in the place of a value (`TrainingGraph.feed`) counts as that
+value, its `meta["feeds"]`. A node that a pass put in the place of another (a feedback layer for a linear
+layer) says so in `meta["stands_for"]`, the (op, target) of the node it replaces; its first argument is then
+that node's argument.
 """
 
 from __future__ import annotations
@@ -46,21 +47,28 @@ def _node_key(start: fx.Node, seen: dict[fx.Node, Hashable], known: dict[Hashabl
             continue
         todo.pop()
         if node not in seen:
-            key = _one(node, seen, known)
-            seen[node] = key if _transparent(node) else ("node", known.setdefault(key, len(known)))
+            through = _through(node)
+            seen[node] = seen[through] if through is not None else _number(node, seen, known)
     return seen[start]
 
 
-def _transparent(node: fx.Node) -> bool:
-    return node.target in (ops.stop_gradient, split) or node.meta.get("role") == "copy"
+def _through(node: fx.Node) -> fx.Node | None:
+    """Return the node whose value this one stands for unchanged, or None."""
+    if "feeds" in node.meta:
+        origin: fx.Node = node.meta["feeds"]
+        return origin
+    if node.target in (ops.stop_gradient, split) or node.meta.get("role") == "copy":
+        return node.all_input_nodes[0]
+    return None
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
-    if node.meta.get("stands_for") or node.target is ops.call_with or _transparent(node):
-        kept: list[fx.Node] = []
-        fx.map_arg(_call_of(node)[2:], kept.append)
-        return kept
-    return node.all_input_nodes
+    through = _through(node)
+    if through is not None:
+        return [through]
+    kept: list[fx.Node] = []
+    fx.map_arg(_call_of(node)[2:], kept.append)
+    return kept
 
 
 def _call_of(node: fx.Node) -> tuple[str, Any, Any, Any]:
@@ -71,20 +79,13 @@ def _call_of(node: fx.Node) -> tuple[str, Any, Any, Any]:
         module = node.args[0]
         assert isinstance(module, fx.Node)
         return "call_module", module.target, node.args[2], node.args[3]
-    if _transparent(node):
-        return node.op, node.target, (node.args[0],), {}
     return node.op, node.target, node.args, node.kwargs
 
 
-def _one(node: fx.Node, seen: dict[fx.Node, Hashable], known: dict[Hashable, int]) -> Hashable:
+def _number(node: fx.Node, seen: dict[fx.Node, Hashable], known: dict[Hashable, int]) -> Hashable:
     op, target, args, kwargs = _call_of(node)
-    if _transparent(node):
-        return seen[args[0]]
-    if op == "placeholder":
-        return (op, node.target)
-    return (
-        op,
-        target if isinstance(target, Hashable) else repr(target),
-        _key(args, seen, known),
-        _key(kwargs, seen, known),
-    )
+    key: Hashable = (op, node.target)
+    if op != "placeholder":
+        name = target if isinstance(target, Hashable) else repr(target)
+        key = (op, name, _key(args, seen, known), _key(kwargs, seen, known))
+    return ("node", known.setdefault(key, len(known)))

@@ -2,7 +2,8 @@
 
 One subject a file: `chain` (gradients handed down), `crossing` (what modules send), `reach` (what learns),
 `output` (the loss, and its error), `heads`, `inverses`, `objectives` (sums of terms), `noise`, `dropout`,
-`layouts` (specs), `building` (networks). A pass emits nodes with the verbs of `locc.ir.TrainingGraph`.
+`layouts` (specs), `building` (networks), `targets` (what a method reads). A pass emits nodes with the verbs
+of `locc.ir.TrainingGraph`.
 """
 
 from locc.rewrite.building import build, build_custom
@@ -17,8 +18,11 @@ from locc.rewrite.objectives import add_all, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
 from locc.rewrite.passes import Method, Pass, apply, configure, options
 from locc.rewrite.reach import learned
+from locc.rewrite.targets import CLASS_IDS, NUMBERS
 
 __all__ = [
+    "CLASS_IDS",
+    "NUMBERS",
     "Activation",
     "AttachHeads",
     "GradientChain",

@@ -15,6 +15,7 @@ from torch import nn
 from locc.errors import GraphError, MethodError, nearest
 from locc.ir.graph import TrainingGraph
 from locc.ir.invariants import check
+from locc.rewrite.targets import specs
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Method(ABC):
     reference: ClassVar[str]
     opens: ClassVar[tuple[type[nn.Module], ...]] = ()
     """Layers that the method rewrites one by one: capture opens every module around them."""
+    target: ClassVar[tuple[str, ...]] = ()
+    """The kinds of target that the method itself can read (`CLASS_IDS`, `NUMBERS`); empty where the user's
+    loss alone reads it. A loss that takes none of these is refused at compile time, another target before the
+    step begins. With a single kind, `ir.target` has a spec."""
 
     @abstractmethod
     def passes(self) -> Sequence[Pass]:
@@ -104,6 +109,8 @@ def apply(method: Method, name: str, ir: TrainingGraph) -> None:
         GraphError: a pass broke an invariant, or did not do what it promises.
     """
     _refuse(name, list(method.requires(ir)))
+    if len(method.target) == 1:
+        ir.target.meta["spec"] = next(iter(specs(method.target[0], ir.prediction.meta["spec"])), None)
     _dump(ir, 0, "partition")
     check(ir, "partition")
     for number, step in enumerate(method.passes(), start=1):

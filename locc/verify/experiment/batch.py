@@ -52,7 +52,7 @@ def small_batch(ir: TrainingGraph, inputs: Inputs, target: Any = None) -> Batch:
         size = allowed[0] if allowed else size
         tensors = [_resize(t, spec, size) for t, spec in zip(tensors, signature.specs, strict=True)]
     for text, candidate in _candidates(ir, size):
-        if _accepts(ir, size, candidate):
+        if accepts(ir, size, candidate):
             return Batch(tuple(tensors), candidate, size, text)
     return Batch(tuple(tensors), None, size, "the user's loss accepts no target that could be made up", True)
 
@@ -107,7 +107,7 @@ def _candidates(ir: TrainingGraph, size: int) -> Iterator[tuple[str, Any]]:
     yield "no target", None
 
 
-def _accepts(ir: TrainingGraph, size: int, target: Any) -> bool:
+def accepts(ir: TrainingGraph, size: int, target: Any) -> bool:
     """Whether the user's loss takes a target, tried on random outputs of the model's shape."""
     try:
         value = ir.loss_function(_output(ir, size), target)

@@ -47,7 +47,7 @@ class Meta(Real):
     def __init__(self) -> None:
         self.mode, self.kernel = torch.device("meta"), (shapes := Shapes())
         self.protected = shapes.protected
-        self.memo: dict[int, Tensor] = {}
+        self.memo: dict[int, tuple[Tensor, Tensor]] = {}  # tensor, twin: kept, so that no other gets its id
 
     def of(self, value: Any) -> Any:
         """Return the one twin of a tensor."""
@@ -57,8 +57,8 @@ class Meta(Real):
             self.protected.update(m for m in [memory_of(value)] if m is not None)
             made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
             held = isinstance(value, nn.Parameter)
-            self.memo[id(value)] = nn.Parameter(made, value.requires_grad) if held else made
-        return self.memo[id(value)]
+            self.memo[id(value)] = value, nn.Parameter(made, value.requires_grad) if held else made
+        return self.memo[id(value)][1]
 
     def enter(self, ir: TrainingGraph, optimizers: Iterable[optim.Optimizer] = ()) -> None:
         """Put a twin in the place of each parameter, buffer and optimizer state."""
@@ -79,7 +79,7 @@ class Meta(Real):
 
     def stands_for(self, tensor: Tensor) -> Tensor:
         """Return the twin of a real tensor, if it has one."""
-        return self.memo.get(id(tensor), tensor)
+        return self.memo.get(id(tensor), (tensor, tensor))[1]
 
     def _entries(self, held: dict[str, Any]) -> dict[str, Any]:
         """Counters of one element stay real: optimizers read them."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from locc.nn import Factory
-from locc.rewrite import Method, Pass
+from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass
 from locc_passes.associated.fold import Bridges, LabelStream, MergeMiddle
 
 
@@ -24,6 +24,7 @@ class AL(Method):
 
     family: ClassVar[str] = "associated"
     reference: ClassVar[str] = "Kao & Chen 2021"
+    target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
 
     label_lr: float = field(
         default=2.0,

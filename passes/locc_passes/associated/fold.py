@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from locc.errors import LoccError, MethodError
@@ -65,7 +65,7 @@ class LabelStream(Pass):
         spec = ir.prediction.meta["spec"]
         classes = spec.features[-1]
         above = ir.emit(
-            ir.last.name, one_hot, ir.target, classes, role="label", name="t_0", spec=spec, dtype=spec.dtype
+            ir.last.name, label_rows, ir.target, classes, spec.dtype, role="label", name="t_0", spec=spec
         )
         decoded = self._output(ir)
         for i in range(1, len(modules) // 2 + 1):
@@ -73,8 +73,7 @@ class LabelStream(Pass):
             (link,) = ir.boundaries(consumer=decoder)
             source = above if i == 1 else ir.stop_gradient(decoder, above)
             encoded = self._encode(ir, decoder, source, link)
-            link.entry.replace_all_uses_with(encoded)
-            ir.graph.erase_node(link.entry)
+            ir.feed(decoder, link.entry, encoded)
             loss = ir.emit(decoder, functional.mse_loss, decoded, source, role="autoencoder")
             ir.objective(decoder, loss, "autoencoder")
             ir.scale_lr(decoder, self.lr_scale)
@@ -138,6 +137,11 @@ class Bridges(Pass):
         for boundary in ir.boundaries():
             if boundary.producer in lower and boundary.consumer not in lower:
                 yield f"'{boundary.value.name}' still crosses the fold"
+
+
+def label_rows(target: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Return class ids [B] as one-hot rows [B,C], and rows as they are."""
+    return one_hot(target, classes, dtype=dtype) if target.dim() == 1 else target.to(dtype)
 
 
 def unfoldable(ir: TrainingGraph) -> Iterator[str]:

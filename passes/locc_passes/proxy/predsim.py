@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from locc.nn import Factory
-from locc.rewrite import AttachHeads, LossLike, Method, Pass
+from locc.rewrite import CLASS_IDS, NUMBERS, AttachHeads, LossLike, Method, Pass
 from locc_passes.proxy.similarity import AttachSimilarityHeads, LocalErrors, OutputError, complement
 
 
@@ -30,6 +30,7 @@ class PredSim(Method):
 
     family: ClassVar[str] = "proxy"
     reference: ClassVar[str] = "Nokland & Eidnes 2019, Training neural networks with local error signals"
+    target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
     label: ClassVar[str] = "predsim"
 
     beta: float = field(default=0.99, metadata={"help": "weight of sim; 1 - beta is that of pred"})
@@ -105,6 +106,7 @@ class Sim(PredSim):
 class Pred(PredSim):
     """`predsim` with beta = 0: each module trains on the loss of a local linear classifier."""
 
+    target: ClassVar[tuple[str, ...]] = ()
     label: ClassVar[str] = "pred"
 
     beta: float = field(default=0.0, init=False)

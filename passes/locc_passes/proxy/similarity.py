@@ -180,11 +180,7 @@ class SimilarityLoss:
         self.__name__ = self.__qualname__ = "similarity_loss"
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
-        """Return the loss, shape [], for `z` as a similarity head gives it and the user's target.
-
-        Raises:
-            MethodError: the target is neither class ids nor vectors of one entry for each class.
-        """
+        """Return the loss, shape [], for `z` as a similarity head gives it and the user's target."""
         y = self.labels(target)
         if self.plan.folded_in > 1:
             z = self.plan.unfold(z).movedim(-1, 1)
@@ -194,15 +190,6 @@ class SimilarityLoss:
 
     def labels(self, target: Tensor) -> Tensor:
         """Return the target as vectors, [B,C] or [B,T,C]."""
-        ndim = len(self.output.shape)
-        if not isinstance(target, Tensor):
-            found = type(target).__name__
-            raise MethodError(f"similarities of labels need a tensor as target; found {found}")
-        if target.dim() == ndim and target.shape[self.class_dim] == self.classes:
-            return self.plan.rows_of(target)
-        if target.dim() != ndim - 1 or target.is_floating_point():
-            raise MethodError(
-                f"a target of shape {tuple(target.shape)} and dtype {target.dtype} holds neither class ids "
-                f"nor vectors of the {self.classes} values of the output {self.output}; use 'pred' or 'dgl'"
-            )
-        return self.plan.rows_of(one_hot(target, self.classes).movedim(-1, self.class_dim))
+        if target.dim() < len(self.output.shape):
+            target = one_hot(target, self.classes).movedim(-1, self.class_dim)
+        return self.plan.rows_of(target)

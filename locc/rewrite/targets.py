@@ -1,0 +1,75 @@
+"""What a method itself reads of the target, beside the user's loss: class ids, or numbers for the output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locc.ir import TensorSpec
+from locc.ir.spec import Dim
+
+CLASS_IDS = "class ids"
+"""Integers in the shape of the output without its classes: [B], [B,T] (tokens) or [B,H,W] (pixels)."""
+NUMBERS = "numbers"
+"""A tensor in the shape of the output: probabilities, one-hot or many-hot rows, real values."""
+
+
+def misfit(method: str, kinds: Sequence[str], output: TensorSpec, target: Any) -> str | None:
+    """Return a sentence where a target is of none of the kinds that a method can read, otherwise None.
+
+    Args:
+        method: its id.
+        kinds: of `CLASS_IDS` and `NUMBERS`; none where a method asks for nothing.
+        output: the spec of the model's prediction.
+        target: as `step` takes it.
+    """
+    if not kinds or any(_is(kind, output, target) for kind in kinds):
+        return None
+    found = type(target).__name__
+    if isinstance(target, Tensor):
+        found = f"a tensor of shape {_text(tuple(target.shape))} and dtype {target.dtype}"
+    return (
+        f"method '{method}' needs {wanted(kinds, output)} as target, for the output {output}; found {found}. "
+        "Nothing has changed; give such a target, or use a method that leaves it to the loss"
+    )
+
+
+def wanted(kinds: Sequence[str], output: TensorSpec) -> str:
+    """Return some kinds of targets as text, with their shapes for an output."""
+    return " or ".join(" ".join([kind, *(_text(s.shape) for s in specs(kind, output)[:1])]) for kind in kinds)
+
+
+def specs(kind: str, output: TensorSpec) -> list[TensorSpec]:
+    """Return the specs that a target of a kind may have, the usual one first; none without classes."""
+    shape = output.shape
+    if kind == NUMBERS:
+        return [output]
+    if len(shape) < 2:
+        return []
+    last, second = shape[:-1], (shape[0], *shape[2:])  # [B,T,V] has its classes last, [B,C,H,W] second
+    return [TensorSpec(s, torch.int64) for s in ((second, last) if len(shape) > 3 else (last, second))]
+
+
+def examples(kinds: Sequence[str], output: TensorSpec, batch: int) -> Iterator[Tensor]:
+    """Yield a target of each kind for a batch."""
+    for kind in kinds:
+        for spec in specs(kind, output)[:1]:
+            yield torch.full(spec.concrete(batch), 0.5 if kind == NUMBERS else 0, dtype=spec.dtype)
+
+
+def _is(kind: str, output: TensorSpec, target: Any) -> bool:
+    if not isinstance(target, Tensor) or (kind == CLASS_IDS and target.is_floating_point()):
+        return False
+    return any(_fits(spec.shape, target) for spec in specs(kind, output))
+
+
+def _fits(shape: tuple[Dim, ...], target: Tensor) -> bool:
+    pairs = zip(shape, target.shape, strict=False)
+    return len(shape) == target.dim() and all(not isinstance(d, int) or d == n for d, n in pairs)
+
+
+def _text(shape: Sequence[Dim]) -> str:
+    return f"[{','.join(str(d) for d in shape)}]"
