@@ -8,18 +8,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from locc import LoccError, Program
 from locc.runtime.fit import History
-from runtime.cut import SCENES, SIGNALS, Cut, file_of, seed_everything
+from locc.runtime.progress import RandomState
+from runtime.cut import SCENES, SIGNALS, Augmented, Cut, file_of, seed_everything
 from support import batch, compiled, everything, mlp, same, sgd
 
 TESTS = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def test_a_fit_that_is_cut_everywhere_ends_with_the_same_bits(scene, cuts, tmp_p
     program, cut = programs[0], hooks[0]
     loader, seen, made = SCENES[scene].loader(7), [], 0
     seed_everything(7)
-    for number in count():
+    for number in range(100):
         place, what, more = cuts[number % len(cuts)]
         cut.set(program.steps + more, place, what)
         try:
@@ -114,7 +114,7 @@ def test_a_fit_that_is_cut_everywhere_ends_with_the_same_bits(scene, cuts, tmp_p
             other = programs.index(program) ^ 1
             program, cut, loader = programs[other], hooks[other], SCENES[scene].loader(number)
             program.load(tmp_path / "state")
-    assert made > len(wanted)
+    assert len(wanted) < made < 99
     assert seen[-1] == wanted[-1]
     assert same(everything(program), end)
 
@@ -137,6 +137,36 @@ def test_a_fit_that_a_signal_ends_goes_on_in_a_new_process(tmp_path):
         assert len(found) < len(wanted), name
         different = {n for n, value in everything(program).items() if not torch.equal(value, end[n])}
         assert not different, name
+
+
+class Batches(BatchSampler):
+    """A batch sampler with a generator of its own."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__(range(10), 4, drop_last=False)
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(torch.randperm(10, generator=self.generator).split(4))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda data, g: DataLoader(data, 4, shuffle=True, generator=g),
+        lambda data, g: DataLoader(data, None, sampler=RandomSampler(data, generator=g)),
+        lambda data, g: DataLoader(data, batch_sampler=Batches(g)),
+        lambda data, g: DataLoader(data, 4, num_workers=1, generator=g),
+    ],
+)
+def test_whatever_generator_a_loader_holds_is_put_back(make):
+    loader = make(Augmented(), torch.Generator().manual_seed(5))
+    state = RandomState.now(loader, torch.device("cpu"))
+    first, second = list(loader), list(loader)
+    state.restore(loader, torch.device("cpu"))
+    again = list(loader)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
 
 
 # ---- what a user may do next -------------------------------------------------------------------
