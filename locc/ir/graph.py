@@ -156,23 +156,27 @@ class TrainingGraph(View):
         Raises:
             GraphError: `scalar` is no 0-d value.
         """
+        self._check_scalar(scalar, f"makes '{scalar.name}' an objective of '{owner}'")
+        node = self._op(owner, ops.objective, (scalar,), "objective", None, scalar.meta.get("spec"))
+        node.meta["objective"] = f"{owner}.{name}"
+        return node
+
+    def _check_scalar(self, scalar: fx.Node, does: str) -> None:
         spec = scalar.meta.get("spec")
         if isinstance(spec, TensorSpec) and spec.shape:
             raise GraphError(
-                f"pass '{self._making}' makes '{scalar.name}' of shape {spec} an objective of '{owner}'; an "
-                "objective is 0-d, so take its mean or sum"
+                f"pass '{self._making}' {does}, which is {spec} and must be 0-d; take its mean or sum"
             )
-        node = self._op(owner, ops.objective, (scalar,), "objective", None, spec)
-        node.meta["objective"] = f"{owner}.{name}"
-        return node
 
     def gradient(self, scalar: fx.Node, wrt: fx.Node) -> fx.Node:
         """Add d(scalar)/d(wrt) as a value, for any value of the scalar's owner that it is computed from.
 
         Raises:
-            GraphError: `wrt` belongs to another owner, or is a parameter.
+            GraphError: `scalar` is no 0-d value; `wrt` belongs to another owner, is a parameter or holds whole
+                numbers.
         """
         owner = scalar.meta["owner"]
+        self._check_scalar(scalar, f"takes the gradient of '{scalar.name}'")
         if wrt.meta["owner"] != owner:
             raise GraphError(
                 f"pass '{self._making}' takes a gradient of '{scalar.name}' of '{owner}' with respect to "
@@ -204,9 +208,20 @@ class TrainingGraph(View):
             owner: whose it is.
             state: what `ir.state` returned, or the path of a parameter or buffer.
             value: of the same shape.
+
+        Raises:
+            GraphError: `state` is none, or `value` has another shape.
         """
-        path = state if isinstance(state, str) else f"{state.meta['state']}.value"
+        path = state if isinstance(state, str) else f"{state.meta.get('state')}.value"
+        if not isinstance(owned_tensor(self.root, path), torch.Tensor):
+            raise GraphError(
+                f"pass '{self._making}' assigns to '{state}' of '{owner}'; give what ir.state returned, or the "
+                "path of a parameter or buffer"
+            )
         target = self.read(owner, path, role="state")
+        found, wanted = value.meta.get("spec"), target.meta["spec"]
+        if isinstance(found, TensorSpec) and found.shape != wanted.shape:
+            raise GraphError(f"pass '{self._making}' assigns '{value.name}', {found}, to '{path}', {wanted}")
         return self._op(owner, ops.assign, (target, value), "assign", None, target.meta["spec"])
 
     # ---- time -------------------------------------------------------------------------------

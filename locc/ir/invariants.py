@@ -78,16 +78,15 @@ def _gradients_local(ir: TrainingGraph) -> Iterator[str]:
 
 
 def _objectives_train(ir: TrainingGraph) -> Iterator[str]:
+    learns = {n for n in ir.graph.nodes if any(p.requires_grad for _, p in node_parameters(ir.root, n))}
     changed = changers(ir.graph)
-    for node in ir.objectives():
-        owner = node.meta["owner"]
-        if not any(p.requires_grad for p in ir.parameters(owner).values()):
-            continue  # a module that the user has frozen, or one that only borrows
-        reached = (p for n in tape_of(node, changed) for _, p in node_parameters(ir.root, n))
-        if not any(p.requires_grad for p in reached):
+    # A module that the user has frozen, and one that only borrows, may have an objective all the same.
+    owners = {n.meta["owner"] for n in learns}
+    for node in (n for n in ir.objectives() if n.meta["owner"] in owners):
+        if learns.isdisjoint(tape_of(node, changed)):
             yield (
-                f"objective '{node.meta['objective']}' reaches no parameter of '{owner}'; compute it from "
-                "what the module computes, without a stop_gradient in between"
+                f"objective '{node.meta['objective']}' reaches no parameter of '{node.meta['owner']}'; "
+                "compute it from what the module computes, with no stop_gradient or whole number in between"
             )
 
 

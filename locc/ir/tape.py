@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from locc.ir import ops
+from locc.ir.spec import TensorSpec
 
 
 def changers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -24,8 +25,8 @@ def changers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 def tape_of(scalar: fx.Node, changed: Mapping[fx.Node, list[fx.Node]] | None = None) -> set[fx.Node]:
     """Return the nodes through which a gradient of `scalar` can flow, `scalar` and the leaves included.
 
-    An in-place change is part of the tape of what it changes, though no edge leads there: `changed`, as
-    `changers` returns it (found anew where it is not given).
+    It ends at whole numbers and truth values. An in-place change is part of the tape of what it changes,
+    though no edge leads there: `changed`, as `changers` returns it (found anew where it is not given).
     """
     changed = changers(scalar.graph) if changed is None else changed
     seen: set[fx.Node] = set()
@@ -35,7 +36,9 @@ def tape_of(scalar: fx.Node, changed: Mapping[fx.Node, list[fx.Node]] | None = N
         if node in seen or node.target is ops.gradient:
             continue
         seen.add(node)
-        if node.target is not ops.stop_gradient:
+        spec = node.meta.get("spec")
+        discrete = isinstance(spec, TensorSpec) and not spec.differentiable
+        if node.target is not ops.stop_gradient and not discrete:
             todo.extend(node.all_input_nodes)
             todo.extend(changed.get(node, ()))
     return seen
