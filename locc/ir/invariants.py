@@ -89,6 +89,14 @@ def _objectives_train(ir: TrainingGraph) -> Iterator[str]:
             )
 
 
+def _objectives_once(ir: TrainingGraph) -> Iterator[str]:
+    first: dict[fx.Node, str] = {}
+    for node in ir.objectives():
+        scalar, name = node.all_input_nodes[0], str(node.meta["objective"])
+        if first.setdefault(scalar, name) != name:
+            yield f"'{scalar.name}' is the objective '{first[scalar]}' and '{name}' as well; scale it instead"
+
+
 def _assigns_own(ir: TrainingGraph) -> Iterator[str]:
     assigned: dict[str, fx.Node] = {}
     for node in ir.graph.nodes:
@@ -112,6 +120,16 @@ def _assigns_own(ir: TrainingGraph) -> Iterator[str]:
                 f"'{strip(path)}' is assigned in each round of region '{region}', and '{outside[0]}' reads "
                 "it outside; carry the value through the rounds (ir.repeats) instead"
             )
+
+
+def _entries_inside(ir: TrainingGraph) -> Iterator[str]:
+    for region in ir.repeats.values():
+        for user, entry in ((u, e) for e, _ in region.carried for u in e.users):
+            if user.meta.get("repeat") != region.name:
+                yield (
+                    f"'{user.name}' reads '{entry.name}', which has no value outside of region "
+                    f"'{region.name}'; read what the region carries on"
+                )
 
 
 def _acyclic(ir: TrainingGraph) -> Iterator[str]:
@@ -138,4 +156,14 @@ def _results(graph: fx.Graph) -> list[Any]:
     return list(end.args[0]) if isinstance(end.args[0], (tuple, list)) else [end.args[0]]
 
 
-RULES = (_owned, _one_owner_each, _edges_cut, _gradients_local, _objectives_train, _assigns_own, _acyclic)
+RULES = (
+    _owned,
+    _one_owner_each,
+    _edges_cut,
+    _gradients_local,
+    _objectives_train,
+    _objectives_once,
+    _assigns_own,
+    _entries_inside,
+    _acyclic,
+)

@@ -217,6 +217,7 @@ def _after(
     reading: set[fx.Node],
     write: Task,
 ) -> None:
+    reading = {n for n in reading if n.target is not ops.assign}  # what it sets is no value that it reads
     for node in reading:
         if graph.has_node(task(node)) and task(node) != write:
             graph.add_edge(task(node), write)

@@ -71,6 +71,21 @@ def test_assigning_to_a_foreign_state_is_found(ir):
     _refused(ir, "not a state of 'second'")
 
 
+def test_a_scalar_that_is_two_objectives_is_found(ir):
+    ir.objective("third", ir.loss, "again")
+    _refused(ir, r"'loss' is the objective 'third\.loss' and 'third\.again' as well; scale it instead")
+
+
+def test_reading_the_entry_of_a_region_outside_is_found():
+    ir = support.compiled(support.mlp(), "altmin", ["first", "second"]).ir
+    region = next(iter(ir.repeats.values()))
+    entry = region.carried[0][0]
+    outside = ir.emit(entry.meta["owner"], torch.relu, entry)
+    _refused(
+        ir, f"'{outside.name}' reads '{entry.name}', which has no value outside of region '{region.name}'"
+    )
+
+
 def test_a_cycle_is_found(ir):
     first = next(n for n in ir.nodes("first") if n.op == "call_module")
     gradient = ir.gradients()[-1]
