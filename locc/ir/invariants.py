@@ -90,6 +90,14 @@ def _objectives_train(ir: TrainingGraph) -> Iterator[str]:
             )
 
 
+def _objectives_once(ir: TrainingGraph) -> Iterator[str]:
+    first: dict[fx.Node, str] = {}
+    for node in ir.objectives():
+        scalar, name = node.all_input_nodes[0], str(node.meta["objective"])
+        if first.setdefault(scalar, name) != name:
+            yield f"'{scalar.name}' is the objective '{first[scalar]}' and '{name}' as well; scale it instead"
+
+
 def _assigns_own(ir: TrainingGraph) -> Iterator[str]:
     assigns = [n for n in ir.graph.nodes if n.target is ops.assign]
     touched = touching(ir.root, ir.graph.nodes) if assigns else {}
@@ -127,6 +135,16 @@ def _misread(assign: fx.Node, path: str, reader: fx.Node) -> Iterator[str]:
         )
 
 
+def _entries_inside(ir: TrainingGraph) -> Iterator[str]:
+    for region in ir.repeats.values():
+        for user, entry in ((u, e) for e, _ in region.carried for u in e.users):
+            if user.meta.get("repeat") != region.name:
+                yield (
+                    f"'{user.name}' reads '{entry.name}', which has no value outside of region "
+                    f"'{region.name}'; read what the region carries on"
+                )
+
+
 def _acyclic(ir: TrainingGraph) -> Iterator[str]:
     graph = dependencies(ir.graph)
     if not nx.is_directed_acyclic_graph(graph):
@@ -151,4 +169,14 @@ def _results(graph: fx.Graph) -> list[Any]:
     return list(end.args[0]) if isinstance(end.args[0], (tuple, list)) else [end.args[0]]
 
 
-RULES = (_owned, _one_owner_each, _edges_cut, _gradients_local, _objectives_train, _assigns_own, _acyclic)
+RULES = (
+    _owned,
+    _one_owner_each,
+    _edges_cut,
+    _gradients_local,
+    _objectives_train,
+    _objectives_once,
+    _assigns_own,
+    _entries_inside,
+    _acyclic,
+)

@@ -138,8 +138,8 @@ class Machine:
         """Run a repeated region."""
         for i in range(self.rounds(loop)):
             self.round = i
-            for initial, entry, end in loop.carried:
-                self.values[entry] = self.values[initial] if i == 0 else self.values[end]
+            carried = {entry: self.values[end if i else initial] for initial, entry, end in loop.carried}
+            self.values.update(carried)  # all at once: what one carries on may be the entry of another
             self.run(loop.body)
         self.round = 0
         for _, entry, _ in loop.carried:

@@ -25,7 +25,7 @@ def assert_lowered(
 ) -> None:
     """Assert that the plan of the current phase trains as `reference_step` does, which knows no plans.
 
-    Compares parameters, buffers, state, optimizer state, objectives and loss after some steps: bit for bit
+    Compares parameters, buffers, state, optimizer state, objectives and loss after each step: bit for bit
     where each owner computes and back-propagates in the order of the graph. Otherwise sums of three gradients
     may round in another way, and float64 values agree to 1e-12 of the largest entry, other floating-point
     values to the precision of their dtype. The program is as it was afterwards.
@@ -49,28 +49,33 @@ def assert_lowered(
     plan = program.plan(program.phase) if plan is None else plan
     count = 1 + unit(program, plan) if steps is None else steps
 
-    def meant(values: list[Any]) -> list[StepReport]:
-        batches = [twin(values) for _ in range(count)]
-        return [reference_step(program, tuple(inputs), target) for *inputs, target in batches]
+    trial = Trial(program, guarded=True)
 
-    def planned(values: list[Any]) -> list[StepReport]:
-        trial = Trial(program, guarded=True)
-        return [trial.report(plan, values, number) for number in range(count)]
+    def meant(values: list[Any], number: int) -> StepReport:
+        *inputs, target = twin(values)
+        return reference_step(program, tuple(inputs), target)
 
-    def after(run: Callable[[list[Any]], list[StepReport]]) -> State:
+    def planned(values: list[Any], number: int) -> StepReport:
+        return trial.report(plan, values, number)
+
+    def after_each(step: Callable[[list[Any], int], StepReport]) -> list[State]:
         with untouched(program):
-            return _state(program, run(batch_of(program, x, y)))
+            values = batch_of(program, x, y)
+            return [_state(program, [step(values, number)]) for number in range(count)]
 
-    wanted = after(meant)
+    wanted = after_each(meant)
     try:
-        found = after(planned)
+        found = after_each(planned)
     except (RuntimeError, LookupError) as error:
         raise AssertionError(f"the plan of {_named(program)} fails: {first_line(error)}") from error
-    different = difference(wanted, found, _close if _reordered(program, plan) else None)
-    if different is not None:
+    alike = _close if _reordered(program, plan) else None
+    for number, (one, other) in enumerate(zip(wanted, found, strict=True)):
+        different = difference(one, other, alike)
+        if different is None:
+            continue
         raise AssertionError(
-            f"the plan of {_named(program)} does not compute what its graph means: {different} comes out "
-            f"different after {count} steps of reference_step\n"
+            f"the plan of {_named(program)} does not compute what its graph means: {different} is not that "
+            f"of reference_step after step {number + 1}\n"
             "  remedy: compare print(program.plan()) with print(program.ir): something runs too early, "
             "twice or not at all, or the model's code keeps what no buffer holds"
         )
@@ -129,8 +134,10 @@ def _state(program: Program, reports: list[StepReport]) -> State:
     for owner in program.ir.owners:
         held = holdings.state(owner, objectives)
         found.update((f"{name} of '{owner}'", value) for name, value in held.items())
-    losses = {f"the loss of step {i + 1}": report.network_loss for i, report in enumerate(reports)}
-    return {**found, **{name: loss for name, loss in losses.items() if loss is not None}}
+    for step, report in enumerate(reports):
+        if report.network_loss is not None:
+            found["the loss" + (f" of step {step + 1}" if step else "")] = report.network_loss
+    return found
 
 
 def _reordered(program: Program, plan: Plan) -> bool:
