@@ -105,6 +105,7 @@ class Machine:
         if not task.objectives:
             return list(torch.autograd.grad(scalar, values, retain_graph=task.retain, allow_unused=True))
         for value in values:
+            value.grad = None  # what an objective without a gradient has left there
             if not value.is_leaf:
                 value.retain_grad()
         scalar.backward(retain_graph=task.retain)
