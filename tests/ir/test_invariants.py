@@ -67,6 +67,21 @@ def test_assigning_to_a_foreign_state_is_found(ir):
     _refused(ir, "not a state of 'second'")
 
 
+def test_a_scalar_that_is_two_objectives_is_found(ir):
+    ir.objective("third", ir.loss, "again")
+    _refused(ir, r"'loss' is the objective 'third\.loss' and 'third\.again' as well; scale it instead")
+
+
+def test_reading_the_entry_of_a_region_outside_is_found():
+    ir = support.compiled(support.mlp(), "altmin", ["first", "second"]).ir
+    region = next(iter(ir.repeats.values()))
+    entry = region.carried[0][0]
+    outside = ir.emit(entry.meta["owner"], torch.relu, entry)
+    _refused(
+        ir, f"'{outside.name}' reads '{entry.name}', which has no value outside of region '{region.name}'"
+    )
+
+
 # ---- writes ---------------------------------------------------------------------------------------
 
 
@@ -95,7 +110,7 @@ def test_a_state_is_assigned_once_under_whatever_path():
         ir.assign("second", "model.second.shared", ir.emit("second", torch.ones, 2))
 
     with pytest.raises(
-        GraphError, match="'second.shared' is assigned twice, by 'assign_of_first' and 'assign_of_second'"
+        GraphError, match=r"'second\.shared' is assigned twice, by 'assign_of_first' and 'assign_of_second'"
     ):
         writing(twice)
 
@@ -117,7 +132,7 @@ def test_another_owner_reads_what_is_assigned_through_a_stop_gradient():
         ir.emit("second", torch.neg, ir.read("second", "model.second.shared"))
 
     with pytest.raises(
-        GraphError, match="'first.shared' is assigned by 'first', and '.*' of 'second' reads it"
+        GraphError, match=r"'first\.shared' is assigned by 'first', and '.*' of 'second' reads it"
     ):
         writing(foreign)
 
@@ -155,7 +170,7 @@ def by_whole_numbers(ir):
 @pytest.mark.parametrize("rewrite", [only_the_input, cut_off, by_whole_numbers])
 def test_an_objective_that_reaches_no_parameter_is_refused_in_one_sentence(rewrite):
     with pytest.raises(
-        GraphError, match="objective 'first.size' reaches no parameter of 'first'; compute"
+        GraphError, match=r"objective 'first\.size' reaches no parameter of 'first'; compute"
     ) as e:
         support.compiled(support.mlp(), Rule(lambda ir: (rewrite(ir), finish(ir, "first"))), ["first"])
     assert str(e.value).count(";") == 1

@@ -167,6 +167,7 @@ def test_it_is_local_and_conforms() -> None:
 def test_its_plan_and_its_module_programs_mean_the_same() -> None:
     data: list[Any] = list(itertools.islice(chunks(), 4))
     program = locc.compile(Recurrent().double(), Chunks(), ["core"], example_inputs=data[0][0])
+    assert not program.certificate.warnings
     assert_lowered(program, *data[1], steps=4)
     assert_side_by_side(program, data)
 

@@ -69,15 +69,19 @@ def recording(found: dict[int, Tensor]) -> Callable[[Any], torch.optim.Optimizer
 
 def test_late_gradients_of_resting_weights_are_those_of_backpropagation() -> None:
     model = support.Residual(3).double()  # with a value that skips a module: its gradient is two steps late
-    x, y = support.batch(dtype=torch.float64)
-    splits = ["blocks.0", "blocks.1"]
-    late, now = {}, {}
-    program = locc.compile(model, FeaturesReplay(), splits, example_inputs=x, optimizer=recording(late))
-    for _ in range(3):
+    data, splits = batches(4, 5, 4, 3), ["blocks.0", "blocks.1"]
+    late: dict[int, Tensor] = {}
+    now: dict[int, Tensor] = {}
+    program, plain = (
+        locc.compile(model, method, splits, example_inputs=data[0][0], optimizer=recording(found))
+        for method, found in ((FeaturesReplay(), late), ("bp", now))
+    )
+    for x, y in data:
         program.step(x, y)
-    locc.compile(model, "bp", splits, example_inputs=x, optimizer=recording(now)).step(x, y)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(late[id(parameter)], now[id(parameter)], rtol=0, atol=1e-10, msg=name)
+    for age, module in enumerate(reversed(program.ir.modules)):
+        plain.step(*data[-1 - age])
+        for name, p in program.ir.parameters(module.name).items():
+            torch.testing.assert_close(late[id(p)], now[id(p)], rtol=0, atol=1e-10, msg=name)
 
 
 def test_it_is_local_and_conforms() -> None:
