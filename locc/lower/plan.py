@@ -90,11 +90,11 @@ class _Emitter:
         assigned = user.target is ops.assign and user.args[1] is state
         return assigned or user in entries or user.target in (ops.objective, ops.gradient)
 
-    def _kind(self, node: fx.Node) -> tuple[str, bool]:
-        return str(node.meta["owner"]), node in self.found.taped
+    def _kind(self, node: fx.Node) -> tuple[str, bool, bool]:
+        return str(node.meta["owner"]), node in self.found.taped, node.op == "get_attr"
 
     def _segment(self, nodes: list[fx.Node]) -> Segment:
-        owner, taped = self._kind(nodes[0])
+        owner, taped, _ = self._kind(nodes[0])
         return Segment(owner, taped, *compile_nodes(nodes, self.ir, self.found))
 
     def _backward(self, task: BackwardTask, inside: str | None) -> Backward:

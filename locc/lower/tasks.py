@@ -175,7 +175,7 @@ def task_graph(
 
 
 def _sorted(ir: TrainingGraph, graph: nx.DiGraph[Task]) -> list[Task]:
-    """Return tasks in a valid order: writes, then backward passes, then nodes, each as soon as they can."""
+    """Return tasks in a valid order: reads of state, writes, backward passes, then nodes, each at once."""
     position = {node: i for i, node in enumerate(ir.graph.nodes)}
     first = {n.meta["repeat"]: n for n in reversed(ir.graph.nodes) if "repeat" in n.meta}
 
@@ -187,6 +187,8 @@ def _sorted(ir: TrainingGraph, graph: nx.DiGraph[Task]) -> list[Task]:
         if isinstance(item, BackwardTask):
             return (1, ir.owners[item.owner].index, 0, position[item.scalar])
         node = item if isinstance(item, fx.Node) else first[item.name]
+        if node.op == "get_attr":  # what a module lends, it lends at once
+            return (0, -1, 0, position[node])
         owner = ir.owners.get(node.meta["owner"])
         return (2, owner.index if owner else -1, int(owner.auxiliary) if owner else 0, position[node])
 

@@ -36,12 +36,12 @@ def delayed_by_the_reader(ir: TrainingGraph, owner: str, gradient: fx.Node) -> f
 
 
 def in_a_buffer(ir: TrainingGraph, owner: str, gradient: fx.Node) -> fx.Node:
-    """A buffer of a module of its own, which `ir.state` knows nothing of."""
+    """Its mean over the batch, in a buffer of a module that `ir.state` knows nothing of."""
     holder = nn.Module()
-    holder.register_buffer("kept", torch.zeros(gradient.meta["spec"].concrete(5)))
+    holder.register_buffer("kept", torch.zeros(4))
     sender = str(gradient.meta["owner"])
     path = f"{ir.add_module(f'kept_{gradient.name}', holder)}.kept"
-    ir.assign(sender, path, gradient)
+    ir.assign(sender, path, ir.emit(sender, torch.mean, gradient, 0))
     return ir.stop_gradient(owner, ir.read(sender, path))
 
 
@@ -214,7 +214,7 @@ def test_a_late_activation_locks_nothing_and_may_run_in_a_pipeline() -> None:
 
 
 def _later_in_plan(found: Program, owner: str) -> set[str]:
-    """Return the later modules that the backward passes of an owner need, by the plan's reads and writes."""
+    """Return the later modules whose work an owner's backward passes need, by the plan's reads and writes."""
     instructions = list(instructions_of(found.plan().instructions))
     maker = {name: i for i in instructions for name in i.writes}
     todo = [i for i in instructions if isinstance(i, Backward) and i.owner == owner and i.objectives]
@@ -225,7 +225,8 @@ def _later_in_plan(found: Program, owner: str) -> set[str]:
             seen.append(instruction)
             todo += [maker[name] for name in instruction.reads if name in maker]
     index = found.ir.owners[owner].index
-    return {i.owner for i in seen if found.ir.owners[i.owner].index > index}
+    # An instruction that reads nothing lends what an earlier step has left.
+    return {i.owner for i in seen if found.ir.owners[i.owner].index > index and i.reads}
 
 
 METHODS = [m for m in sorted(locc.methods()) if m not in ("al", "altmin", "dtp", "tp")]
