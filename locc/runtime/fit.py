@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from locc.losses import correct
 from locc.runtime.checkpoint import save
 from locc.runtime.interrupts import Interrupts
 from locc.runtime.program import FEW, Compiled
-from locc.runtime.progress import Pass, Progress, RandomState, passes
+from locc.runtime.progress import Pass, Progress, RandomState, Rest, passes
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def fit(
         raise LoccError(f"every={every!r}: give a number of steps, at least 1, and the file checkpoint=")
     if not isinstance(loader, Iterable):
         raise LoccError(f"loader must be iterable; found {type(loader).__name__}")
-    batches = _complete(program, loader)
+    first = _complete(program, loader)
     left = _begin(program, loader, epochs, resume)
     training = program.training and program.model.training
     if not training:
@@ -151,7 +150,7 @@ def fit(
     with _bar(program, progress) as bar:
         saved = None if checkpoint is None else Path(checkpoint)
         run = _Fit(
-            program, loader, batches, validation, bar, scheduler_interval == "step", saved, every, interrupts
+            program, loader, first, validation, bar, scheduler_interval == "step", saved, every, interrupts
         )
         try:
             with interrupts.handled():
@@ -165,16 +164,16 @@ def fit(
     return run.history
 
 
-def _complete(program: Compiled, loader: Iterable[Any]) -> Iterable[Any]:
-    """Compile on the first batch what is not complete yet; return a loader that still yields that batch."""
+def _complete(program: Compiled, loader: Iterable[Any]) -> Rest | None:
+    """Compile on the first batch what is not complete yet; put it back into what yields it only once."""
     if program._built is not None:
-        return loader
+        return None
     batches = iter(loader)
     first = next(batches, None)
     if first is None:
         raise LoccError("the loader yielded no batch")
     program.complete(batch_of(first)[0], FEW)
-    return itertools.chain([first], batches) if batches is loader else loader
+    return Rest(batches, [first]) if batches is loader else None
 
 
 def _begin(program: Compiled, loader: Iterable[Any], epochs: int, resume: bool) -> list[Pass]:
@@ -197,11 +196,11 @@ def _begin(program: Compiled, loader: Iterable[Any], epochs: int, resume: bool) 
 
 @dataclass
 class _Fit:
-    """One call of `fit`: `loader` is what the user gave, `batches` the same with a batch put back."""
+    """One call of `fit`; `first` yields the batches of its first pass, where not the loader itself does."""
 
     program: Compiled
     loader: Iterable[Any]
-    batches: Iterable[Any]
+    first: Rest | None
     validation: Iterable[Any] | None
     bar: rich.Progress | None
     stepwise: bool
@@ -276,21 +275,21 @@ class _Fit:
             if self.bar is not None and task is not None:
                 self.bar.remove_task(task)
 
-    def _left(self) -> Iterator[Any]:
+    def _left(self) -> Rest:
         """Return what yields the batches of the pass that are not done yet."""
         progress = self.progress
-        if self.loader is progress.source:
-            return iter(self.loader)
+        if progress.source is not None and progress.source.batches is self.loader:
+            return progress.source
         progress.random.restore(self.loader, self.program.device)
-        batches = iter(self.batches)
-        progress.source = self.loader if batches is self.batches else None
+        rest, self.first = self.first or Rest(iter(self.loader)), None
+        progress.source = rest if rest.batches is self.loader else None
         for number in range(progress.batches):
-            if next(batches, None) is None:
+            if next(rest, None) is None:
                 raise LoccError(
                     f"the loader yields {number} batches, and {progress.batches} were done when fit was cut; "
                     "give it an equal loader, or resume=False to start a new fit"
                 )
-        return batches
+        return rest
 
     def _step(self, x: Any, y: Any) -> None:
         program = self.program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,20 @@ def _generators(loader: Any) -> dict[str, torch.Generator]:
 
 
 @dataclass
+class Rest:
+    """What an iterator has left, `back` first; iterating over this never starts it anew."""
+
+    batches: Iterator[Any]
+    back: list[Any] = field(default_factory=list)
+
+    def __iter__(self) -> Rest:
+        return self
+
+    def __next__(self) -> Any:
+        return self.back.pop() if self.back else next(self.batches)
+
+
+@dataclass
 class Progress:
     """A fit under way.
 
@@ -119,7 +133,7 @@ class Progress:
         at: the pass under way, as `Pass.at`; where there is no such pass, the next one.
         batches: how many batches of it are done.
         sums: of the loss and the objectives over these batches, by name.
-        source: what gives the batches of this pass, where it can give them only once.
+        source: what is left of the loader in this pass, where it may yield it only once.
     """
 
     epochs: int
@@ -128,7 +142,7 @@ class Progress:
     at: tuple[int, int, int] = (0, 0, 0)
     batches: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
-    source: Any = None
+    source: Rest | None = None
 
     def count(self, found: Mapping[str, Tensor]) -> None:
         """Add a batch that is done."""

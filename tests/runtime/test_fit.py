@@ -38,6 +38,22 @@ def test_means_are_over_the_steps():
     assert history.epochs[0].loss == pytest.approx(sum(losses) / 2)
 
 
+def test_a_fit_is_a_loop_over_steps_and_shuffles_anew_in_each_epoch():
+    seen: list[Tensor] = []
+    fitted, stepped = (compiled(mlp(0.3), "dgl", ["relu1"], optimizer=sgd(), seed=0) for _ in range(2))
+    stepped.model.load_state_dict(fitted.model.state_dict())
+    fitted.model.first.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    loader = DataLoader(DATA, 5, shuffle=True)
+    torch.manual_seed(3)
+    fitted.fit(loader, epochs=2, progress=False)
+    torch.manual_seed(3)
+    for _ in range(2):
+        for x, y in loader:
+            stepped.step(x, y)
+    assert same(snapshot(fitted.root), snapshot(stepped.root))
+    assert not torch.equal(seen[0], seen[2])
+
+
 @pytest.mark.parametrize(
     ("item", "x", "y"),
     [

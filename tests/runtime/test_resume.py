@@ -230,8 +230,8 @@ def test_a_loader_that_has_become_shorter_is_refused_and_the_right_one_goes_on()
 
 
 def test_a_fit_may_go_on_for_longer_than_it_was_asked_to_and_not_for_less():
-    data = batches(3)
-    for schedule, steps in (("lockstep", 8), ("sequential", 20)):
+    data, steps = batches(3), 8
+    for schedule in ("lockstep", "sequential"):
         program = cut_in(steps, data, 4, schedule=schedule)
         for epochs in (1, 2):
             with pytest.raises(LoccError, match=rf"epochs={epochs}: a fit of 4 epochs was cut in epoch \d, "):
@@ -240,6 +240,19 @@ def test_a_fit_may_go_on_for_longer_than_it_was_asked_to_and_not_for_less():
         epochs = 5 if schedule == "lockstep" else 4  # the stages that are over had four
         program.fit(data, epochs, progress=False)
         assert same(everything(program), end_of(data, epochs, schedule=schedule)), schedule
+
+
+def test_a_fit_that_was_killed_between_two_epochs_goes_on_for_as_long_as_it_was_asked_to(tmp_path):
+    data, path = batches(3), tmp_path / "state"
+    whole, program = plain(), plain()
+    whole.fit(Stopping(whole, data, 6), 4, checkpoint=path, progress=False)
+    program.load(path)
+    assert program.progress is not None
+    assert program.progress.at == (0, 2, 1)  # what is next is not known before the epochs are
+    with pytest.raises(LoccError, match="epochs=2: a fit of 4 epochs was cut in epoch 2"):
+        program.fit(data, 2, progress=False)
+    program.fit(data, 4, progress=False)
+    assert same(everything(program), end_of(data, 4))
 
 
 def test_a_fit_that_is_forgotten_starts_anew():
@@ -263,6 +276,47 @@ def test_a_loader_that_yields_its_batches_once(again, example):
     history = program.fit(iter(data) if again else once, progress=False)
     assert same(everything(program), end_of(data, 1))
     assert len(history.epochs) == 1
+
+
+class Restarting:
+    """Its own iterator, which each `iter` starts anew."""
+
+    def __init__(self, data: list[Any]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Restarting:
+        self.left = list(self.data)
+        return self
+
+    def __next__(self) -> Any:
+        if not self.left:
+            raise StopIteration
+        return self.left.pop(0)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("example", [None, batch()[0]], ids=["compiled by fit", "compiled before"])
+def test_a_loader_that_is_its_own_iterator(again, example):
+    data, program = batches(4), plain(example_inputs=example)
+    loader = Restarting(data)
+    program.model.first.register_forward_pre_hook(lambda *_: ctrl_c() if program.steps == 5 else None)
+    assert program.fit(loader, 2, progress=False).interrupted
+    assert program.steps == 6
+    program.fit(Restarting(data) if again else loader, 2, progress=False)
+    assert same(everything(program), end_of(data, 2))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    data, program = batches(3), plain(atomic=True)
+    presses = [ctrl_c, ctrl_c_twice]
+    program.model.first.register_forward_pre_hook(
+        lambda *_: presses.pop()() if program.steps == 1 and presses else None
+    )
+    for steps in (1, 2):
+        assert program.fit(data, progress=False).interrupted
+        assert program.steps == steps
+    program.fit(data, progress=False)
+    assert same(everything(program), end_of(data, 1, atomic=True))
 
 
 def test_a_loader_may_save_the_program_that_it_trains(tmp_path):
