@@ -7,6 +7,7 @@ runs each of `SIGNALS` in a process of its own, forked, and leaves its checkpoin
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import locc
 from locc import Program
@@ -27,7 +28,6 @@ from locc.runtime.fit import History
 from runtime.turns import Probing, norms
 from support import batch
 
-EPOCHS = 2
 LR = torch.optim.lr_scheduler
 
 
@@ -59,6 +59,10 @@ def by_workers(seed: int) -> DataLoader[Any]:
     return DataLoader(Augmented(), 4, shuffle=True, num_workers=2)
 
 
+def validation() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*batch(5)), 5, shuffle=True)  # it draws as well
+
+
 @dataclass(frozen=True)
 class Scene:
     """A program, its loader (of a seed), and how `fit` is called; a pass has three batches."""
@@ -66,6 +70,7 @@ class Scene:
     loader: Callable[[int], DataLoader[Any]] = shuffled
     options: dict[str, Any] = field(default_factory=dict)
     fitting: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 2
 
     def program(self) -> Program:
         torch.manual_seed(3)
@@ -73,7 +78,8 @@ class Scene:
         return locc.compile(norms(), Probing(), ["a", "b"], **options)
 
     def fit(self, program: Program, loader: Any, **options: Any) -> History:
-        return program.fit(loader, EPOCHS, progress=False, **self.fitting, **options)
+        options = {"validation": validation(), "progress": False, **self.fitting, **options}
+        return program.fit(loader, self.epochs, **options)
 
 
 SCENES = {
@@ -100,7 +106,7 @@ SCENES = {
         },
         fitting={"scheduler_interval": "step"},
     ),
-    "workers": Scene(by_workers),
+    "workers": Scene(by_workers, epochs=1),
 }
 
 
@@ -163,7 +169,7 @@ SIGNALS = {
     "killed between two batches of a warm-up": ("lockstep", 4, "in the loader", killed),
     "killed within a step of a sequential stage": ("sequential", 28, "late in a step", killed),
     "killed within an accumulation": ("atomic", 11, "early in a step", killed),
-    "interrupted together with its workers": ("workers", 13, "early in a step", interrupted),
+    "interrupted together with its workers": ("workers", 7, "early in a step", interrupted),
 }
 """Name -> the scene, after how many steps, where and how it is cut."""
 
@@ -188,6 +194,7 @@ def run(name: str, folder: Path) -> int:
 
 
 def main(folder: Path) -> None:
+    importlib.import_module("torch._dynamo")  # compiling imports it: once, not in each process
     children = {}
     for name in SIGNALS:
         child = os.fork()
