@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from locc.errors import LoccError
 from locc.ir import Inputs
 from locc.ir.captured import owned_tensor
+from locc.ir.state import begin
 from locc.ir.view import node_parameters
 from locc.lower import Backward, Instruction, Plan, instructions_of
 from locc.runtime import Program, StepReport, checked
@@ -72,6 +73,7 @@ def batch_of(program: Program, x: Any, y: Any) -> list[Any]:
     batch = small_batch(program.ir, Inputs.of(program.model, x))
     if batch.stand_in:
         raise LoccError(f"{batch.text}: give the target y of the batch as well")
+    begin(program.root, batch.size)
     values = [*batch.tensors, batch.target]
     device = program.device
     moved: list[Any] = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, values)
