@@ -2,9 +2,8 @@
 
 Every node computes its value from the parameters and state as they were before the step (inside a
 repeated region: before its round), a `gradient` is the derivative of its scalar, and all updates and
-assigns commit together at the end. A node that draws random numbers draws from a stream of its own. What a
-step computes is what its objectives and assigns need, in a phase those of the owners that train in it, and
-it keeps a tape of what is differentiated.
+assigns commit together at the end. A node that draws has a random stream of its own. A step computes what
+its objectives and assigns need, in a phase those of the owners that train, and tapes what is differentiated.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor, fx
 from locc.errors import RunError
 from locc.ir import ops
 from locc.ir.captured import owned_tensor
+from locc.ir.tape import changers
 from locc.ir.view import draws
 from locc.program import Program
 from locc.runtime import StepReport
@@ -26,14 +26,17 @@ from locc.runtime.streams import autocast, of_backward, of_update, preserved_rng
 def reference_step(program: Program, x: Any, y: Any = None) -> StepReport:
     """Train on one batch as `program.step` does, by the definition of the graph alone.
 
-    Slow, and holds everything until the end: every plan, schedule and backend is compared with it. `x` and
-    `y` are a batch as `program.step` takes it; parameters, state and optimizers move.
+    Every plan, schedule and backend is compared with it. Parameters, state and optimizers move.
 
     Raises:
         RunError: an objective is not finite; nothing has changed but what the model's own code changes.
     """
     program.complete(x)
-    values = program.bind(x, y)
+    return reference_values(program, program.bind(x, y))
+
+
+def reference_values(program: Program, values: list[Any]) -> StepReport:
+    """Train on a batch as `program.bind` returns it; see `reference_step`."""
     meaning = _Meaning(program, dict(zip((*program.ir.inputs, program.ir.target), values, strict=True)))
     with program.frozen(), preserved_rng(program.device):
         report = meaning.step()
@@ -45,12 +48,9 @@ class _Meaning:
     def __init__(self, program: Program, batch: dict[fx.Node, Any]) -> None:
         self.program, self.ir, self.context = program, program.ir, program.built.executor
         self.values, self.round = batch, 0
-        phase = next((p for p in program.phases if p.name == program.phase), None)
-        self.trains = set(self.ir.owners) if phase is None else set(phase.trains)
-        self.changes: dict[fx.Node, list[fx.Node]] = {}
-        for node in self.ir.graph.nodes:
-            for changed in node.meta.get("mutates", ()):
-                self.changes.setdefault(changed, []).append(node)
+        trains = {o for p in program.phases if p.name == program.phase for o in p.trains}
+        self.trains = trains or set(self.ir.owners)
+        self.changes = changers(self.ir.graph)
         self.needed = self._needed()
         self.wrt = {n.args[1] for n in self.needed if n.target is ops.gradient}
         derived = [n.all_input_nodes[0] for n in self.needed if n.target in (ops.gradient, ops.objective)]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locc.errors import LoccError
 from locc.lower import Backward, ModuleProgram, Plan, Segment, instructions_of
 from locc.program import Program
 from locc.runtime import StepReport, checked
 
 from .beside import run_beside
-from .reference import reference_step
+from .reference import reference_values
 from .trial import Holdings, State, Trial, batch_of, difference, first_line, twin, unit, untouched
 
 TOLERANCE = 1e-12
@@ -48,12 +49,10 @@ def assert_lowered(
     checked(program).complete(x)
     plan = program.plan(program.phase) if plan is None else plan
     count = 1 + unit(program, plan) if steps is None else steps
-
     trial = Trial(program, guarded=True)
 
     def meant(values: list[Any], number: int) -> StepReport:
-        *inputs, target = twin(values)
-        return reference_step(program, tuple(inputs), target)
+        return reference_values(program, twin(values))
 
     def planned(values: list[Any], number: int) -> StepReport:
         return trial.report(plan, values, number)
@@ -66,7 +65,9 @@ def assert_lowered(
     wanted = after_each(meant)
     try:
         found = after_each(planned)
-    except (RuntimeError, LookupError) as error:
+    except LoccError:
+        raise
+    except Exception as error:  # the reference has run the same code of the user's
         raise AssertionError(f"the plan of {_named(program)} fails: {first_line(error)}") from error
     alike = _close if _reordered(program, plan) else None
     for number, (one, other) in enumerate(zip(wanted, found, strict=True)):
@@ -101,8 +102,13 @@ def assert_side_by_side(
 
     Raises:
         AssertionError: names the first tensor that differs and its module, or the program that fails.
+        LoccError: there is no batch.
     """
     pairs = list(batches)
+    if not pairs:
+        raise LoccError(
+            "assert_side_by_side(program, batches): no batch was given; give one or more, [(x, y)]"
+        )
     checked(program).complete(pairs[0][0])
     plan = program.plan(program.phase)
     with untouched(program):

@@ -15,6 +15,7 @@ from locc.errors import LoccError
 from locc.facts.names import Names, node_buffers
 from locc.ir import Inputs
 from locc.ir.captured import owned_tensor
+from locc.ir.state import begin
 from locc.ir.view import node_parameters
 from locc.lower import Backward, Instruction, Plan, instructions_of
 from locc.program import Program
@@ -74,6 +75,7 @@ def batch_of(program: Program, x: Any, y: Any) -> list[Any]:
     batch = small_batch(program.ir, Inputs.of(program.model, x))
     if batch.stand_in:
         raise LoccError(f"{batch.text}: give the target y of the batch as well")
+    begin(program.root, batch.size)
     values = [*batch.tensors, batch.target]
     device = program.device
     moved: list[Any] = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, values)

@@ -103,6 +103,24 @@ def test_a_phase_trains_its_owners_and_the_rest_rest() -> None:
     assert found.model.training
 
 
+def test_a_delay_keeps_its_value_in_a_phase_that_only_reads_it() -> None:
+    def late(ir: TrainingGraph) -> None:
+        mean = ir.emit("one", torch.mean, hidden(ir))
+        ir.objective("one", mean, "mean")
+        before = ir.stop_gradient("two", ir.delay(mean, 1, 5.0))
+        out = ir.emit("two", torch.mean, ir.prediction)
+        ir.objective("two", ir.emit("two", operator.mul, out, before), "product")
+        ir.phases = (Phase("above", ("two",)),)
+
+    found = program(late)
+    found.phase = "above"
+    seen = []
+    for _ in range(2):
+        reference_step(found, X, Y)
+        seen.append(weights(found)[1])
+    assert close(seen, -1 - 0.1 * 4 * 5, -3 - 0.1 * 4 * 4)
+
+
 def test_several_steps_make_one_update_of_their_mean() -> None:
     found = program("bp", accumulate=2)
     reference_step(found, X, Y)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from locc import Program
-from locc.ir import TrainingGraph
+from locc.errors import LoccError
+from locc.ir import TrainingGraph, inner
 from locc.lower import Assign, Backward, Instruction, Plan, Segment, Send, Update
-from locc.testing import assert_lowered, assert_side_by_side
+from locc.testing import Case, ModelSpec, assert_lowered, assert_side_by_side
 from locc.testing.trial import Trial, batch_of, untouched
 
 from .two_weights import NUMBER, Rewrite, X, Y, chained, hidden, model, program, rounds, weights
@@ -85,6 +86,23 @@ def test_the_assertions_hold_and_leave_the_program_as_it_was(rewrite: Rewrite) -
     assert [learner.pending for learner in found.built.learners.values()] == [1, 1]
     assert len(gradients) == 2
     assert all(torch.equal(g, p.grad) for g, p in zip(gradients, found.model.parameters(), strict=True))
+
+
+def test_a_batch_as_the_program_takes_it_or_made_up() -> None:
+    case = Case(ModelSpec("named_inputs", ("tanh",)), "dgl")
+    found = case.compile(verify=False)
+    assert_lowered(found, *case.batch())
+    assert_lowered(found, case.batch()[0])
+
+    def samples(ir: TrainingGraph) -> None:
+        held = ir.state("one", "held", hidden(ir).meta["spec"])
+        ir.assign("one", held, hidden(ir))
+        ir.objective("one", ir.emit("one", inner, hidden(ir), held), "product")
+        ir.objective("two", ir.apply_loss(), "loss")
+
+    assert_lowered(program(samples), X.repeat(3, 1))
+    with pytest.raises(LoccError, match="no batch was given"):
+        assert_side_by_side(found, [])
 
 
 def test_enough_steps_are_compared_that_every_owner_updates() -> None:
