@@ -20,7 +20,7 @@ from locc.ir.printer import render
 from locc.ir.spec import Spec, TensorSpec
 from locc.ir.state import RESIZE, State, renewed
 from locc.ir.tape import changers
-from locc.ir.view import DATA, Owner, View
+from locc.ir.view import DATA, Owner, Repeat, View
 
 _KEPT = ("random", "untried", "line", "contracts", "views")
 
@@ -315,6 +315,25 @@ class TrainingGraph(View):
             self.assign(owner, held, value)
             value = held
         return value
+
+    @contextmanager
+    def repeat(self, name: str, times: int) -> Iterator[list[tuple[fx.Node, fx.Node]]]:
+        """Make what is emitted inside a region, which a step runs `times` times.
+
+        Yields a list to fill with (entry, exit) pairs: `entry = ir.emit(owner, carry, initial)` is `initial`
+        in the first round, and in a later one what `exit` was in the round before.
+
+        Raises:
+            GraphError: there is such a region, or `times` is less than one.
+        """
+        if name in self.repeats or times < 1:
+            raise GraphError(f"region '{name}', {times} times: give a new name and a number of at least 1")
+        outside, carried = set(self.graph.nodes), list[tuple[fx.Node, fx.Node]]()
+        yield carried
+        for node in self.graph.nodes:
+            if node not in outside and node.op != "get_attr":
+                node.meta["repeat"] = name
+        self.repeats[name] = Repeat(name, times, tuple(carried))
 
     def apply_loss(self) -> fx.Node:
         """Apply the user's loss to the output, once; the node belongs to the last module."""

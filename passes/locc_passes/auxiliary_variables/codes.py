@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from locc.ir import Boundary, Repeat, TensorSpec, TrainingGraph, carry, stop_gradient
+from locc.ir import Boundary, TensorSpec, TrainingGraph, carry, stop_gradient
 from locc.rewrite import Pass, has_rows, learned
 
 _SCALAR = TensorSpec((), torch.float32)
@@ -101,22 +101,18 @@ class InnerSteps(Pass):
         if isinstance(weight, fx.Node) and (owner == ir.last.name or self.lambda_c):
             mu = ir.stop_gradient(owner, weight)
         resting = [ir.emit(owner, still, b.entry, role="rest") for b in entries]
-        outside = set(ir.graph.nodes)
-        codes = [ir.emit(owner, carry, b.entry, role="moving") for b in entries]
-        momenta = [ir.emit(owner, carry, m, role="momentum") for m in resting]
-        leaves = [ir.emit(owner, stop_gradient, c, role="leaf") for c in codes]
-        energy = self._energy(ir, owner, entries, leaves, targets, mu)
-        pairs = []
-        for boundary, code, momentum, leaf in zip(entries, codes, momenta, leaves, strict=True):
-            slope = ir.gradient(energy, leaf)
-            after = ir.emit(owner, nesterov_momentum, momentum, slope, self.momentum, role="momentum")
-            moved = ir.emit(owner, nesterov_step, code, slope, after, self.rate, self.momentum, role="code")
-            boundary.entry.meta["code"] = moved
-            pairs += [(code, moved), (momentum, after)]
-        for node in ir.graph.nodes:
-            if node not in outside and node.op != "get_attr":
-                node.meta["repeat"] = name
-        ir.repeats[name] = Repeat(name, self.steps, tuple(pairs))
+        with ir.repeat(name, self.steps) as carried:
+            codes = [ir.emit(owner, carry, b.entry, role="moving") for b in entries]
+            momenta = [ir.emit(owner, carry, m, role="momentum") for m in resting]
+            leaves = [ir.emit(owner, stop_gradient, c, role="leaf") for c in codes]
+            energy = self._energy(ir, owner, entries, leaves, targets, mu)
+            for boundary, code, momentum, leaf in zip(entries, codes, momenta, leaves, strict=True):
+                slope = ir.gradient(energy, leaf)
+                after = ir.emit(owner, nesterov_momentum, momentum, slope, self.momentum, role="momentum")
+                rates = (self.rate, self.momentum)
+                moved = ir.emit(owner, nesterov_step, code, slope, after, *rates, role="code")
+                boundary.entry.meta["code"] = moved
+                carried += [(code, moved), (momentum, after)]
 
     def _energy(
         self,
