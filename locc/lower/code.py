@@ -51,7 +51,8 @@ def compile_nodes(
     space: dict[str, Any] = dict(source_code.globals)
     exec(compile(source_code.src, f"<locc {nodes[0].meta['owner']}>", "exec"), space)
     function = _bind(space["forward"], ir)
-    text = tuple(statement(n, [s for s in copies if s.op == "get_attr" and s not in inside]) for n in nodes)
+    own = [s for s in copies if s.op == "get_attr" and s not in inside and s not in reads]
+    text = tuple(statement(n, own) for n in nodes)
     return function, text, tuple(n.name for n in reads), tuple(n.name for n in kept)
 
 
