@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from locc.ir import TrainingGraph
@@ -60,5 +59,3 @@ def repeat(ir: TrainingGraph, name: str, before: set[fx.Node]) -> None:
     for node in ir.graph.nodes:
         if node not in before and node.op != "get_attr":
             node.meta["repeat"] = name
-
-

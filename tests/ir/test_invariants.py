@@ -94,7 +94,9 @@ def test_a_state_is_assigned_once_under_whatever_path():
         ir.assign("first", "model.first.shared", ir.emit("first", torch.ones, 2))
         ir.assign("second", "model.second.shared", ir.emit("second", torch.ones, 2))
 
-    with pytest.raises(GraphError, match="'second.shared' is assigned twice, by 'assign_of_first' and 'assign_of_second'"):
+    with pytest.raises(
+        GraphError, match=r"'second.shared' is assigned twice, by 'assign_of_first' and 'assign_of_second'"
+    ):
         writing(twice)
 
 
@@ -114,7 +116,9 @@ def test_another_owner_reads_what_is_assigned_through_a_stop_gradient():
         ir.assign("first", "model.first.shared", ir.emit("first", torch.ones, 2))
         ir.emit("second", torch.neg, ir.read("second", "model.second.shared"))
 
-    with pytest.raises(GraphError, match="'first.shared' is assigned by 'first', and '.*' of 'second' reads it"):
+    with pytest.raises(
+        GraphError, match=r"'first.shared' is assigned by 'first', and '.*' of 'second' reads it"
+    ):
         writing(foreign)
 
 
@@ -150,7 +154,9 @@ def by_whole_numbers(ir):
 
 @pytest.mark.parametrize("rewrite", [only_the_input, cut_off, by_whole_numbers])
 def test_an_objective_that_reaches_no_parameter_is_refused_in_one_sentence(rewrite):
-    with pytest.raises(GraphError, match="objective 'first.size' reaches no parameter of 'first'; compute") as e:
+    with pytest.raises(
+        GraphError, match=r"objective 'first.size' reaches no parameter of 'first'; compute"
+    ) as e:
         support.compiled(support.mlp(), Rule(lambda ir: (rewrite(ir), finish(ir, "first"))), ["first"])
     assert str(e.value).count(";") == 1
 

@@ -22,7 +22,7 @@ def step(self, input_1, target):
     grad_first_at_output = gradient(loss, first_at_output)  # f32[B,8]
     # ---- module 0: first
     grad_first_at_output_at_first = stop_gradient(grad_first_at_output)  # f32[B,8]
-    chain = inner(first, grad_first_at_output_at_first)
+    chain = inner(first, grad_first_at_output_at_first)  # f32[]
     objective(chain)  # first.chain
     return third
 """

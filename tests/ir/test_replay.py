@@ -157,7 +157,9 @@ def test_an_input_that_nothing_reads_is_named():
         return {entry(ir): ir.emit(ir.last.name, torch.neg, entry(ir)), ir.output: first, first: first}
 
     method = replaying(inputs, lambda ir: [called(ir, "model.relu2")])
-    with pytest.raises(locc.errors.GraphError, match=r"replays 'output' with another \w+, third, which the val"):
+    with pytest.raises(
+        locc.errors.GraphError, match=r"replays 'output' with another \w+, third, which the val"
+    ):
         compiled(mlp(), method, ["first"])
 
 
@@ -165,5 +167,7 @@ def test_a_value_of_another_shape_is_refused():
     def inputs(ir: TrainingGraph) -> dict[fx.Node, fx.Node]:
         return {entry(ir): ir.emit(ir.last.name, torch.cat, [entry(ir), entry(ir)], name="both")}
 
-    with pytest.raises(locc.errors.GraphError, match=r"'both', f32\[2\*B,8\], in the place of 'first_at_output'"):
+    with pytest.raises(
+        locc.errors.GraphError, match=r"'both', f32\[2\*B,8\], in the place of 'first_at_output'"
+    ):
         compiled(mlp(), replaying(inputs, lambda ir: [ir.output]), ["first"])
