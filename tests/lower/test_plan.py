@@ -18,7 +18,7 @@ from locc.lower import Backward, Instruction, Loop, Plan, Segment, Update, lower
 from locc.rewrite import Method, Pass
 from locc.testing import CONFORMANCE_MODELS
 from runtime.turns import Probing, norms
-from support import Residual, Tied, batch, compiled, mlp, sgd
+from support import Residual, batch, compiled, mlp, sgd
 
 
 @dataclass(frozen=True)
@@ -77,29 +77,6 @@ def test_backpropagation_walks_down():
     words = kinds(program.plan())
     assert words[:5] == ["f relu1", "f relu2", "f third", "b third", "u third"]
     assert words[5:] == ["f relu2", "b relu2", "u relu2", "f relu1", "b relu1", "u relu1"]
-
-
-def test_an_update_waits_for_every_reader_of_the_parameter():
-    tokens = torch.randint(11, (3, 4))
-    program = locc.compile(Tied(), Greedy3(), ["mid"], example_inputs=tokens, tied="owner")
-    words = kinds(program.plan())
-    assert words.index("u mid") > words.index("b head")
-    program.step(tokens, tokens)
-
-
-@dataclass(frozen=True)
-class MeanSquares(Pass):
-    def rewrite(self, ir: TrainingGraph) -> None:
-        for module in ir.modules[:-1]:
-            for value in ir.outputs(module.name):
-                ir.objective(module.name, ir.emit(module.name, torch.mean, value), "mean")
-        ir.objective(ir.last.name, ir.apply_loss(), "loss")
-
-
-@dataclass(frozen=True)
-class Greedy3(Greedy):
-    def passes(self) -> Sequence[Pass]:
-        return (MeanSquares(),)
 
 
 def test_the_order_does_not_depend_on_the_run():
@@ -295,46 +272,6 @@ def test_fit_runs_the_phases_in_turn():
     assert [e.phase for e in program.fit([batch()], progress=False).epochs] == ["top"]
 
 
-# ---- assign ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Average(Pass):
-    """Keeps a moving average of the first module's output mean, and adds the old one to its objective."""
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        holder = nn.Module()
-        holder.register_buffer("mean", torch.zeros(()))
-        owner = ir.modules[0].name
-        path = ir.add_module("average", holder)
-        (value,) = ir.outputs(owner)
-        now = ir.emit(owner, torch.mean, value, name="now")
-        outside = ir.stop_gradient(owner, now, role="detached")
-        ir.assign(owner, f"{path}.mean", outside)
-        old = ir.read(owner, f"{path}.mean")
-        ir.objective(owner, ir.emit(owner, torch.add, now, old, name="total"), "mean")
-        ir.objective(ir.last.name, ir.apply_loss(), "loss")
-
-
-@dataclass(frozen=True)
-class Averaging(Greedy):
-    def passes(self) -> Sequence[Pass]:
-        return (Average(),)
-
-
-def test_assign_runs_after_everything_that_reads_the_old_value():
-    model = mlp()
-    program = compiled(model, Averaging(), ["relu1"], optimizer=sgd(0.1))
-    previous = 0.0
-    for _ in range(3):
-        x, y = batch()
-        now = model[:2](x).mean().item()
-        report = program.step(x, y)
-        assert float(report.objectives["relu1.mean"]) == pytest.approx(now + previous, abs=1e-6)
-        assert float(program.root.aux["average"].mean) == pytest.approx(now, abs=1e-6)
-        previous = now
-
-
 # ---- repeated regions --------------------------------------------------------------------------
 
 
@@ -351,13 +288,12 @@ class Codes(Pass):
     def rewrite(self, ir: TrainingGraph) -> None:
         last = ir.last.name
         (boundary,) = ir.boundaries(consumer=last)
-        spec = boundary.spec
         before = set(ir.graph.nodes)
-        code = ir.emit(last, carry, boundary.entry, role="code", name="code", spec=spec)
-        leaf = ir.emit(last, stop_gradient, code, role="leaf", name="leaf", spec=spec)
+        code = ir.emit(last, carry, boundary.entry, role="code", name="code")
+        leaf = ir.emit(last, stop_gradient, code, role="leaf", name="leaf")
         (output,) = ir.replay(last, {boundary.entry: leaf}, [ir.output], role="replay")
         energy = ir.emit(last, functional.cross_entropy, output, ir.target, name="energy")
-        moved = ir.emit(last, descend, code, ir.gradient(energy, leaf), name="moved", spec=spec)
+        moved = ir.emit(last, descend, code, ir.gradient(energy, leaf), name="moved")
         for node in ir.graph.nodes:
             if node not in before and node.op != "get_attr":
                 node.meta["repeat"] = "codes"
