@@ -18,12 +18,11 @@ from locc.ir import ops
 from locc.ir.captured import owned_tensor
 from locc.ir.tape import changers
 from locc.ir.view import draws
-from locc.program import Program
-from locc.runtime import StepReport
+from locc.runtime import Compiled, StepReport
 from locc.runtime.streams import autocast, of_backward, of_update, preserved_rng, seed_all, stream
 
 
-def reference_step(program: Program, x: Any, y: Any = None) -> StepReport:
+def reference_step(program: Compiled, x: Any, y: Any = None) -> StepReport:
     """Train on one batch as `program.step` does, by the definition of the graph alone.
 
     Every plan, schedule and backend is compared with it. Parameters, state and optimizers move.
@@ -35,7 +34,7 @@ def reference_step(program: Program, x: Any, y: Any = None) -> StepReport:
     return reference_values(program, program.bind(x, y))
 
 
-def reference_values(program: Program, values: list[Any]) -> StepReport:
+def reference_values(program: Compiled, values: list[Any]) -> StepReport:
     """Train on a batch as `program.bind` returns it; see `reference_step`."""
     meaning = _Meaning(program, dict(zip((*program.ir.inputs, program.ir.target), values, strict=True)))
     with program.frozen(), preserved_rng(program.device):
@@ -45,7 +44,7 @@ def reference_values(program: Program, values: list[Any]) -> StepReport:
 
 
 class _Meaning:
-    def __init__(self, program: Program, batch: dict[fx.Node, Any]) -> None:
+    def __init__(self, program: Compiled, batch: dict[fx.Node, Any]) -> None:
         self.program, self.ir, self.context = program, program.ir, program.built.executor
         self.values, self.round = batch, 0
         trains = {o for p in program.phases if p.name == program.phase for o in p.trains}
