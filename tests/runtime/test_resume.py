@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from locc import LoccError, Program
 from locc.runtime.fit import History
@@ -305,6 +305,44 @@ def test_a_loader_that_is_its_own_iterator(again, example):
     assert program.steps == 6
     program.fit(Restarting(data) if again else loader, 2, progress=False)
     assert same(everything(program), end_of(data, 2))
+
+
+def test_a_program_that_fit_compiles_on_a_batch_that_it_draws():
+    ends = []
+    for stop in (None, 1):
+        program, loader = plain(example_inputs=None), DataLoader(TensorDataset(*batch(10)), 4, shuffle=True)
+        press = program.model.first.register_forward_pre_hook(
+            lambda *_, p=program, stop=stop: ctrl_c() if p.steps == stop else None
+        )
+        torch.manual_seed(5)
+        if program.fit(loader, progress=False).interrupted:
+            press.remove()
+            torch.manual_seed(6)
+            program.fit(loader, progress=False)
+        ends.append(everything(program))
+    assert same(*ends)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_pass_as_for_a_step(tmp_path):
+    """Between the learning rate of one module and that of the next, say."""
+    presses: list[Callable[[], None]] = []
+
+    class Pressed(torch.optim.lr_scheduler.ExponentialLR):
+        def step(self, epoch: Any = None) -> None:
+            super().step()
+            if presses:
+                presses.pop()()
+
+    data, path = batches(3), tmp_path / "state"
+    program, other = (plain(scheduler=lambda o: Pressed(o, 0.5)) for _ in range(2))
+    presses.append(ctrl_c)
+    history = program.fit(data, 2, checkpoint=path, progress=False)
+    assert history.interrupted
+    assert [e.number for e in history.epochs] == [1]
+    other.load(path)
+    for each in (program, other):
+        each.fit(data, 2, progress=False)
+        assert same(everything(each), end_of(data, 2, scheduler=lambda o: Pressed(o, 0.5)))
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step():
