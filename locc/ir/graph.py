@@ -173,8 +173,7 @@ class TrainingGraph(View):
         """Add d(scalar)/d(wrt) as a value, for any value of the scalar's owner that it is computed from.
 
         Raises:
-            GraphError: `scalar` is no 0-d value; `wrt` belongs to another owner, is a parameter or holds whole
-                numbers.
+            GraphError: `scalar` is not 0-d; `wrt` is another owner's, a parameter, or of whole numbers.
         """
         owner = scalar.meta["owner"]
         self._check_scalar(scalar, f"takes the gradient of '{scalar.name}'")
@@ -215,8 +214,8 @@ class TrainingGraph(View):
         path = state if isinstance(state, str) else f"{state.meta.get('state')}.value"
         if not isinstance(owned_tensor(self.root, path), torch.Tensor):
             raise GraphError(
-                f"pass '{self._making}' assigns to '{state}' of '{owner}'; give what ir.state returned, or the "
-                "path of a parameter or buffer"
+                f"pass '{self._making}' assigns to '{state}' of '{owner}'; give what ir.state returned, or "
+                "the path of a parameter or buffer"
             )
         target = self.read(owner, path, role="state")
         found, wanted = value.meta.get("spec"), target.meta["spec"]

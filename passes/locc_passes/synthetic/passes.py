@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from locc.errors import MethodError
-from locc.ir import TensorSpec, TrainingGraph, inner
+from locc.ir import TrainingGraph, inner
 from locc.nn import Factory, build_synthesiser, check_shapes, guess_layout
 from locc.rewrite import (
     Pass,
@@ -85,7 +85,7 @@ class SyntheticGradients(Pass):
         if self.labels:
             given = (ir.target, args[0], rows(value), self._classes(ir))
             args.append(ir.emit(helper, labels_for, *given, role="labels"))
-        predicted = ir.call(helper, path, *args, role="synthetic")
+        predicted = ir.call(helper, path, *args, role="synthetic", spec=spec_of(value))
         predicted.meta["predicts"] = value
         return predicted
 
@@ -105,23 +105,19 @@ class Bootstrap(Pass):
         """Add the regressions."""
         for predicted in [n for n in ir.graph.nodes if "predicts" in n.meta]:
             helper, value = predicted.meta["owner"], predicted.meta["predicts"]
-            spec, dim = spec_of(value), rows(value)
+            dim = rows(value)
             found = [ir.stop_gradient(helper, g) for g in returning(ir, value)]
             if not found:
                 # A reader that does nothing differentiable with h: its gradient is zero.
                 here = ir.stop_gradient(helper, value)
                 target = ir.emit(helper, torch.zeros_like, here, role="target")
             else:
-                target = reduce(lambda a, b: _sum(ir, helper, a, b, spec), found)
+                target = reduce(lambda a, b: ir.emit(helper, operator.add, a, b, role="target"), found)
                 if self.mean:
                     target = ir.emit(helper, of_sample, target, dim, role="target")
             error = ir.emit(helper, squared_distance, predicted, target, dim, role="regression")
             alone = sum("predicts" in n.meta for n in ir.nodes(helper)) == 1
             ir.objective(helper, error, "regression" if alone else f"regression_{value.name}")
-
-
-def _sum(ir: TrainingGraph, owner: str, a: fx.Node, b: fx.Node, spec: TensorSpec) -> fx.Node:
-    return ir.emit(owner, operator.add, a, b, role="target")
 
 
 def of_sample(gradient: Tensor, dim: int) -> Tensor:
