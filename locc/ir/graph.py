@@ -172,8 +172,7 @@ class TrainingGraph(View):
         """Add d(scalar)/d(wrt) as a value, for any value of the scalar's owner that it is computed from.
 
         Raises:
-            GraphError: `scalar` is no 0-d value; `wrt` belongs to another owner, is a parameter or holds
-                whole numbers.
+            GraphError: `scalar` is not 0-d; `wrt` is another owner's, a parameter, or of whole numbers.
         """
         owner = scalar.meta["owner"]
         self._check_scalar(scalar, f"takes the gradient of '{scalar.name}'")

@@ -14,9 +14,7 @@ def disturb(ir: TrainingGraph, owner: str, value: fx.Node, sigma: float) -> fx.N
     `value` must be the owner's own or brought in by `ir.stop_gradient`. The node is marked as random: its
     noise follows the program's seed and step, as dropout does.
     """
-    noisy = ir.emit(owner, with_noise, value, sigma, role="noise")
-    noisy.meta["random"] = True
-    return noisy
+    return ir.emit(owner, with_noise, value, sigma, role="noise")
 
 
 def with_noise(h: Tensor, sigma: float) -> Tensor:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import Tensor, fx
 
-from locc.ir import TensorSpec, TrainingGraph
-
-_SCALAR = TensorSpec((), torch.float32)
+from locc.ir import TrainingGraph
 
 
 def add_all(ir: TrainingGraph, owner: str, terms: list[fx.Node]) -> fx.Node:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
-from locc.ir import TensorSpec, TrainingGraph
+from locc.ir import TrainingGraph
 from locc.rewrite.passes import Pass
-
-_SCALAR = TensorSpec((), torch.float32)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from locc.ir import BatchDim, Boundary, Owner, TensorSpec, TrainingGraph, node_p
 from locc.nn import Factory, build_bridge, build_label_encoder, check_shapes, one_hot
 from locc.rewrite import Pass, has_rows
 
-_SCALAR = TensorSpec((), torch.float32)
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmin)
 
 

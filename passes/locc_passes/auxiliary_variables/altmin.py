@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import fx
 from torch.nn import functional
 
-from locc.ir import TensorSpec, TrainingGraph
+from locc.ir import TrainingGraph
 from locc.rewrite import Method, Pass, add_all
 from locc_passes.auxiliary_variables.codes import InnerSteps, code_of, coded, mean_abs
-
-_SCALAR = TensorSpec((), torch.float32)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from torch.nn import functional
 from locc.ir import Boundary, TensorSpec, TrainingGraph, carry, stop_gradient
 from locc.rewrite import Pass, has_rows, learned
 
-_SCALAR = TensorSpec((), torch.float32)
-
 
 def mean_abs(x: Tensor) -> Tensor:
     """Return mean |x|, shape []."""

@@ -6,16 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from locc.errors import MethodError
-from locc.ir import TensorSpec, TrainingGraph, inner
+from locc.ir import TrainingGraph, inner
 from locc.nn import BroadcastFeedback, plan_readout
 from locc.rewrite import LentGradients, Method, OutputLoss, Pass, add_all, has_rows, output_error, unreached
 from locc_passes.feedback.zero import ZeroWeights
-
-_SCALAR = TensorSpec((), torch.float32)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor, fx, nn
 
 from locc.errors import MethodError
@@ -27,8 +26,6 @@ from locc.rewrite import (
     untrained,
     weigh,
 )
-
-SCALAR = TensorSpec((), torch.float32)
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class LocalErrors(Pass):
         """Add the losses and the objectives."""
         for owner in (o.name for o in ir.modules[:-1]):
             sims = [
-                ir.emit(owner, head.meta["compare"], head, ir.target, role="sim_loss", spec=SCALAR)
+                ir.emit(owner, head.meta["compare"], head, ir.target, role="sim_loss", spec=ir.scalar)
                 for head in ir.nodes(owner, "sim_head")
             ]
             predictions = [head_loss(ir, head, self.loss) for head in ir.nodes(owner, "head")]
