@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_, is_not
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def _tensor(tensor: Tensor, values: bool) -> Callable[[], None]:
 
 def _attributes(module: nn.Module) -> Callable[[], None]:
     attributes = dict(module.__dict__)
-    held = list(_containers(attributes))
+    held = _containers(attributes)
     tensors = [
         (value, value.detach().clone())
         for key, value in attributes.items()
@@ -127,7 +128,8 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
             del module.__dict__[name]
         module.__dict__.update(attributes)
         for container, saved in held:
-            _refill(container, saved)
+            if container or saved:
+                _refill(container, saved)
         for tensor, value in tensors:
             if not same_bits(tensor.detach(), value):
                 tensor.detach().copy_(value)
@@ -135,42 +137,30 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _containers(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield each list, dict, set and deque among the values or inside of one, with what it holds.
+def _containers(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Return each list, dict, set and deque among the values or inside of one, with what it holds.
 
     The tables of parameters, buffers, submodules and hooks are such dicts.
     """
-    seen: set[int] = set()
-    todo = list(values.values())
-    while todo:
-        value = todo.pop()
-        if not isinstance(value, _HOLDING) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        inside = value.values() if isinstance(value, dict) else value
-        todo += [v for v in inside if isinstance(v, _HOLDING)]
-        if isinstance(value, dict):
-            yield value, list(value.items())
-        elif not isinstance(value, tuple):
-            yield value, list(value)
+    found = [value for value in attributes.values() if isinstance(value, _HOLDING)]
+    seen = {id(value) for value in found}
+    for value in found:
+        for inner in (value.values() if isinstance(value, dict) else value) if value else ():
+            if isinstance(inner, _HOLDING) and id(inner) not in seen:
+                seen.add(id(inner))
+                found.append(inner)
+    return [(v, dict(v) if isinstance(v, dict) else list(v)) for v in found if not isinstance(v, tuple)]
 
 
-def _refill(container: Any, saved: list[Any]) -> None:
-    now = list(container.items() if isinstance(container, dict) else container)
-    if len(now) == len(saved) and all(_is(a, b) for a, b in zip(now, saved, strict=True)):
+def _refill(container: Any, saved: Any) -> None:
+    same = len(container) == len(saved) and all(map(is_, container, saved))
+    if same and not (isinstance(container, dict) and any(map(is_not, container.values(), saved.values()))):
         return
     container.clear()
     if isinstance(container, (dict, set)):
         container.update(saved)
     else:
         container.extend(saved)
-
-
-def _is(one: Any, other: Any) -> bool:
-    """Whether two entries, or items of a dict, are the same objects."""
-    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other) == 2:
-        return one[0] is other[0] and one[1] is other[1]
-    return one is other
 
 
 def _optimizer(optimizer: optim.Optimizer, values: bool) -> Callable[[], None]:
