@@ -78,17 +78,17 @@ class _Emitter:
         return result
 
     def _computes(self, node: fx.Node) -> bool:
-        """Whether a node is code; an owner's tensor is read where its code uses it, and not before."""
+        """Whether a node is code; an owner's tensor is read where it is used, unless no code uses it."""
         if node.op == "get_attr":
-            users = [u for u in node.users if u in self.found.needed]
-            return any(is_lent(node, u) or self._takes(u, node) for u in users)
+            return any(
+                is_lent(node, u) or self._hands_on(node, u) for u in node.users if u in self.found.needed
+            )
         return node.op not in ("placeholder", "output") and node.target not in (ops.objective, ops.gradient)
 
-    def _takes(self, user: fx.Node, state: fx.Node) -> bool:
-        """Whether a parameter or state is read by what is no code, which takes values in flight."""
-        entries = {entry for region in self.ir.repeats.values() for entry, _ in region.carried}
+    def _hands_on(self, state: fx.Node, user: fx.Node) -> bool:
+        """Whether a state's value goes as it is into another one (a longer delay) or into a region."""
         assigned = user.target is ops.assign and user.args[1] is state
-        return assigned or user in entries or user.target in (ops.objective, ops.gradient)
+        return assigned or any(user is entry for r in self.ir.repeats.values() for entry, _ in r.carried)
 
     def _kind(self, node: fx.Node) -> tuple[str, bool, bool]:
         return str(node.meta["owner"]), node in self.found.taped, node.op == "get_attr"

@@ -102,15 +102,10 @@ def _misfits(
     def state(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: t for n, t in held.items() if n.startswith("state/")}
 
-    sized = {f"state/{path}.value": held for path, held in states(program.root)}
-
-    def fits(name: str, a: Tensor, b: Tensor) -> bool:
-        shapes = sized[name].fits(tuple(b.shape)) if name in sized else a.shape == b.shape
-        return shapes and a.dtype == b.dtype
-
+    fits = {f"state/{path}.value": held.fits for path, held in states(program.root)}
     for name in {**state(own), **state(tensors)}:
         a, b = own.get(name), tensors.get(name)
-        if a is None or b is None or not fits(name, a, b):
+        if a is None or b is None or a.dtype != b.dtype or not fits.get(name, a.shape.__eq__)(b.shape):
             yield f"tensor '{name.removeprefix('state/')}' is missing or has another shape or dtype"
     for key, what in (
         ("optimizers", "optimizers"),
@@ -253,23 +248,23 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    for path, state in states(program.root):  # a state may be of another batch size
-        state.value = state.value.new_empty(tensors[f"state/{path}.value"].shape)
+    for path, held in states(program.root):  # has the rows of the batch that it last met
+        held.value = torch.empty_like(tensors[f"state/{path}.value"], device=held.value.device)
     with torch.no_grad():
         for name, tensor in _own(program).items():
             tensor.copy_(tensors[f"state/{name}"])
     numbers = {owner: i for i, owner in enumerate(program.ir.owners)}
     for owner, learner in program.built.learners.items():
         saved = header["optimizers"][owner]
-        entries: dict[int, dict[str, Any]] = {}
+        state: dict[int, dict[str, Any]] = {}
         for index, plain in saved["plain"].items():
-            entries[int(index)] = {k: _restore(v) for k, v in plain.items()}
+            state[int(index)] = {k: _restore(v) for k, v in plain.items()}
         prefix = f"optimizer/{numbers[owner]}/"
         for name, tensor in tensors.items():
             if name.startswith(prefix):
                 index, _, key = name.removeprefix(prefix).partition("/")
-                entries.setdefault(int(index), {})[key] = tensor
-        learner.optimizer.load_state_dict({"state": entries, "param_groups": _restore(saved["groups"])})
+                state.setdefault(int(index), {})[key] = tensor
+        learner.optimizer.load_state_dict({"state": state, "param_groups": _restore(saved["groups"])})
         learner.clear()
         learner.pending = saved["pending"]
         for i, parameter in enumerate(learner.parameters):

@@ -121,7 +121,8 @@ def fit(
             their module trains, or after each "step" that updates it (every `accumulate`-th).
         resume: False forgets a fit that was cut and starts a new one.
         checkpoint: a file to write after each pass, as `Program.save` does; `Program.load` in a new process
-            and the same call of `fit` go on from there, also where this process was killed.
+            and the same call of `fit` go on from there, also where this process was killed (and train no
+            more where the fit was over).
         every: write `checkpoint` after so many steps as well.
 
     Returns:
