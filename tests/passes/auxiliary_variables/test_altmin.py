@@ -75,7 +75,7 @@ def step(self, input_1, target):
     leaf_1 = stop_gradient(moving_1)  # f64[B,8], in codes_0
     model_1 = self[1](leaf_1)  # f64[B,8], in codes_0
     model_2 = self[2](model_1)  # f64[B,7], in codes_0
-    energy_5 = mse_loss(leaf_1, layer_0_at_2)  # f32[], in codes_0
+    energy_5 = mse_loss(leaf_1, layer_0_at_2)  # f64[], in codes_0
     # ---- module 2: 4
     layer_2_at_4 = stop_gradient(layer_2)  # f64[B,7]
     layer_3 = self[3](layer_2_at_4)  # f64[B,7]
@@ -86,34 +86,34 @@ def step(self, input_1, target):
     leaf = stop_gradient(moving)  # f64[B,7], in codes_2
     model_3 = self[3](leaf)  # f64[B,7], in codes_2
     model_4 = self[4](model_3)  # f64[B,4], in codes_2
-    energy = cross_entropy(model_4, target)  # f32[], in codes_2
-    energy_1 = energy / 0.003  # f32[], in codes_2
-    energy_2 = mse_loss(leaf, layer_2_at_4)  # f32[], in codes_2
-    energy_3 = energy_1 + energy_2  # f32[], in codes_2
+    energy = cross_entropy(model_4, target)  # f64[], in codes_2
+    energy_1 = energy / 0.003  # f64[], in codes_2
+    energy_2 = mse_loss(leaf, layer_2_at_4)  # f64[], in codes_2
+    energy_3 = energy_1 + energy_2  # f64[], in codes_2
     grad_leaf = gradient(energy_3, leaf)  # f64[B,7], in codes_2
     momentum_1 = nesterov_momentum(momentum, grad_leaf, 0.9)  # f64[B,7], in codes_2
     code = nesterov_step(moving, grad_leaf, momentum_1, 0.3, 0.9)  # f64[B,7], in codes_2
-    loss = cross_entropy(layer_4, target)  # f32[]
+    loss = cross_entropy(layer_4, target)  # f64[]
     code_at_4 = stop_gradient(code)  # f64[B,7]
     model_7 = self[3](code_at_4)  # f64[B,7]
     model_8 = self[4](model_7)  # f64[B,4]
-    loss_1 = cross_entropy(model_8, target)  # f32[]
+    loss_1 = cross_entropy(model_8, target)  # f64[]
     objective(loss_1)  # 4.loss
     # ---- module 1: 2
     code_at_2 = stop_gradient(code)  # f64[B,7]
-    energy_4 = mse_loss(model_2, code_at_2)  # f32[], in codes_0
-    energy_6 = energy_4 + energy_5  # f32[], in codes_0
+    energy_4 = mse_loss(model_2, code_at_2)  # f64[], in codes_0
+    energy_6 = energy_4 + energy_5  # f64[], in codes_0
     grad_leaf_1 = gradient(energy_6, leaf_1)  # f64[B,8], in codes_0
     momentum_3 = nesterov_momentum(momentum_2, grad_leaf_1, 0.9)  # f64[B,8], in codes_0
     code_1 = nesterov_step(moving_1, grad_leaf_1, momentum_3, 0.3, 0.9)  # f64[B,8], in codes_0
     code_1_at_2 = stop_gradient(code_1)  # f64[B,8]
     model_5 = self[1](code_1_at_2)  # f64[B,8]
     model_6 = self[2](model_5)  # f64[B,7]
-    fit_1 = mse_loss(model_6, code_at_2)  # f32[]
+    fit_1 = mse_loss(model_6, code_at_2)  # f64[]
     objective(fit_1)  # 2.codes
     # ---- module 0: 0
     code_1_at_0 = stop_gradient(code_1)  # f64[B,8]
-    fit = mse_loss(layer_0, code_1_at_0)  # f32[]
+    fit = mse_loss(layer_0, code_1_at_0)  # f64[]
     objective(fit)  # 0.codes
     return layer_4
 """

@@ -41,20 +41,18 @@ def step(self, input_1, target):
     # ---- module 2: 5
     layer_4_at_5 = stop_gradient(layer_4)  # f64[B,7]
     layer_5 = self[5](layer_4_at_5)  # f64[B,4]
-    loss = cross_entropy(layer_5, target)  # f32[]
+    loss = cross_entropy(layer_5, target)  # f64[]
     objective(loss)  # 5.loss
-    output_1 = stop_gradient(layer_5)  # f64[B,4]
-    error = cross_entropy(output_1, target)  # f32[]
-    grad_output_1 = gradient(error, output_1)  # f64[B,4]
+    grad_layer_5 = gradient(loss, layer_5)  # f64[B,4]
     # ---- module 0: 1
-    grad_output_1_at_1 = stop_gradient(grad_output_1)  # f64[B,4]
-    aux_feedback_1 = self.aux.feedback_1(grad_output_1_at_1)  # f64[B,8]
-    feedback = inner(layer_1, aux_feedback_1)  # f32[]
+    grad_layer_5_at_1 = stop_gradient(grad_layer_5)  # f64[B,4]
+    aux_feedback_1 = self.aux.feedback_1(grad_layer_5_at_1)  # f64[B,8]
+    feedback = inner(layer_1, aux_feedback_1)  # f64[]
     objective(feedback)  # 1.feedback
     # ---- module 1: 4
-    grad_output_1_at_4 = stop_gradient(grad_output_1)  # f64[B,4]
-    aux_feedback_4 = self.aux.feedback_4(grad_output_1_at_4)  # f64[B,7]
-    feedback_1 = inner(layer_4, aux_feedback_4)  # f32[]
+    grad_layer_5_at_4 = stop_gradient(grad_layer_5)  # f64[B,4]
+    aux_feedback_4 = self.aux.feedback_4(grad_layer_5_at_4)  # f64[B,7]
+    feedback_1 = inner(layer_4, aux_feedback_4)  # f64[]
     objective(feedback_1)  # 4.feedback
     return layer_5
 """

@@ -93,17 +93,17 @@ def step(self, input_1, target):
     model_5 = self[5]
     layer_4_at_5 = stop_gradient(layer_4)  # f64[B,7]
     layer_5 = feedback_layer(layer_4_at_5, model_5, aux_feedback_5_matrix)  # f64[B,4]
-    loss = cross_entropy(layer_5, target)  # f32[]
+    loss = cross_entropy(layer_5, target)  # f64[]
     objective(loss)  # 5.loss
     grad_layer_4_at_5 = gradient(loss, layer_4_at_5)  # f64[B,7]
     # ---- module 1: 4
     grad_layer_4_at_5_at_4 = stop_gradient(grad_layer_4_at_5)  # f64[B,7]
-    chain = inner(layer_4, grad_layer_4_at_5_at_4)
+    chain = inner(layer_4, grad_layer_4_at_5_at_4)  # f64[]
     objective(chain)  # 4.chain
     grad_layer_1_at_4 = gradient(chain, layer_1_at_4)  # f64[B,8]
     # ---- module 0: 1
     grad_layer_1_at_4_at_1 = stop_gradient(grad_layer_1_at_4)  # f64[B,8]
-    chain_1 = inner(layer_1, grad_layer_1_at_4_at_1)
+    chain_1 = inner(layer_1, grad_layer_1_at_4_at_1)  # f64[]
     objective(chain_1)  # 1.chain
     return layer_5
 """

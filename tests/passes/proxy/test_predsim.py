@@ -24,13 +24,13 @@ def step(self, input_1, target):
     first = self.first(input_1)  # f32[B,8]
     relu1 = self.relu1(first)  # f32[B,8]
     drop = self.drop(relu1)  # f32[B,8]
-    aux_drop_sim_relu1 = self.aux.drop_sim_relu1(relu1)
+    aux_drop_sim_relu1 = self.aux.drop_sim_relu1(relu1)  # f32[B,8]
     aux_drop_head_relu1 = self.aux.drop_head_relu1(relu1)  # f32[B,3]
     sim_loss = similarity_loss(aux_drop_sim_relu1, target)  # f32[]
     head_loss = cross_entropy(aux_drop_head_relu1, target)  # f32[]
     weighted = sim_loss * 0.99  # f32[]
     weighted_1 = head_loss * 0.01  # f32[]
-    chain = weighted + weighted_1
+    chain = weighted + weighted_1  # f32[]
     objective(chain)  # drop.predsim
     # ---- module 1: output
     drop_at_output = stop_gradient(drop)  # f32[B,8]

@@ -48,7 +48,7 @@ def step(self, input_1, target):
     # ---- module 0: relu1
     aux_relu1_synthesiser_at_relu1 = stop_gradient(aux_relu1_synthesiser)  # f32[B,8]
     synthetic = of_batch(aux_relu1_synthesiser_at_relu1, 0)  # f32[B,8]
-    chain = inner(relu1, synthetic)
+    chain = inner(relu1, synthetic)  # f32[]
     objective(chain)  # relu1.synthetic
     # ---- module 1: output
     relu1_at_output = stop_gradient(relu1)  # f32[B,8]
@@ -62,7 +62,7 @@ def step(self, input_1, target):
     # ---- auxiliary: relu1.synthesiser
     grad_relu1_at_output_at_relu1_synthesiser = stop_gradient(grad_relu1_at_output)  # f32[B,8]
     target_1 = of_sample(grad_relu1_at_output_at_relu1_synthesiser, 0)  # f32[B,8]
-    regression = squared_distance(aux_relu1_synthesiser, target_1, 0)
+    regression = squared_distance(aux_relu1_synthesiser, target_1, 0)  # f32[]
     objective(regression)  # relu1.synthesiser.regression
     return third
 """

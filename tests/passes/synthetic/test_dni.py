@@ -58,7 +58,7 @@ def step(self, input_1, target):
     # ---- module 0: relu1
     aux_relu1_synthesiser_at_relu1 = stop_gradient(aux_relu1_synthesiser)  # f32[B,8]
     synthetic = of_batch(aux_relu1_synthesiser_at_relu1, 0)  # f32[B,8]
-    chain = inner(relu1, synthetic)
+    chain = inner(relu1, synthetic)  # f32[]
     objective(chain)  # relu1.synthetic
     # ---- module 1: relu2
     relu1_at_relu2 = stop_gradient(relu1)  # f32[B,8]
@@ -71,13 +71,13 @@ def step(self, input_1, target):
     # ---- module 1: relu2
     aux_relu2_synthesiser_at_relu2 = stop_gradient(aux_relu2_synthesiser)  # f32[B,8]
     synthetic_1 = of_batch(aux_relu2_synthesiser_at_relu2, 0)  # f32[B,8]
-    chain_1 = inner(relu2, synthetic_1)
+    chain_1 = inner(relu2, synthetic_1)  # f32[]
     objective(chain_1)  # relu2.synthetic
     grad_relu1_at_relu2 = gradient(chain_1, relu1_at_relu2)  # f32[B,8]
     # ---- auxiliary: relu1.synthesiser, learning rate x0.1
     grad_relu1_at_relu2_at_relu1_synthesiser = stop_gradient(grad_relu1_at_relu2)  # f32[B,8]
     target_1 = of_sample(grad_relu1_at_relu2_at_relu1_synthesiser, 0)  # f32[B,8]
-    regression = squared_distance(aux_relu1_synthesiser, target_1, 0)
+    regression = squared_distance(aux_relu1_synthesiser, target_1, 0)  # f32[]
     objective(regression)  # relu1.synthesiser.regression
     # ---- module 2: third
     relu2_at_third = stop_gradient(relu2)  # f32[B,8]
@@ -88,7 +88,7 @@ def step(self, input_1, target):
     # ---- auxiliary: relu2.synthesiser, learning rate x0.1
     grad_relu2_at_third_at_relu2_synthesiser = stop_gradient(grad_relu2_at_third)  # f32[B,8]
     target_2 = of_sample(grad_relu2_at_third_at_relu2_synthesiser, 0)  # f32[B,8]
-    regression_1 = squared_distance(aux_relu2_synthesiser, target_2, 0)
+    regression_1 = squared_distance(aux_relu2_synthesiser, target_2, 0)  # f32[]
     objective(regression_1)  # relu2.synthesiser.regression
     return third
 """

@@ -104,7 +104,7 @@ def step(self, input_1, target):
     model_relu2_at_relu2_inverse = stop_gradient(model_relu2)  # f32[B,8]
     noise_at_relu2_inverse = stop_gradient(noise)  # f32[B,8]
     aux_relu2_inverse = self.aux.relu2_inverse(model_relu2_at_relu2_inverse)  # f32[B,8]
-    reconstruction = squared_distance(aux_relu2_inverse, noise_at_relu2_inverse, 0)
+    reconstruction = squared_distance(aux_relu2_inverse, noise_at_relu2_inverse, 0)  # f32[]
     objective(reconstruction)  # relu2.inverse.reconstruction
     relu2_at_relu2_inverse = stop_gradient(relu2)  # f32[B,8]
     aux_relu2_inverse_2 = self.aux.relu2_inverse(relu2_at_relu2_inverse)  # f32[B,8]
@@ -118,7 +118,7 @@ def step(self, input_1, target):
     grad_relu2_at_third_at_relu2 = stop_gradient(grad_relu2_at_third)  # f32[B,8]
     target_1 = sub(relu2_at_relu2, grad_relu2_at_third_at_relu2, alpha=0.3277)  # f32[B,8]
     target_1_at_relu2 = stop_gradient(target_1)  # f32[B,8]
-    distance = squared_distance(relu2, target_1_at_relu2, 0)
+    distance = squared_distance(relu2, target_1_at_relu2, 0)  # f32[]
     objective(distance)  # relu2.target
     # ---- auxiliary: relu2.inverse, learning rate x0.5
     target_1_at_relu2_inverse = stop_gradient(target_1)  # f32[B,8]
@@ -128,7 +128,7 @@ def step(self, input_1, target):
     difference_at_relu1 = stop_gradient(difference)  # f32[B,8]
     target_2 = relu1_at_relu1 + difference_at_relu1  # f32[B,8]
     target_2_at_relu1 = stop_gradient(target_2)  # f32[B,8]
-    distance_1 = squared_distance(relu1, target_2_at_relu1, 0)
+    distance_1 = squared_distance(relu1, target_2_at_relu1, 0)  # f32[]
     objective(distance_1)  # relu1.target
     return third
 """

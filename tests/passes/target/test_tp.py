@@ -52,7 +52,7 @@ def step(self, input_1, target):
     model_relu2_at_relu2_inverse = stop_gradient(model_relu2)  # f32[B,8]
     noise_at_relu2_inverse = stop_gradient(noise)  # f32[B,8]
     aux_relu2_inverse = self.aux.relu2_inverse(model_relu2_at_relu2_inverse)  # f32[B,8]
-    reconstruction = squared_distance(aux_relu2_inverse, noise_at_relu2_inverse, 0)
+    reconstruction = squared_distance(aux_relu2_inverse, noise_at_relu2_inverse, 0)  # f32[]
     objective(reconstruction)  # relu2.inverse.reconstruction
     # ---- module 2: third
     relu2_at_third = stop_gradient(relu2)  # f32[B,8]
@@ -64,14 +64,14 @@ def step(self, input_1, target):
     grad_relu2_at_third_at_relu2 = stop_gradient(grad_relu2_at_third)  # f32[B,8]
     target_1 = sub(relu2_at_relu2, grad_relu2_at_third_at_relu2, alpha=0.3277)  # f32[B,8]
     target_1_at_relu2 = stop_gradient(target_1)  # f32[B,8]
-    distance = squared_distance(relu2, target_1_at_relu2, 0)
+    distance = squared_distance(relu2, target_1_at_relu2, 0)  # f32[]
     objective(distance)  # relu2.target
     # ---- auxiliary: relu2.inverse
     target_1_at_relu2_inverse = stop_gradient(target_1)  # f32[B,8]
     aux_relu2_inverse_1 = self.aux.relu2_inverse(target_1_at_relu2_inverse)  # f32[B,8]
     # ---- module 0: relu1
     aux_relu2_inverse_1_at_relu1 = stop_gradient(aux_relu2_inverse_1)  # f32[B,8]
-    distance_1 = squared_distance(relu1, aux_relu2_inverse_1_at_relu1, 0)
+    distance_1 = squared_distance(relu1, aux_relu2_inverse_1_at_relu1, 0)  # f32[]
     objective(distance_1)  # relu1.target
     return third
 """
