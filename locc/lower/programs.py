@@ -139,7 +139,7 @@ def _lines(instructions: list[Instruction]) -> list[str]:
             found += _loop(i)
         else:
             raise unknown(i)
-        if i.frees and not isinstance(i, Loop):
+        if i.frees:
             found.append(f"del {', '.join(i.frees)}")
     return found
 
