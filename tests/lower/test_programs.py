@@ -16,12 +16,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import locc
+from locc import Program
 from locc.errors import LoccError
 from locc.ir import Repeat, TensorSpec, TrainingGraph, carry
 from locc.ir.memory import memories
 from locc.ir.view import node_tensors
 from locc.lower import Instruction, ModuleProgram, Plan, Send, program_of
-from locc.runtime import Program
 from locc.runtime.backends import BACKENDS, Eager
 from locc.runtime.machine import Machine
 from locc.testing import assert_side_by_side
