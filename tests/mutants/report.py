@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from . import lowering
 from .judge import ACCEPTED, CHECKS, FACTS, HASH, KILLED, NOTHING, TENSOR, Mutant
+from .lowering import Verdict
 from .oracle import Truth
 
 
@@ -70,20 +73,34 @@ _COLUMNS: dict[str, Callable[[Mutant], bool]] = {
 }
 
 
-def _table(title: str, mutants: Sequence[Mutant], key: Callable[[Mutant], str]) -> Table:
+def show_lowering(verdicts: list[Verdict], console: Console) -> None:
+    """Print what became of the mutants of the lowering, and the survivors."""
+    console.print(_table("mutants of the lowering", verdicts, lambda v: v.operator, lowering.COLUMNS))
+    console.print(_table("mutants of the lowering", verdicts, lambda v: v.method, lowering.COLUMNS))
+    for v in (v for v in verdicts if v.survives):
+        where = f"{v.method} / {v.shape} / {v.operator} / {v.where}"
+        console.print(f"SURVIVOR {where}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(
+    title: str,
+    mutants: Sequence[Any],
+    key: Callable[[Any], str],
+    columns: Mapping[str, Callable[[Any], bool]] = _COLUMNS,
+) -> Table:
     table = Table(title=title)
     table.add_column("")
-    for name in ("all", *_COLUMNS):
+    for name in ("all", *columns):
         table.add_column(name, justify="right")
-    groups: dict[str, list[Mutant]] = {}
+    groups: dict[str, list[Any]] = {}
     for m in mutants:
         groups.setdefault(key(m), []).append(m)
     for name, held in [*groups.items(), ("all", list(mutants))]:
-        table.add_row(name, str(len(held)), *(_count(held, test) for test in _COLUMNS.values()))
+        table.add_row(name, str(len(held)), *(_count(held, test) for test in columns.values()))
     return table
 
 
-def _count(mutants: Iterable[Mutant], test: Callable[[Mutant], bool]) -> str:
+def _count(mutants: Iterable[Any], test: Callable[[Any], bool]) -> str:
     return str(sum(1 for m in mutants if test(m)) or "")
 
 

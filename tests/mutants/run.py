@@ -9,12 +9,15 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from rich.console import Console
 
+from . import lowering
 from .judge import Judge, Mutant
-from .report import Result, show
+from .lowering import Verdict
+from .report import Result, show, show_lowering
 from .subjects import pairs, subject
 
 Work = tuple[str, str, int | None]
@@ -54,26 +57,35 @@ def collect(tasks: list[Work], workers: int, console: Console | None = None) -> 
     return result
 
 
+def lower(tasks: list[Work], workers: int) -> list[Verdict]:
+    """Judge the mutants of the lowering, in several processes."""
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return [verdict for verdicts in pool.imap(lowering.work, tasks) for verdict in verdicts]
+
+
 def main() -> int:
     """Run, print and return 1 if a mutant survives or a valid graph that trains the same is refused."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--each", type=int, default=1, help="sites of an operator in a program; 0 for all")
+    parser.add_argument("--each", type=int, default=1, help="sites of a rewriting operator; 0 for all")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--method", action="append", help="only this method; may be given again")
     parser.add_argument("--shape", action="append", help="only this shape; may be given again")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     console = Console(width=max(120, Console().width))
-    tasks: list[Work] = [
-        (method, shape, given.each or None)
-        for method, shape in pairs()
-        if method in (given.method or [method]) and shape in (given.shape or [shape])
-    ]
+
+    def chosen(found: Iterable[tuple[str, str]], each: int | None) -> list[Work]:
+        methods, shapes = given.method, given.shape
+        return [(m, s, each) for m, s in found if m in (methods or [m]) and s in (shapes or [s])]
+
     started = time.perf_counter()
-    result = collect(tasks, given.workers, console)
+    result = collect(chosen(pairs(), given.each or None), given.workers, console)
     show(result, console)
+    lowered = lower(chosen(lowering.programs(), None), given.workers)
+    show_lowering(lowered, console)
     console.print(f"{time.perf_counter() - started:.0f} s with {given.workers} processes", highlight=False)
-    return 1 if result.survivors or result.false_alarms or not result.mutants else 0
+    failed = result.survivors or result.false_alarms or any(v.survives for v in lowered)
+    return 1 if failed or not (result.mutants or lowered) else 0
 
 
 if __name__ == "__main__":

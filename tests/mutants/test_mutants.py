@@ -117,6 +117,7 @@ def test_the_command_fails_where_a_mutant_survives(
 ) -> None:
     result = _judged(monkeypatch, BLIND)
     monkeypatch.setattr(run, "collect", lambda *_: result)
+    monkeypatch.setattr(run, "lower", lambda *_: [])
     monkeypatch.setattr("sys.argv", ["mutants"])
     assert run.main() == 1
     assert "SURVIVOR bp / chain / merge two objectives / " in capsys.readouterr().out

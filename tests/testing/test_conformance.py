@@ -154,6 +154,16 @@ class Counting(Pass):
             ir.objective(module.name, ir.emit(module.name, grown, activations(ir, module.name)[0]), "grown")
 
 
+class Single(Pass):
+    """A head that computes in float32 alone."""
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        for module in ir.modules[:-1]:
+            (h, *_) = activations(ir, module.name)
+            found = ir.call(module.name, ir.add_module("single", nn.Linear(4, 1)), h, role="head")
+            ir.objective(module.name, ir.emit(module.name, torch.mean, found), "single")
+
+
 class Silent(Pass):
     """Refuses with too few words."""
 
@@ -216,6 +226,7 @@ def test_a_sound_method_conforms_and_says_on_what() -> None:
         (Drifting, {"fixed matrices stay"}),
         (Foreign, {"objectives train their owner", "modules are local", *RUN}),
         (Whisper, RUN),
+        (Single, {"the plan computes what the graph means", "module programs train side by side"}),
         (Counting, {*RUN, "training resumes", "the plan computes what the graph means"}),
     ],
 )

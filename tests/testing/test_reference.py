@@ -17,7 +17,7 @@ from locc.ir import Phase, TrainingGraph
 from locc.runtime.streams import seed_all, stream
 from locc.testing import reference, reference_step
 
-from .two_weights import NUMBER, X, Y, chained, hidden, model, program, rounds, weight, weights
+from .two_weights import NUMBER, X, Y, chained, delayed, hidden, model, program, rounds, weight, weights
 
 
 def close(found: Any, *wanted: float) -> bool:
@@ -73,11 +73,6 @@ def test_a_repeated_region_carries_all_its_values_at_once() -> None:
 
 
 def test_a_delayed_value_is_that_of_steps_ago() -> None:
-    def delayed(ir: TrainingGraph) -> None:
-        mean = ir.emit("one", torch.mean, hidden(ir))
-        ir.objective("one", ir.emit("one", operator.mul, mean, ir.delay(mean, 2, 5.0)), "product")
-        ir.objective("two", ir.apply_loss(), "loss")
-
     found = program(delayed)
     seen = []
     for _ in range(4):

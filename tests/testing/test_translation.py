@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from locc.lower import Assign, Backward, Instruction, Plan, Segment, Send, Updat
 from locc.testing import Case, ModelSpec, assert_lowered, assert_side_by_side
 from locc.testing.trial import Trial, batch_of, untouched
 
-from .two_weights import NUMBER, Rewrite, X, Y, chained, hidden, model, program, rounds, weights
+from .two_weights import Rewrite, X, Y, chained, hidden, kept, model, program, rounds, three, weights
 
 Change = Callable[[list[Instruction]], list[Instruction]]
 
@@ -42,11 +41,6 @@ def early(instructions: list[Instruction]) -> list[Instruction]:
     """Update the last module before the gradient that goes down is taken."""
     (update,) = (i for i in instructions if isinstance(i, Update) and i.owner == "two")
     return [update, *(i for i in instructions if i is not update)]
-
-
-def kept(ir: TrainingGraph) -> None:
-    chained(ir)
-    ir.assign("one", ir.state("one", "held", NUMBER), ir.emit("one", torch.mean, hidden(ir)))
 
 
 @pytest.mark.parametrize(
@@ -109,13 +103,6 @@ def test_enough_steps_are_compared_that_every_owner_updates() -> None:
     found = program("bp", accumulate=3)
     with pytest.raises(AssertionError, match=r"parameter 'two\.weight' of 'two' .*step 3"):
         assert_lowered(found, X, Y, plan=planned(found, without(Update, "two")))
-
-
-def three(ir: TrainingGraph) -> None:
-    for name, factor in (("a", 1.0), ("b", 2.0**-24), ("c", 2.0**-24)):
-        scaled = ir.emit("one", operator.mul, hidden(ir), factor, name=name)
-        ir.objective("one", ir.emit("one", torch.mean, scaled), name)
-    ir.objective("two", ir.apply_loss(), "loss")
 
 
 def backwards(instructions: list[Instruction]) -> list[Instruction]:

@@ -80,6 +80,27 @@ def chained(ir: TrainingGraph) -> None:
     ir.objective("one", ir.emit("one", inner, hidden(ir), ir.stop_gradient("one", slope)), "chain")
 
 
+def kept(ir: TrainingGraph) -> None:
+    """The same, and a state that holds the mean of h."""
+    chained(ir)
+    ir.assign("one", ir.state("one", "held", NUMBER), ir.emit("one", torch.mean, hidden(ir)))
+
+
+def delayed(ir: TrainingGraph) -> None:
+    """The mean of h times the mean of h two steps ago, and the loss."""
+    mean = ir.emit("one", torch.mean, hidden(ir))
+    ir.objective("one", ir.emit("one", operator.mul, mean, ir.delay(mean, 2, 5.0)), "product")
+    ir.objective("two", ir.apply_loss(), "loss")
+
+
+def three(ir: TrainingGraph) -> None:
+    """Three objectives on one value, whose gradients round by the order in which they are added."""
+    for name, factor in (("a", 1.0), ("b", 2.0**-24), ("c", 2.0**-24)):
+        scaled = ir.emit("one", operator.mul, hidden(ir), factor, name=name)
+        ir.objective("one", ir.emit("one", torch.mean, scaled), name)
+    ir.objective("two", ir.apply_loss(), "loss")
+
+
 def rounds(ir: TrainingGraph) -> None:
     """Four rounds of Fibonacci's numbers, beside gradient steps and a count in a state."""
     owner = "two"
