@@ -15,6 +15,7 @@ from torch import Tensor, nn, optim
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOLDING = (list, dict, set, deque, tuple)
+_PLAIN = {bool, int, float, str, type(None)}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -142,19 +143,27 @@ def _containers(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
 
     The tables of parameters, buffers, submodules and hooks are such dicts.
     """
-    found = [value for value in attributes.values() if isinstance(value, _HOLDING)]
+    found = [v for v in attributes.values() if v.__class__ not in _PLAIN and isinstance(v, _HOLDING)]
     seen = {id(value) for value in found}
     for value in found:
         for inner in (value.values() if isinstance(value, dict) else value) if value else ():
             if isinstance(inner, _HOLDING) and id(inner) not in seen:
                 seen.add(id(inner))
                 found.append(inner)
-    return [(v, dict(v) if isinstance(v, dict) else list(v)) for v in found if not isinstance(v, tuple)]
+    return [(v, _content(v)) for v in found if v.__class__ is not tuple]
+
+
+def _content(container: Any) -> Any:
+    if not container:
+        return ()  # most tables of hooks are empty
+    return dict(container) if isinstance(container, dict) else list(container)
 
 
 def _refill(container: Any, saved: Any) -> None:
     same = len(container) == len(saved) and all(map(is_, container, saved))
     if same and not (isinstance(container, dict) and any(map(is_not, container.values(), saved.values()))):
+        return
+    if isinstance(container, tuple):
         return
     container.clear()
     if isinstance(container, (dict, set)):

@@ -120,9 +120,11 @@ def run_beside(
             thread.start()
         for thread in threads:
             thread.join()
-    first = next((n for n, e in errors.items() if not isinstance(e, StoppedError)), next(iter(errors), None))
-    if first is not None:
-        raise AssertionError(f"the program of module '{first}' fails: {errors[first]}") from errors[first]
+    # Programs that wait in vain are named only where no other fails, and then all of them.
+    failed = {n: e for n, e in errors.items() if not isinstance(e, StoppedError)} or errors
+    if failed:
+        found = "; ".join(f"the program of module '{n}' fails: {e}" for n, e in failed.items())
+        raise AssertionError(found) from next(iter(failed.values()))
     left = [
         f"'{value}' to the program of '{home}'" for (value, home), queue in mailbox.queues.items() if queue
     ]
