@@ -40,7 +40,13 @@ def _sample(method: str) -> Subject:
 # ---- the sample ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("al", "bp", "dgl", "dtp", "fa")
+"""One method a family or so; `make slow` samples the others, and `make mutants` judges all mutants of each."""
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_no_mutant_survives(method: str) -> None:
     judge = Judge(_sample(method), alone=False)
     mutants = [m for name in judge.names(each=1) if (m := judge.judge(*name)) is not None]
