@@ -41,7 +41,7 @@ def _sample(method: str) -> Subject:
 
 
 QUICK = ("al", "bp", "dgl", "dtp", "fa")
-"""One method a family or so; `make slow` samples the others, and `make mutants` judges all mutants of each."""
+"""One a family or so; `make slow` samples the others, `make mutants` judges all of each method."""
 
 
 @pytest.mark.parametrize(
