@@ -13,7 +13,7 @@ from hypothesis.errors import Unsatisfiable
 from torch import Tensor, nn
 
 import locc
-from locc import catalogue, testing
+from locc import catalogue, registry, testing
 from locc.testing import Case, ModelSpec, assert_local, cases, methods, models, programs, splits
 from locc.testing.families import FAMILIES
 from support import batch
@@ -115,7 +115,8 @@ def test_batches_have_two_samples_or_more(data: st.DataObject) -> None:
 
 def test_methods_of_other_packages_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {**catalogue.registered(), "mine": ("locc_passes.baseline.bp:BP", "my_methods")}
-    monkeypatch.setattr(catalogue, "registered", lambda: known)
+    for home in (catalogue, registry):
+        monkeypatch.setattr(home, "registered", lambda: known)
     assert find(methods(exclude=locc.methods().keys() - {"mine"}), lambda _: True) == "mine"
     with pytest.raises(
         locc.LoccError, match=r"methods\(exclude=...\) names 'dgll', which is no method; .*'dgl'"
