@@ -3,10 +3,10 @@
 from locc.ir.captured import BatchGuard, Captured, Inputs, Root, Signature, owned_tensor, strip
 from locc.ir.coupling import Coupling
 from locc.ir.graph import TrainingGraph
-from locc.ir.ops import Rebuild, assign, call_with, gradient, inner, objective, stop_gradient
+from locc.ir.ops import Rebuild, assign, call_with, carry, gradient, inner, objective, stop_gradient
 from locc.ir.spec import BatchDim, TensorSpec
 from locc.ir.tape import tape_of
-from locc.ir.view import Boundary, Owner, Phase, Repeat, carry, node_parameters
+from locc.ir.view import Boundary, Owner, Phase, Repeat, node_parameters
 
 __all__ = [
     "BatchDim",

@@ -125,7 +125,7 @@ class TrainingGraph(Writer):
         """Make what is emitted inside a region, which a step runs `times` times.
 
         Yields a list to fill with (entry, exit) pairs: `entry = ir.emit(owner, carry, initial)` is `initial`
-        in the first round, and in a later one what `exit` was in the round before.
+        in the first round, and in a later one what `exit` was in the round before, without a tape.
 
         Raises:
             GraphError: there is such a region, or `times` is less than one.

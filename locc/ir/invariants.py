@@ -137,6 +137,14 @@ def _misread(assign: fx.Node, path: str, reader: fx.Node) -> Iterator[str]:
 
 def _entries_inside(ir: TrainingGraph) -> Iterator[str]:
     for region in ir.repeats.values():
+        for entry, end in region.carried:
+            inside = entry.meta.get("repeat") == end.meta.get("repeat") == region.name
+            if not inside or entry.target is not ops.carry or entry.meta["owner"] != end.meta["owner"]:
+                yield (
+                    f"region '{region.name}' carries '{end.name}' of '{end.meta['owner']}' into "
+                    f"'{entry.name}' of '{entry.meta['owner']}'; carry a value of the region into a carry of "
+                    "the same owner"
+                )
         for user, entry in ((u, e) for e, _ in region.carried for u in e.users):
             if user.meta.get("repeat") != region.name:
                 yield (

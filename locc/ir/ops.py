@@ -41,6 +41,11 @@ def assign(parameter: Tensor, value: Tensor) -> Tensor:
     return parameter
 
 
+def carry(initial: Tensor) -> Tensor:
+    """Return `initial` without its tape: the entry of a value into a repeated region, and into each round."""
+    return initial.detach()
+
+
 OPS = (stop_gradient, objective, gradient, assign)
 
 

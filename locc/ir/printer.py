@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import fx
@@ -71,9 +70,7 @@ def _title(ir: View, owner: str) -> str:
 
 def statement(node: fx.Node, inline: Collection[fx.Node] = ()) -> str:
     """Return a node as a line of Python, with its spec; reads in `inline` stand where they are used."""
-    call = _call(node)
-    for read in inline:
-        call = re.sub(rf"\b{read.name}\b", f"self{_path(str(read.target))}", call)
+    call = _call(node, {read: f"self{_path(str(read.target))}" for read in inline})
     note = []
     if node.meta.get("spec") is not None and not isinstance(node.meta["spec"], (tuple, list, dict)):
         note.append(str(node.meta["spec"]))
@@ -85,9 +82,13 @@ def statement(node: fx.Node, inline: Collection[fx.Node] = ()) -> str:
     return f"{text}  # {', '.join(note)}" if note else text
 
 
-def _call(node: fx.Node) -> str:
-    args = [_value(a) for a in node.args]
-    args += [f"{k}={_value(v)}" for k, v in node.kwargs.items()]
+Names = Mapping[fx.Node, str]
+"""What stands for a node, where that is not its name."""
+
+
+def _call(node: fx.Node, names: Names) -> str:
+    args = [_value(a, names) for a in node.args]
+    args += [f"{k}={_value(v, names)}" for k, v in node.kwargs.items()]
     if node.op == "get_attr":
         return f"self{_path(str(node.target))}"
     if node.op == "call_module":
@@ -96,23 +97,23 @@ def _call(node: fx.Node) -> str:
         return f"{args[0]}.{node.target}({', '.join(args[1:])})"
     name = str(getattr(node.target, "__name__", node.target))
     if name == "getitem" and len(node.args) == 2:
-        return f"{args[0]}[{_index(node.args[1])}]"
+        return f"{args[0]}[{_index(node.args[1], names)}]"
     form = _METHODS.get(name)
     if form and not node.kwargs and form.count("{}") == len(args):
         return form.format(*args)
     return f"{name}({', '.join(args)})"
 
 
-def _index(value: Any) -> str:
+def _index(value: Any, names: Names) -> str:
     """Return what stands between the brackets: slices keep their colons only there."""
     parts = value if isinstance(value, tuple) and value else (value,)
-    inside = ", ".join(_slice(v) if isinstance(v, slice) else _value(v) for v in parts)
+    inside = ", ".join(_slice(v, names) if isinstance(v, slice) else _value(v, names) for v in parts)
     return f"{inside}," if isinstance(value, tuple) and len(value) == 1 else inside
 
 
-def _slice(value: slice) -> str:
+def _slice(value: slice, names: Names) -> str:
     parts = [value.start, value.stop] + ([value.step] if value.step is not None else [])
-    return ":".join("" if p is None else _value(p) for p in parts)
+    return ":".join("" if p is None else _value(p, names) for p in parts)
 
 
 def _path(target: str) -> str:
@@ -121,14 +122,14 @@ def _path(target: str) -> str:
     return "".join(f".{a}" if a.isidentifier() else f"[{a if a.isdigit() else repr(a)}]" for a in atoms)
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, names: Names) -> str:
     if isinstance(value, fx.Node):
-        return value.name
+        return names.get(value, value.name)
     if isinstance(value, (tuple, list)):
-        inside = ", ".join(_value(v) for v in value)
+        inside = ", ".join(_value(v, names) for v in value)
         if isinstance(value, list):
             return f"[{inside}]"
         return f"({inside},)" if len(value) == 1 else f"({inside})"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k!r}: {_value(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k!r}: {_value(v, names)}" for k, v in value.items()) + "}"
     return str(value) if str(value).startswith("torch.") else repr(value)

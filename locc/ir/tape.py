@@ -25,8 +25,9 @@ def changers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 def tape_of(scalar: fx.Node, changed: Mapping[fx.Node, list[fx.Node]] | None = None) -> set[fx.Node]:
     """Return the nodes through which a gradient of `scalar` can flow, `scalar` and the leaves included.
 
-    It ends at whole numbers and truth values. An in-place change is part of the tape of what it changes,
-    though no edge leads there: `changed`, as `changers` returns it (found anew where it is not given).
+    It ends where a round begins, and at whole numbers and truth values. An in-place change is part of the
+    tape of what it changes, though no edge leads there: `changed`, as `changers` returns it (found anew where
+    it is not given).
     """
     changed = changers(scalar.graph) if changed is None else changed
     seen: set[fx.Node] = set()
@@ -38,7 +39,7 @@ def tape_of(scalar: fx.Node, changed: Mapping[fx.Node, list[fx.Node]] | None = N
         seen.add(node)
         spec = node.meta.get("spec")
         discrete = isinstance(spec, TensorSpec) and not spec.differentiable
-        if node.target is not ops.stop_gradient and not discrete:
+        if node.target not in (ops.stop_gradient, ops.carry) and not discrete:
             todo.extend(node.all_input_nodes)
             todo.extend(changed.get(node, ()))
     return seen

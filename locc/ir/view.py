@@ -70,19 +70,14 @@ class Phase:
 class Repeat:
     """A region of nodes that a step runs `times` times.
 
-    Nodes carry the region's name in `meta["repeat"]`. For each (entry, exit) pair in `carried`, the
-    value of `entry` is its own argument in the first round and the value of `exit` of the previous
-    round after it.
+    Nodes carry the region's name in `meta["repeat"]`. For each (entry, exit) pair in `carried`, `entry`, an
+    `ops.carry`, has the value of its own argument in the first round and that of `exit` of the previous round
+    after it, without a tape.
     """
 
     name: str
     times: int
     carried: tuple[tuple[fx.Node, fx.Node], ...]
-
-
-def carry(initial: Any) -> Any:
-    """Return `initial`: the entry of a value into a repeated region."""
-    return initial
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,12 @@ class Writer(View):
                 f"'{wrt.name}' of '{wrt.meta['owner']}'; write leaf = ir.stop_gradient('{owner}', value, "
                 "role='leaf'), compute the scalar from the leaf, and take its gradient"
             )
+        if wrt.target is ops.carry:
+            raise GraphError(
+                f"pass '{self._making}' takes a gradient of '{scalar.name}' with respect to '{wrt.name}', "
+                f"where a round begins; write leaf = ir.stop_gradient('{owner}', entry, role='leaf') and "
+                "compute the scalar from the leaf"
+            )
         if wrt.op == "get_attr":
             raise GraphError(
                 f"pass '{self._making}' takes a gradient of '{scalar.name}' with respect to '{wrt.target}', "

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from locc.errors import LoccError
+from locc.ir import ops
 from locc.ir.memory import memories, memory_of
 from locc.lower import (
     Assign,
@@ -138,7 +139,8 @@ class Machine:
         """Run a repeated region."""
         for i in range(self.rounds(loop)):
             self.round = i
-            carried = {entry: self.values[end if i else initial] for initial, entry, end in loop.carried}
+            sources = {entry: end if i else initial for initial, entry, end in loop.carried}
+            carried = {entry: ops.carry(self.values[source]) for entry, source in sources.items()}
             self.values.update(carried)  # all at once: what one carries on may be the entry of another
             self.run(loop.body)
         self.round = 0

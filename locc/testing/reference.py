@@ -114,12 +114,12 @@ class _Meaning:
         for source in (s for n in nodes for s in n.all_input_nodes if s not in nodes):
             self._value(source)
         pairs = [(entry, end) for entry, end in region.carried if entry in nodes]
-        carried = {entry: self.values[entry.all_input_nodes[0]] for entry, _ in pairs}
+        carried = {entry: ops.carry(self.values[entry.all_input_nodes[0]]) for entry, _ in pairs}
         for self.round in range(region.times):
             self.values.update(carried)
             for node in (n for n in nodes if n not in carried):
                 self.values[node] = self._compute(node)
-            carried = {entry: self.values[end] for entry, end in pairs}
+            carried = {entry: ops.carry(self.values[end]) for entry, end in pairs}
             self._commit()
         self.round, self.commits = 0, before
 

@@ -7,7 +7,7 @@ from torch import nn
 import locc
 import support
 from locc.errors import GraphError
-from locc.ir import Repeat, ops
+from locc.ir import Repeat, carry, ops
 from locc.ir.invariants import check
 from rules import Rule, finish, mean_square, repeat, sent
 
@@ -148,6 +148,16 @@ def test_what_a_round_assigns_is_read_in_that_region_alone():
         writing(region)
 
 
+def test_a_region_carries_its_own_values_to_their_own_owner():
+    def region(ir):
+        with ir.repeat("rounds", 2) as carried:
+            code = ir.emit("first", carry, sent(ir, "first"))
+            carried.append((code, ir.emit("second", torch.neg, ir.stop_gradient("second", code))))
+
+    with pytest.raises(GraphError, match=r"'rounds' carries '\w+' of 'second' into '\w+' of 'first'; carry"):
+        writing(region)
+
+
 # ---- objectives -----------------------------------------------------------------------------------
 
 
@@ -167,7 +177,15 @@ def by_whole_numbers(ir):
     ir.objective(first, ir.emit(first, torch.mean, ir.emit(first, torch.Tensor.float, best)), "size")
 
 
-@pytest.mark.parametrize("rewrite", [only_the_input, cut_off, by_whole_numbers])
+def by_way_of_a_region(ir):
+    first = ir.modules[0].name
+    with ir.repeat("rounds", 2) as carried:
+        code = ir.emit(first, carry, sent(ir, first))
+        carried.append((code, ir.emit(first, torch.neg, code)))
+    ir.objective(first, ir.emit(first, mean_square, carried[0][1]), "size")
+
+
+@pytest.mark.parametrize("rewrite", [only_the_input, cut_off, by_whole_numbers, by_way_of_a_region])
 def test_an_objective_that_reaches_no_parameter_is_refused_in_one_sentence(rewrite):
     with pytest.raises(
         GraphError, match=r"objective 'first\.size' reaches no parameter of 'first'; compute"

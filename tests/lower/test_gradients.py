@@ -184,6 +184,31 @@ def in_a_region_by_hand(model: nn.Sequential, h: Tensor, y: Tensor) -> Found:
     return {"moved": code}
 
 
+def round_by_round(ir: TrainingGraph) -> None:
+    """No tape leads into a round: not from the round before, nor into the first one."""
+    before = set(ir.graph.nodes)
+    code = ir.emit(LAST, carry, at(ir, "third"))
+    leaf = ir.stop_gradient(LAST, code, role="leaf")
+    scalar = energy(ir, ir.emit(LAST, torch.mul, leaf, code))
+    moved = ir.emit(LAST, grown, leaf, ir.gradient(scalar, leaf), ir.gradient(scalar, at(ir, "third")))
+    repeat(ir, "rounds", before)
+    ir.repeats["rounds"] = Repeat("rounds", 3, ((code, moved),))
+    keep(ir, moved=ir.stop_gradient(LAST, moved, role="end"))
+
+
+def grown(code: Tensor, slope: Tensor, none: Tensor) -> Tensor:
+    return torch.tanh(code + slope + 100 * none)
+
+
+def round_by_round_by_hand(model: nn.Sequential, h: Tensor, y: Tensor) -> Found:
+    code = model[1:](h).detach()
+    for _ in range(3):
+        leaf = code.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(mean_square(leaf * code), leaf)
+        code = grown(code, slope, torch.zeros(()))
+    return {"moved": code}
+
+
 CASES: dict[str, tuple[Callable[[TrainingGraph], None], Callable[[nn.Sequential, Tensor, Tensor], Found]]] = {
     "within a module": (within, within_by_hand),
     "two of one scalar": (two_of_one, two_of_one_by_hand),
@@ -194,6 +219,7 @@ CASES: dict[str, tuple[Callable[[TrainingGraph], None], Callable[[nn.Sequential,
     "of leaves": (of_leaves, of_leaves_by_hand),
     "of what a module gives": (of_what_a_module_gives, of_what_a_module_gives_by_hand),
     "in a region": (in_a_region, in_a_region_by_hand),
+    "round by round": (round_by_round, round_by_round_by_hand),
 }
 
 
@@ -241,5 +267,7 @@ def test_the_errors_say_which_form_to_write():
     assert "leaf = ir.stop_gradient('output', parameter)" in weight
     whole = refused(loss, lambda ir: ir.emit(LAST, torch.argmax, ir.output, 1, name="best"))
     assert "'best' is i64[B]" in whole
+    carried = refused(loss, lambda ir: ir.emit(LAST, carry, entry(ir)))
+    assert "leaf = ir.stop_gradient('output', entry, role='leaf')" in carried
     rows = refused(lambda ir: ir.output, entry)
     assert "takes the gradient of 'third', which is f32[B,3] and must be 0-d; take its mean or sum" in rows
