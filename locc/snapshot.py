@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-_TABLES = ("_parameters", "_buffers", "_modules")
 _HOLDING = (list, dict, set, deque, tuple)
 _PLAIN = {bool, int, float, str, type(None)}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,9 +27,9 @@ def preserved(
     With `values=False`, what a run on fake tensors cannot change is not copied: parameters, buffers and
     optimizer state, but for its counters.
     """
-    tensors = _tensors(root)
-    undo = [_generators(), *(_tensor(t, values) for t in tensors)]
-    undo += [_attributes(module) for module in root.modules()]
+    modules = list(root.modules())
+    tensors = _tensors(modules)
+    undo = [_generators(), *(_tensor(t, values) for t in tensors), _attributes(modules)]
     undo += [_optimizer(o, values) for o in optimizers]
     for tensor in tensors:
         tensor.grad = None
@@ -44,8 +43,9 @@ def preserved(
 @contextmanager
 def values_preserved(root: nn.Module) -> Iterator[None]:
     """Undo, on exit, every change to the values of parameters and buffers, and nothing else."""
-    tables = [(module._buffers, dict(module._buffers)) for module in root.modules()]
-    undo = [_tensor(t, True) for t in _tensors(root)]
+    modules = list(root.modules())
+    tables = [(module._buffers, dict(module._buffers)) for module in modules]
+    undo = [_tensor(t, True) for t in _tensors(modules)]
     try:
         yield
     finally:
@@ -55,8 +55,10 @@ def values_preserved(root: nn.Module) -> Iterator[None]:
             table.update(saved)
 
 
-def _tensors(root: nn.Module) -> list[Tensor]:
-    return list({id(t): t for t in (*root.parameters(), *root.buffers())}.values())
+def _tensors(modules: list[nn.Module]) -> list[Tensor]:
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    buffers = [b for module in modules for b in module._buffers.values() if b is not None]
+    return list({id(t): t for t in (*parameters, *buffers)}.values())
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -115,22 +117,20 @@ def _tensor(tensor: Tensor, values: bool) -> Callable[[], None]:
     return restore
 
 
-def _attributes(module: nn.Module) -> Callable[[], None]:
-    attributes = dict(module.__dict__)
-    held = _containers(attributes)
-    tensors = [
-        (value, value.detach().clone())
-        for key, value in attributes.items()
-        if isinstance(value, Tensor) and key not in _TABLES
-    ]
+def _attributes(modules: list[nn.Module]) -> Callable[[], None]:
+    tables = [(module.__dict__, module.__dict__.copy()) for module in modules]
+    values = [v for _, saved in tables for v in saved.values() if v.__class__ not in _PLAIN]
+    held = _containers([v for v in values if isinstance(v, _HOLDING)])
+    tensors = [(v, v.detach().clone()) for v in values if isinstance(v, Tensor)]
 
     def restore() -> None:
-        for name in set(module.__dict__) - set(attributes):
-            del module.__dict__[name]
-        module.__dict__.update(attributes)
-        for container, saved in held:
-            if container or saved:
-                _refill(container, saved)
+        for table, saved in tables:
+            for name in table.keys() - saved.keys():
+                del table[name]
+            table.update(saved)
+        for container, content in held:
+            if container or content:
+                _refill(container, content)
         for tensor, value in tensors:
             if not same_bits(tensor.detach(), value):
                 tensor.detach().copy_(value)
@@ -138,12 +138,11 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _containers(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+def _containers(found: list[Any]) -> list[tuple[Any, Any]]:
     """Return each list, dict, set and deque among the values or inside of one, with what it holds.
 
     The tables of parameters, buffers, submodules and hooks are such dicts.
     """
-    found = [v for v in attributes.values() if v.__class__ not in _PLAIN and isinstance(v, _HOLDING)]
     seen = {id(value) for value in found}
     for value in found:
         for inner in (value.values() if isinstance(value, dict) else value) if value else ():

@@ -38,7 +38,9 @@ def python_random_state() -> tuple[Any, ...]:
 
 def seed_all(seed: int = 20240229) -> None:
     """Seed every generator that a model's forward may draw from."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():  # torch.manual_seed formats a stack for each device that is not there
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
