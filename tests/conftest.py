@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, settings
 # "ci" draws the same examples in every run; "nightly" draws thousands of new ones (`make property`).
 settings.register_profile(
     "ci",
-    max_examples=150,
+    max_examples=60,
     derandomize=True,
     deadline=None,
     print_blob=True,

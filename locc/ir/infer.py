@@ -19,12 +19,9 @@ from torch.utils._pytree import tree_map
 from locc.ir.captured import owned_tensor
 from locc.ir.likeness import likeness
 from locc.ir.memory import memories
-from locc.ir.spec import BatchDim, Dim, Spec, TensorSpec, map_specs
+from locc.ir.spec import SMALL, BatchDim, Dim, Spec, TensorSpec, map_specs
 
 _BATCHES = (6, 8, 11)
-_SMALL = 2**20
-"""Up to so many elements, kernels are run: they take less time than PyTorch's shape rules in Python."""
-
 _CONTRACTION = re.compile(
     r"(.*mm|mv|addmv|.*dot|_trilinear|.*convolution.*|.*cholesky.*|.*triangular_solve|lu_.*|.*attention.*"
     r"|.*(rnn|lstm|gru).*|_?linalg_(?!vector_norm|cross|diagonal).*)"
@@ -87,7 +84,7 @@ def infer(
 
 def _tried(trial: _Trial) -> Inferred | None:
     for fake in (False, True):
-        if fake or trial.elements() <= _SMALL:
+        if fake or trial.elements() <= SMALL:
             try:
                 return trial.result(fake)
             except Exception:  # whatever it raises, it cannot be run so

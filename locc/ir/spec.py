@@ -29,6 +29,9 @@ class BatchDim:
 
 Dim = int | BatchDim
 
+SMALL = 2**21
+"""Up to so many elements, kernels are run where a shape is asked: they take less time than PyTorch's shape rules."""
+
 _SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",

@@ -15,6 +15,7 @@ import locc
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ci"
 COMMANDS = re.findall(r"^ +run: (\w.+)$", (EXAMPLE / "locality.yml").read_text(), re.MULTILINE)
+EACH = [pytest.param(c, marks=[] if c.startswith("locc") else pytest.mark.slow) for c in COMMANDS]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_the_workflow_proves_and_tests() -> None:
     assert [command.split()[0] for command in COMMANDS] == ["locc", "pytest"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", EACH)
 def test_its_commands_pass(command: str, project: Path) -> None:
     done = _run(command, project)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,7 +46,7 @@ def test_its_commands_pass(command: str, project: Path) -> None:
         assert certificate.verdict == "strictly modular"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", EACH)
 def test_its_commands_fail_where_the_model_leaks(command: str, project: Path) -> None:
     """The same project, with a hook that brings the weight of the stem into a block."""
     path = project / "model.py"

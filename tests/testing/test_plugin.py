@@ -112,7 +112,7 @@ def lines(result: pytest.RunResult, *wanted: str) -> None:
     result.stdout.fnmatch_lines_random([f"*{line}*" for line in wanted])
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_the_option_fails_exactly_the_tests_whose_program_leaks(
     pytester: pytest.Pytester, workers: str
 ) -> None:

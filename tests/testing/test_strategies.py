@@ -50,6 +50,7 @@ def drawn(strategy: st.SearchStrategy[Any], count: int = 100) -> list[Any]:
 # ---- what is drawn ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_draws_reach_every_family_method_and_schedule() -> None:
     seen = drawn(cases(), 200)
     assert len(seen) == 200
