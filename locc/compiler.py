@@ -22,6 +22,7 @@ from locc.program import Program
 from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
+from locc.snapshot import undone_on_failure
 from locc.verify import prove
 from locc.verify.experiment.batch import accepts, small_batch
 
@@ -111,7 +112,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
     inputs = _on_device(inputs, program.device)
     policy = TiedPolicy(request.tied)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), undone_on_failure(request.root):
         torch.manual_seed(seed)
         try:
             ir = rewrite(request, inputs, policy)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import is_, is_not
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 
+_TABLES = ("_parameters", "_buffers", "_modules")
 _HOLDING = (list, dict, set, deque, tuple)
 _PLAIN = {bool, int, float, str, type(None)}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,17 +29,53 @@ def preserved(
     With `values=False`, what a run on fake tensors cannot change is not copied: parameters, buffers and
     optimizer state, but for its counters.
     """
-    modules = list(root.modules())
-    tensors = _tensors(modules)
-    undo = [_generators(), *(_tensor(t, values) for t in tensors), _attributes(modules)]
-    undo += [_optimizer(o, values) for o in optimizers]
-    for tensor in tensors:
+    restore = restorer(root, optimizers, values)
+    for tensor in _tensors(list(root.modules())):
         tensor.grad = None
     try:
         yield
     finally:
+        restore()
+
+
+def restorer(
+    root: nn.Module, optimizers: Iterable[optim.Optimizer] = (), values: bool = True
+) -> Callable[[], None]:
+    """Return what undoes any change that comes after this call; for the arguments see `preserved`."""
+    modules = list(root.modules())
+    tensors = _tensors(modules)
+    undo = [_generators(), *(_tensor(t, values) for t in tensors), _hooks(tensors), _attributes(modules)]
+    undo += [_optimizer(o, values) for o in optimizers]
+
+    def restore() -> None:
         for step in reversed(undo):
             step()
+
+    return restore
+
+
+@contextmanager
+def undone_on_failure(root: nn.Module) -> Iterator[None]:
+    """Undo whatever the block changed, values of parameters and buffers excepted, where it raises."""
+    restore = restorer(root, values=False)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def structure(root: nn.Module) -> dict[int, set[Any]]:
+    """Return what each module has: the names of its attributes, tensors and submodules, and its hooks."""
+    return {id(module): _structure(module) for module in root.modules()}
+
+
+def _structure(module: nn.Module) -> set[Any]:
+    held = module.__dict__.items()  # tables of hooks are OrderedDicts
+    tables: list[tuple[str, Any]] = [(k, v) for k, v in held if k in _TABLES or isinstance(v, OrderedDict)]
+    for name, tensor in module._parameters.items():
+        tables += [(name, table) for table in _hooks_of(tensor) if table] if tensor is not None else []
+    return {*module.__dict__, *((name, key) for name, table in tables for key in table)}
 
 
 @contextmanager
@@ -117,10 +155,26 @@ def _tensor(tensor: Tensor, values: bool) -> Callable[[], None]:
     return restore
 
 
+def _hooks(tensors: list[Tensor]) -> Callable[[], None]:
+    before = [[dict(table or ()) for table in _hooks_of(t)] for t in tensors]
+
+    def restore() -> None:
+        for tensor, saved in zip(tensors, before, strict=True):
+            for table, hooks in zip(_hooks_of(tensor), saved, strict=True):
+                if table:
+                    _refill(table, hooks)
+
+    return restore
+
+
+def _hooks_of(tensor: Tensor) -> tuple[Any, Any]:
+    return tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+
+
 def _attributes(modules: list[nn.Module]) -> Callable[[], None]:
     tables = [(module.__dict__, module.__dict__.copy()) for module in modules]
     values = [v for _, saved in tables for v in saved.values() if v.__class__ not in _PLAIN]
-    held = _containers([v for v in values if isinstance(v, _HOLDING)])
+    held = _containers([v if isinstance(v, _HOLDING) else _fields(v) for v in values])
     tensors = [(v, v.detach().clone()) for v in values if isinstance(v, Tensor)]
 
     def restore() -> None:
@@ -136,6 +190,13 @@ def _attributes(modules: list[nn.Module]) -> Callable[[], None]:
                 tensor.detach().copy_(value)
 
     return restore
+
+
+def _fields(value: Any) -> Any:
+    """Return the attributes of a plain object that a module holds: a cache, a configuration."""
+    fields = getattr(value, "__dict__", None)
+    plain = isinstance(fields, dict) and not isinstance(value, (nn.Module, Tensor, ModuleType))
+    return fields if plain else ()
 
 
 def _containers(found: list[Any]) -> list[tuple[Any, Any]]:

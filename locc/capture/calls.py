@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from locc.capture.state import settle
 from locc.errors import CaptureError, nearest
 from locc.ir.captured import Inputs, Root, strip
 from locc.markers import split
-from locc.snapshot import preserved
+from locc.snapshot import preserved, structure
 
 Stack = tuple[tuple[str, int], ...]
 Handler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -100,6 +101,8 @@ class _Markers(TorchFunctionMode):
 def marker_ancestors(root: Root, inputs: Inputs) -> tuple[frozenset[str], tuple[str, ...]]:
     """Run the model once and find its `locc.split` markers.
 
+    What a model sets up at its first call, and at no later one, stays: it is part of what is captured.
+
     Returns:
         The paths of the modules that call a marker with all their ancestors (these must be opened),
         and the names of the markers in the order in which they are reached.
@@ -116,13 +119,20 @@ def marker_ancestors(root: Root, inputs: Inputs) -> tuple[frozenset[str], tuple[
         with calls.enter(module):
             return call(module, *args, **kwargs)
 
-    with preserved(root), intercepting(handle), markers:
+    def run() -> None:
         try:
             root(*inputs.args, **inputs.kwargs)
         except Exception as error:
             raise CaptureError(
                 f"the model itself fails on the example inputs: {type(error).__name__}: {error}"
             ) from error
+
+    found = structure(root)
+    with preserved(root), intercepting(handle), markers:
+        run()
+        settled = structure(root) == found
+    if not settled:
+        settle(root, run)
     twice = [name for name, count in Counter(markers.names).items() if count > 1]
     if twice:
         raise CaptureError(

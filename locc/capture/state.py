@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from locc.snapshot import preserved, restorer, structure, values_preserved
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -45,6 +47,23 @@ def seed_all(seed: int = 20240229) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed)
+
+
+def settle(root: nn.Module, run: Callable[[], None]) -> None:
+    """Let a model set up what it sets up at its first call and at no later one: hooks, tables, layers.
+
+    A model that goes on so at every call, or binds anew what it made, is left as it was.
+    """
+    undo, before = restorer(root), {id(module): set(vars(module)) for module in root.modules()}
+    with values_preserved(root):
+        run()
+    modules, found = list(root.modules()), structure(root)
+    made = [(m, k, v) for m in modules for k, v in vars(m).items() if k not in before.get(id(m), ())]
+    with preserved(root):
+        run()
+        settled = structure(root) == found and all(vars(m).get(k) is v for m, k, v in made)
+    if not settled:
+        undo()
 
 
 def rewritten(root: nn.Module, before: dict[int, dict[str, Any]]) -> Iterator[tuple[nn.Module, str, Any]]:

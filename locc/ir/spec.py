@@ -30,7 +30,7 @@ class BatchDim:
 Dim = int | BatchDim
 
 SMALL = 2**21
-"""Up to so many elements, kernels are run where a shape is asked: they take less time than PyTorch's shape rules."""
+"""Up to so many elements, kernels tell a shape: they take less time than PyTorch's shape rules."""
 
 _SHORT = {
     torch.float64: "f64",

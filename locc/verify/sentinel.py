@@ -164,10 +164,11 @@ class _Watch(Trainer):
             for item in items:
                 self._track(kind, item)
         self.settings = {owner: fingerprint(o) for owner, o in optimizers.items()}
-        self.trains = {key: o.tensor.requires_grad for key, o in self.names.parameters.items()}
-        self.gradients: dict[int, tuple[int, int]] = {}
-        self.gradient_memory: set[int | None] = set()
-        self.glance = self._glance()
+        self.owned = list(self.names.parameters.values())
+        self.tensors = [item.tensor for item in self.owned]
+        self.trains = [t.requires_grad for t in self.tensors]
+        self.gradients = self._gradients()
+        self.gradient_memory: dict[int | None, set[int]] = {}
         self.readers = {n.name: {str(u.meta.get("owner")) for u in n.users} for n in ir.graph.nodes}
 
     def _state(self) -> Iterable[tuple[str, Iterable[Owned]]]:
@@ -230,7 +231,7 @@ class _Watch(Trainer):
             super().backward(task)
         except Exception as error:
             self._backward_failed(task, self.values[task.scalar], error)
-        fresh = {o.path for o in self.names.parameters.values() if self._new_gradient(o.tensor)}
+        fresh = {self.owned[i].path for i, found in self._changed_gradients() if found is not None}
         for name in task.objectives:
             self.result.received.setdefault(name, set()).update(fresh)
         self._after(task, self._written())
@@ -264,9 +265,16 @@ class _Watch(Trainer):
     def _written(self) -> set[int]:
         return self.writes.take() if self.writes is not None else set()
 
-    def _new_gradient(self, tensor: Tensor) -> bool:
-        gradient = tensor.grad
-        return gradient is not None and self.gradients.get(id(tensor)) != (id(gradient), gradient._version)
+    def _gradients(self) -> list[tuple[int, int] | None]:
+        """Describe the gradient of each parameter by what is quick to read."""
+        return [None if (g := t.grad) is None else (id(g), g._version) for t in self.tensors]
+
+    def _changed_gradients(self) -> list[tuple[int, tuple[int, int] | None]]:
+        found = self._gradients()
+        if found == self.gradients:
+            return []
+        pairs = enumerate(zip(self.gradients, found, strict=True))
+        return [(i, new) for i, (old, new) in pairs if old != new]
 
     def _after(self, instruction: Instruction, written: set[int]) -> None:
         """Blame the instruction for every change that is not its owner's to make."""
@@ -284,29 +292,25 @@ class _Watch(Trainer):
         if self.result.findings:
             raise _StopError
 
-    def _glance(self) -> list[Any]:
-        """Describe all gradients and flags by what is quick to read."""
-        tensors = [o.tensor for o in self.names.parameters.values()]
-        held = [None if (g := t.grad) is None else (id(g), g._version) for t in tensors]
-        return [held, [t.requires_grad for t in tensors]]
-
     def _look_at_gradients(self, instruction: Instruction, written: set[int]) -> None:
-        glance = self._glance()
-        if glance == self.glance and not written & self.gradient_memory:
-            return
-        self.glance = glance
-        for key, item in self.names.parameters.items():
-            tensor = item.tensor
-            if tensor.requires_grad != self.trains[key]:
-                self.trains[key] = tensor.requires_grad
-                self._touched("switches requires_grad of parameter", item, instruction)
-            if tensor.grad is None:
-                if self.gradients.pop(key, None) is not None:
-                    self._touched("removes the gradient of parameter", item, instruction, _HANDS_OFF)
-            elif self._new_gradient(tensor) or memory_of(tensor.grad) in written:
-                self.gradients[key] = (id(tensor.grad), tensor.grad._version)
-                self.gradient_memory.add(memory_of(tensor.grad))
-                self._touched("writes the gradient of parameter", item, instruction, _HANDS_OFF)
+        trains = [t.requires_grad for t in self.tensors]
+        if trains != self.trains:
+            for item, old, new in zip(self.owned, self.trains, trains, strict=True):
+                if old != new:
+                    self._touched("switches requires_grad of parameter", item, instruction)
+            self.trains = trains
+        changed = dict(self._changed_gradients())
+        for memory in written & self.gradient_memory.keys():
+            for i in self.gradient_memory[memory]:
+                gradient = self.tensors[i].grad
+                if gradient is not None and memory_of(gradient) == memory:
+                    changed[i] = (id(gradient), gradient._version)
+        for i in sorted(changed):
+            self.gradients[i], gradient = changed[i], self.tensors[i].grad
+            if gradient is not None:
+                self.gradient_memory.setdefault(memory_of(gradient), set()).add(i)
+            did = "removes" if gradient is None else "writes"
+            self._touched(f"{did} the gradient of parameter", self.owned[i], instruction, _HANDS_OFF)
 
     def compare(self, instruction: Instruction | None) -> None:
         """Look for changes that no operator made: memory written by other code, tensors that moved."""

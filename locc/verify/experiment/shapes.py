@@ -13,6 +13,7 @@ from locc.verify.experiment.dispatch import memory_of, written_by
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
+_TENSORS, _STRIDED = {Tensor, torch.nn.Parameter}, torch.strided
 _KNOWN: dict[Any, tuple[Layout | None, ...] | None] = {}
 _MOST = 1 << 15
 """So many results are remembered, over all programs of the process."""
@@ -35,7 +36,7 @@ class Shapes:
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Return what the operator returns, without a kernel where its layout is known."""
         try:
-            key = (func, *_key(args), *_key(kwargs.items()))
+            key = (func, *_key(args), *_key(kwargs.items())) if kwargs else (func, *_key(args))
             known = _KNOWN.get(key, ())
         except (_UnknownError, TypeError):  # a real tensor, or an argument without a hash
             if self.protected.intersection(written_by(func, args, kwargs)):
@@ -67,17 +68,14 @@ def _key(values: Any) -> tuple[Any, ...]:
 
 
 def _describe(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        if (
-            type(value) not in (Tensor, torch.nn.Parameter)
-            or not value.is_meta
-            or value.layout != torch.strided
-        ):
+    kind = value.__class__
+    if kind in _TENSORS:
+        if not value.is_meta or value.layout is not _STRIDED:
             raise _UnknownError
         return (value.shape, value.stride(), value.dtype)
-    if isinstance(value, (list, tuple)):
-        return (type(value), *_key(value))
-    return (type(value), value)
+    if isinstance(value, Tensor):
+        raise _UnknownError
+    return (kind, *_key(value)) if isinstance(value, (list, tuple)) else (kind, value)
 
 
 @cache
