@@ -26,11 +26,17 @@ class Call:
                 "the example inputs hold no tensor; pass the model's inputs as the loader yields them"
             )
         paths = self.structure.paths()
+        self.constants = without_cache(model, inputs)
         names = _argument_names(model, inputs)
         self.names = tuple(_name(paths[i], names) for i in self.where)
         first = self.tensors[0]
         self.batch: int | None = int(first.shape[0]) if first.dim() else None
         self.batched = [t.dim() > 0 and int(t.shape[0]) == self.batch for t in self.tensors]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user did not ask for in so many words."""
+        return [f"captured with {name}={value}" for name, value in self.constants.items()]
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -55,7 +61,7 @@ class Call:
         for i, tensor in zip(self.where, tensors, strict=True):
             leaves[i] = tensor
         args, kwargs = self.structure.build(leaves)
-        return Inputs(args, kwargs)
+        return Inputs(args, {**kwargs, **self.constants})
 
     def flatten(self, inputs: Inputs) -> list[Tensor]:
         """Return the tensors of a call of the same form.
@@ -81,6 +87,18 @@ class Call:
                 name = spell(self.structure.paths()[i][1:])
                 raise ValueError(f"argument '{name}' was {_show(old)} and now is {_show(leaf)}")
         return tensors
+
+
+def without_cache(model: nn.Module, inputs: Inputs) -> dict[str, bool]:
+    """Return the keyword that switches off a key-value cache (Hugging Face), where the model would keep one.
+
+    Training has no use for it. Where the call says `use_cache` itself, that holds.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    position = list(parameters).index("use_cache") if "use_cache" in parameters else None
+    given = "use_cache" in inputs.kwargs or (position is not None and position < len(inputs.args))
+    caches = getattr(getattr(model, "config", None), "use_cache", False) is True
+    return {"use_cache": False} if caches and position is not None and not given else {}
 
 
 def _other_arguments(inputs: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

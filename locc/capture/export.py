@@ -28,15 +28,16 @@ def trace(root: Root, call: Call, training: bool, eager: Eager, batches: Batches
     Raises:
         CaptureError: the model cannot be exported.
     """
-    inputs = call.inputs(call.at(batches[0]))
+    tensors = call.at(batches[0])
+    inputs = call.inputs(tensors)
     with preserved(root), torch.enable_grad(), _quiet():
         root.train(training)
         try:
-            program = _export(root, call, inputs, batches[1] is not None)
+            program = _export(root, call, tensors, inputs, batches[1] is not None)
             module = program.module()
         except Exception as error:
             raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
-    order = _order(program, call, inputs)
+    order = _order(program, tensors, inputs)
     graph = _Copy(root, module).copy(call, order)
     wanted = sum(isinstance(v, Tensor) for v in eager.run(training, batches[0]).outputs)
     found = len(graph.output_node().args[0])  # type: ignore[arg-type]
@@ -45,9 +46,9 @@ def trace(root: Root, call: Call, training: bool, eager: Eager, batches: Batches
     return Trace(graph, _guards(module, call, order) if batches[1] is not None else [])
 
 
-def _export(root: Root, call: Call, inputs: Inputs, dynamic: bool) -> Any:
+def _export(root: Root, call: Call, tensors: list[Tensor], inputs: Inputs, dynamic: bool) -> Any:
     shapes = torch.export.ShapesCollection()
-    for tensor, batched in zip(call.flatten(inputs), call.batched, strict=True):
+    for tensor, batched in zip(tensors, call.batched, strict=True):
         if dynamic and batched:
             shapes[tensor] = {0: torch.export.Dim.AUTO}
     flags = shapes.dynamic_shapes(root.model, inputs.args, inputs.kwargs)
@@ -56,11 +57,11 @@ def _export(root: Root, call: Call, inputs: Inputs, dynamic: bool) -> Any:
     )
 
 
-def _order(program: Any, call: Call, inputs: Inputs) -> list[int | None]:
+def _order(program: Any, tensors: list[Tensor], inputs: Inputs) -> list[int | None]:
     """Return, for each placeholder of the program, which of the call's tensors it is."""
     keywords = program.call_spec.in_spec.children()[1].context
     leaves = pytree.tree_leaves((inputs.args, {key: inputs.kwargs[key] for key in keywords}))
-    index = {id(t): i for i, t in enumerate(call.flatten(inputs))}
+    index = {id(t): i for i, t in enumerate(tensors)}
     return [index.get(id(leaf)) for leaf in leaves]
 
 

@@ -115,7 +115,7 @@ def rebuild_of(run: Run) -> Rebuild:
 def remedy(kind: str) -> str:
     """Return what to do about an object of a class that capture cannot see into."""
     if "Cache" in kind:
-        return "switch it off (model.config.use_cache = False, or use_cache=False in the call)"
+        return "switch it off (use_cache=False in the call)"
     return "use tensors, tuples, dicts or dataclasses there, or splits that leave its users in one module"
 
 

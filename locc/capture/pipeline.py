@@ -65,7 +65,7 @@ def capture(root: Root, inputs: Inputs, opened: frozenset[str]) -> Captured:
             origin=origin,
             opened=opened,
             example=inputs,
-            notes=list(dict.fromkeys(training.notes + inference.notes)),
+            notes=list(dict.fromkeys(call.notes + training.notes + inference.notes)),
         )
     raise _all_refused(refusals)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from locc.capture import capture
 from locc.errors import CaptureError, RunError
@@ -251,16 +251,37 @@ def test_a_tied_parameter_goes_under_its_first_name() -> None:
     assert node.target == "model.a.weight"
 
 
-@pytest.mark.skipif(
-    not any(c.name == "hf_gpt2" for c in __import__("zoo").CASES), reason="needs transformers"
-)
-def test_a_cache_is_refused_with_the_remedy() -> None:
+HAS_HF = any(c.name == "hf_gpt2" for c in __import__("zoo").CASES)
+OPENED = frozenset({"model", "model.transformer"})
+
+
+@pytest.mark.skipif(not HAS_HF, reason="needs transformers")
+def test_training_goes_without_the_cache_that_a_model_would_keep() -> None:
     from zoo.hf import gpt2_with_cache
 
     model = gpt2_with_cache()
     x = find("hf_gpt2").inputs()
+    found = capture(Root(model), Inputs.of(model, x), OPENED)
+    assert "captured with use_cache=False" in found.notes
+    assert model.config.use_cache is True  # type: ignore[union-attr]
+    tensors = found.signature.bind(Inputs.of(model, x))  # the call is still the user's
+    output = found.output(*fx.GraphModule(found.root, found.training)(*tensors))
+    assert output.past_key_values is None
+    model.eval()
+    eager = model(x)
+    assert eager.past_key_values is not None
+    output = found.output(*fx.GraphModule(found.root, found.inference)(*tensors))
+    torch.testing.assert_close(output.logits, eager.logits)
+
+
+@pytest.mark.skipif(not HAS_HF, reason="needs transformers")
+def test_a_cache_that_is_asked_for_is_refused_with_the_remedy() -> None:
+    from zoo.hf import gpt2_with_cache
+
+    model = gpt2_with_cache()
+    call = Inputs((find("hf_gpt2").inputs(),), {"use_cache": True})
     with pytest.raises(CaptureError, match=r"DynamicCache.*use_cache"):
-        capture(Root(model), Inputs.of(model, x), frozenset({"model", "model.transformer"}))
+        capture(Root(model), call, OPENED)
 
 
 def test_an_op_that_returns_its_operand_is_no_news_about_the_operand() -> None:
