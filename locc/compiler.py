@@ -68,8 +68,9 @@ def compile(
     Args:
         model: any module; its own parameters are trained in place.
         method: the id of a registered method (`locc.methods()`), or a configured one (`locc.method`).
-        splits: submodules after which to cut, by name or glob; or K for K modules of balanced cost
-            (counted operations and parameters). Markers (`locc.split`) in the forward are used as well.
+        splits: submodules after which to cut, by name or glob (a container ends with its last child); or K
+            for K modules of balanced cost (counted operations and parameters). Markers (`locc.split`) in the
+            forward are used as well.
         loss: "cross_entropy", "mse", "bce", "l1", or a callable(output, target) that returns a 0-d tensor.
         example_inputs: a batch as `step` takes it; two samples are enough, and compiling runs the whole
             model on them. Without one, the first step compiles on the first few samples of its batch.

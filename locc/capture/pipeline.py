@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 from locc.capture import concrete, export, symbolic
 from locc.capture.admission import admit, compare
@@ -139,7 +140,8 @@ def _admitted(eager: Eager, training: bool, batches: Batches, guards: list[Batch
     allowed = [
         b for b in dict.fromkeys(candidates) if b > 1 and b != first and all(g.holds(b) for g in guards)
     ]
-    found: list[int | None] = [first, *[b for b in allowed if b == second or _runs(eager, b)][:1]]
+    runs = (b for b in allowed if b == second or _runs(eager, b))
+    found: list[int | None] = [first, *islice(runs, 1)]
     example = eager.call.batch
     if example not in found and example is not None and all(g.holds(example) for g in guards):
         try:

@@ -20,7 +20,8 @@ def assign(
 ) -> tuple[dict[fx.Node, int], list[Cut]]:
     """Return each node's module index, and the cuts in forward order.
 
-    A cut falls after the last node of its submodule, and everything up to it belongs to the modules
+    A cut falls after the last node of its submodule (of a container that is not called itself, after the
+    last of its children that is), and everything up to it belongs to the modules
     before it. Where fewer values cross a little later, before anything with parameters runs (after
     the addition that ends a residual block), the cut falls there. Where submodules take turns (recurrent
     cells in a loop over time), each split submodule is a module of its own, and what lies between them
@@ -32,7 +33,8 @@ def assign(
     """
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     # A trace may read all parameters first, so where a read stands says nothing.
-    inside = {cut: [n for n in nodes if n.op != "get_attr" and _belongs(n, cut)] for cut in cuts}
+    working = [n for n in nodes if n.op != "get_attr"]
+    inside = {cut: [n for n in working if _belongs(n, cut)] or _contents(working, cut) for cut in cuts}
     for cut, found in inside.items():
         if not found:
             raise SplitError(_unreached(cut, nodes))
@@ -91,6 +93,12 @@ def _belongs(node: fx.Node, cut: Cut) -> bool:
     if cut.marker:
         return node.target is marker and node.args[1] == cut.name
     return any(path == cut.path for path, _ in node.meta.get("stack", ()))
+
+
+def _contents(nodes: Sequence[fx.Node], cut: Cut) -> list[fx.Node]:
+    """Return what runs in the children of a container that is not called itself (`nn.ModuleList`)."""
+    under = () if cut.marker else (f"{cut.path}.",)
+    return [n for n in nodes if any(path.startswith(under) for path, _ in n.meta.get("stack", ()))]
 
 
 def _unreached(cut: Cut, nodes: Sequence[fx.Node]) -> str:

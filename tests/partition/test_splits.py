@@ -159,11 +159,20 @@ def test_a_submodule_that_the_forward_does_not_call():
         compiled(Nested(), "bp", ["spare"])
 
 
-def test_a_container_that_is_never_called():
-    with pytest.raises(
-        SplitError, match="split 'blocks' is a submodule that the forward does not call; nearest: 'blocks"
-    ):
-        compiled(Residual(), "bp", ["blocks"])
+def test_a_container_that_is_not_called_ends_with_its_last_child():
+    """In the order of the forward, the addition of the residual block included."""
+    one, other = (compiled(Stream(), "bp", splits).ir for splits in (["blocks"], ["blocks.2"]))
+    assert [module.name for module in one.modules] == ["blocks", "out"]
+    pairs = zip(one.modules, other.modules, strict=True)
+    assert all(list(one.parameters(a.name)) == list(other.parameters(b.name)) for a, b in pairs)
+    assert [b.value.name for b in one.boundaries()] == [b.value.name for b in other.boundaries()] == ["add_2"]
+
+
+def test_a_container_without_a_called_child():
+    model = Stream()
+    model.unused = nn.ModuleList([nn.Linear(4, 4)])
+    with pytest.raises(SplitError, match="split 'unused' is a submodule that the forward does not call"):
+        compiled(model, "bp", ["unused"])
 
 
 def test_a_split_inside_a_leaf_names_the_leaf():
