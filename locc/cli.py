@@ -33,6 +33,7 @@ from locc.compiler import compile
 from locc.errors import LoccError, nearest
 from locc.examine import examine
 from locc.program import Program
+from locc.version import __version__
 
 HELP = """Train neural networks by local learning: no gradient crosses a module boundary, and that is proved.
 
@@ -95,6 +96,23 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="show the traceback o
 BatchOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="samples in a batch of digits or example inputs")
 ]
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"locc {__version__}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool,
+    typer.Option("--version", callback=_tell_version, is_eager=True, help="print the version and leave"),
+]
+
+
+@app.callback()
+def before(version: VersionOption = False) -> None:
+    """Take the options that stand before the command; the help is the app's."""
 
 
 REQUIRED = {
@@ -304,7 +322,9 @@ def verify(
     data: DataOption = None,
     batch_size: BatchOption = 4,
     seed: SeedOption = 0,
-    json: Annotated[Path | None, typer.Option(help="write the certificate to this file")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="write the certificate to this file; - is standard output")
+    ] = None,
     require: Annotated[
         str | None,
         typer.Option(help="weak or strict: fail unless the verdict is weakly, or strictly, modular"),
@@ -313,7 +333,8 @@ def verify(
 ) -> None:
     """Prove that no gradient crosses a boundary.
 
-    Prints the certificate; --json writes it to a file as well. With --data, the checks run on its first
+    Prints the certificate; --json writes it to a file as well (`--json -`: to standard output, and the rest
+    to standard error). With --data, the checks run on its first
     batch; otherwise a target is made up. Fails where something crosses, where a check
     could not be completed, and where the verdict is not what --require asks for.
     """
@@ -326,9 +347,12 @@ def verify(
         ctx, model, method, splits, loss, tied, input_shape, input_dtype, loaded, batch_size, seed
     )
     certificate = prove(program, *loaded.first()) if loaded is not None else prove(program)
-    out().print(Text(str(certificate)), soft_wrap=True)
-    if json is not None:
-        _write(json, certificate.to_json())
+    streamed = json is not None and str(json) == "-"
+    out(stderr=streamed).print(Text(str(certificate)), soft_wrap=True)
+    if streamed:
+        typer.echo(certificate.to_json())
+    elif json is not None:
+        _write(json, certificate.to_json() + "\n")
     if not certificate.complete:
         fail("a check could not be completed, so nothing is proved: " + "; ".join(certificate.warnings))
     if require is not None and certificate.verdict not in REQUIRED[require]:

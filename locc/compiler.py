@@ -97,6 +97,8 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise LoccError(f"model must be a torch.nn.Module; found {type(model).__name__}")
+    if isinstance(model, Compiled):
+        raise LoccError("this is a program already; pass program.model to compile its model anew")
     _refuse_lazy(model)
     chosen, name = _method(method, method_options)
     settings = Settings(optimizer, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic)

@@ -38,6 +38,7 @@ def compile_(**changes: Any) -> locc.Program:
     ("changes", "message"),
     [
         ({"model": 3}, "model must be a torch.nn.Module; found int"),
+        ({"model": compiled(mlp(), "bp")}, "this is a program already; pass program.model"),
         ({"model": mlp}, "model must be a torch.nn.Module; found function"),
         ({"method": "dglx"}, "there is no method 'dglx'; nearest: 'dgl'"),
         ({"method": 3}, "method must be an id or a Method; found int"),

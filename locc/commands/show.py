@@ -19,9 +19,9 @@ from locc.registry import load
 from locc.runtime.fit import History
 
 
-def out() -> Console:
-    """Return the console of standard output as it is now (tests replace it)."""
-    return Console(highlight=False)
+def out(stderr: bool = False) -> Console:
+    """Return the console of standard output, or error, as it is now (tests replace it)."""
+    return Console(highlight=False, stderr=stderr)
 
 
 def fail(error: BaseException | str, misuse: bool = False, kind: str = "") -> NoReturn:

@@ -19,7 +19,7 @@ from locc.facts.traffic import Flow
 from locc.ir import Coupling, TrainingGraph
 from locc.ir.captured import strip
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ class Certificate:
         return all(check.status == "held" for check in self.checks)
 
     @property
-    def seconds(self) -> float:
-        """What the checks took together."""
-        return sum(check.seconds for check in self.checks)
+    def seconds(self) -> float | None:
+        """What the checks took together; None for a certificate that was read from a file."""
+        taken = [check.seconds for check in self.checks if check.seconds is not None]
+        return sum(taken) if taken else None
 
     def owner(self, name: str) -> OwnerFacts:
         """Return the facts on one owner.
@@ -82,8 +83,15 @@ class Certificate:
         return "\n".join(_page(self)) + "\n"
 
     def to_json(self) -> str:
-        """Return the certificate as JSON; `version` tells the format, `graph_hash` the program."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+        """Return the certificate as JSON; `version` tells the format, `graph_hash` the program.
+
+        What differs from run to run (how long a check took) is left out: while the program is unchanged, so
+        is the text, byte for byte.
+        """
+        data = dataclasses.asdict(self)
+        for check in data["checks"]:
+            del check["seconds"]
+        return json.dumps(data, indent=2, sort_keys=True)
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON to a file and return its path."""
@@ -184,9 +192,11 @@ def _title(certificate: Certificate) -> Iterator[str]:
 
 
 def _checks(certificate: Certificate) -> Iterator[str]:
-    yield f"checks ({certificate.seconds:.2f} s)"
+    total = certificate.seconds
+    yield "checks" if total is None else f"checks ({total:.2f} s)"
     for check in certificate.checks:
-        yield f"  {check.name:<24} {check.status:<10} {check.seconds:6.3f} s  {check.detail}"
+        took = "" if check.seconds is None else f"{check.seconds:6.3f} s  "
+        yield f"  {check.name:<24} {check.status:<10} {took}{check.detail}"
 
 
 def _program(certificate: Certificate) -> Iterator[str]:

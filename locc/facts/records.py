@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class CheckRun:
-    """One check: whether it held, how long it took, and on what it ran.
+    """One check: whether it held, on what it ran, and how long it took (not part of what is saved).
 
     `status` is "held"; "partial", where a sum over the outputs stood in for the loss; or "incomplete". A
     check that fails raises `LocalityError` instead.
@@ -15,8 +15,8 @@ class CheckRun:
 
     name: str
     status: str
-    seconds: float
     detail: str
+    seconds: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

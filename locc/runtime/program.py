@@ -97,6 +97,24 @@ class Compiled(nn.Module):
         self._folded: fx.GraphModule | None = None
         self._home = id(root)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse: a program holds code, which does not travel.
+
+        Raises:
+            RunError: always.
+        """
+        raise RunError(
+            "a program holds code and cannot be pickled: program.save(path) keeps its state, and "
+            "program.load(path) puts that into a program that is compiled the same way"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        """Copy as any module does; the copy runs, but does not train (see `step`)."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     # ---- compilation ------------------------------------------------------------------------
 
     @property

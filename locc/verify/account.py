@@ -53,7 +53,7 @@ class Evidence:
     def note(self, name: str, detail: str, status: str = "held") -> None:
         """Record what became of a check."""
         seconds = time.perf_counter() - self.started
-        self.checks.append(CheckRun(name, status, seconds, detail))
+        self.checks.append(CheckRun(name, status, detail, seconds))
 
 
 def certificate(ir: TrainingGraph, name: str, batch: Batch, seen: Evidence) -> Certificate:

@@ -33,6 +33,17 @@ def test_help_lists_the_commands() -> None:
     assert all(name in text for name in ("methods", "inspect", "train", "verify", "export"))
 
 
+def test_the_version_is_told_by_itself() -> None:
+    assert run("--version").output == f"locc {locc.__version__}\n"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "locc", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"locc {locc.__version__}\n"
+
+
 def test_help_of_a_command_lists_the_options_of_its_method() -> None:
     assert "--sigma" in run("train", "--help", "--method", "dtp").output
     assert "takes no options of its own" in run("train", "--help").output

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,11 @@ def test_a_copy_of_a_program_does_not_train_the_original():
     twin = copy.deepcopy(program)
     with pytest.raises(RunError, match=r"a copy of a program.*copy program.model and compile again"):
         twin.step(*batch())
+
+
+def test_a_program_is_saved_and_not_pickled():
+    with pytest.raises(RunError, match=r"cannot be pickled: program.save\(path\)"):
+        pickle.dumps(compiled(mlp(), "bp", ["first"]))
 
 
 # ---- parameters --------------------------------------------------------------------------------
