@@ -3,7 +3,7 @@
 #   make demo     train a small network with dtp, predsim and bp; certificates, ONNX, a table
 #   make test     the test suite              make slow     the long and the GPU tests as well
 #   make property the property tests on thousands of drawn programs (half an hour or so)
-#   make mutants  plant leaks in every method's graphs and mistakes in its plans: each must be found (20 minutes)
+#   make mutants  plant leaks in every method's graphs and mistakes in its plans: each must be found (ten minutes)
 #   make lint     ruff and mypy --strict      make format   let ruff rewrite the sources
 #   make bench    local against end-to-end    make clean    remove the environment and the caches
 #

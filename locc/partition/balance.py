@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from locc.errors import SplitError
 from locc.ir.captured import Inputs
@@ -34,7 +37,7 @@ def balanced_cuts(model: nn.Module, inputs: Inputs, count: int) -> list[str]:
     """
     if count == 1:
         return []
-    units = _profile(model, inputs)
+    units = _profile(model, inputs, count)
     chosen = _expand(units, count)
     groups = [u for u in chosen if u.calls == 1]
     weights = [u.cost for u in groups]
@@ -47,36 +50,58 @@ def balanced_cuts(model: nn.Module, inputs: Inputs, count: int) -> list[str]:
     return [groups[i].path for i in _partition(weights, trains, count)]
 
 
-def _profile(model: nn.Module, inputs: Inputs) -> dict[str, _Unit]:
-    # A copy, so that neither buffers nor hooks of the user's model see the run.
-    model = copy.deepcopy(model)
-    names = {module: name for name, module in model.named_modules()}
-    units = {name: _Unit(name, module, 0.0) for module, name in names.items()}
-    order = 0
+class _Operations(TorchDispatchMode):
+    """Counts floating-point operations."""
 
-    def entered(module: nn.Module, *_: object) -> None:
-        nonlocal order
-        unit = units[names[module]]
-        unit.calls += 1
-        unit.order = order
-        order += 1
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
 
-    handles = [m.register_forward_pre_hook(entered) for m in names]
-    state = torch.random.get_rng_state()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs.args, **inputs.kwargs)
-    torch.random.set_rng_state(state)
-    for handle in handles:
-        handle.remove()
-    counts = counter.get_flop_counts()
-    kind = type(model).__name__
-    for name, unit in units.items():
-        flops = sum(counts.get(f"{kind}.{name}" if name else kind, {}).values())
-        unit.cost = float(flops + sum(p.numel() for p in unit.module.parameters()))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.count += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _profile(model: nn.Module, inputs: Inputs, count: int) -> dict[str, _Unit]:
+    try:
+        # A copy, so that neither buffers nor hooks of the user's model see the run.
+        model = copy.deepcopy(model)
+        units = {name: _Unit(name, module, 0.0) for name, module in model.named_modules()}
+        _measure(model, inputs, {unit.module: unit for unit in units.values()})
+    except Exception as error:
+        raise SplitError(
+            f"splits={count}: the cost of the submodules cannot be measured, which takes a copy of the model "
+            f"and one call of it: {type(error).__name__}: {error}; name the splits instead"
+        ) from error
+    for unit in units.values():
+        unit.cost += sum(p.numel() for p in unit.module.parameters())
     for name, unit in units.items():
         prefix = f"{name}." if name else ""
         unit.children = [c for c in units if c.startswith(prefix) and c != name and units[c].calls]
     return units
+
+
+def _measure(model: nn.Module, inputs: Inputs, units: dict[nn.Module, _Unit]) -> None:
+    """Run the model, and note for each submodule when it is called and how many operations that takes."""
+    counter, started, order = _Operations(), list[int](), itertools.count()
+
+    def enter(module: nn.Module, *_: object) -> None:
+        unit = units[module]
+        unit.calls += 1
+        unit.order = next(order)
+        started.append(counter.count)
+
+    def leave(module: nn.Module, *_: object) -> None:
+        units[module].cost += counter.count - started.pop()
+
+    for module in units:
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
+    with torch.random.fork_rng(), torch.no_grad(), counter:
+        model(*inputs.args, **inputs.kwargs)
 
 
 def _expand(units: dict[str, _Unit], count: int) -> list[_Unit]:

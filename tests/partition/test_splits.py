@@ -239,6 +239,32 @@ def test_balance_follows_the_work_and_is_deterministic():
     assert found[0][0] in ("0", "1")
 
 
+class Token(nn.Module):
+    """Calls one layer on a view of a parameter, as class attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 4))
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.late, self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        told: Tensor = self.head(self.late(self.body(x) + self.body[0](self.token.expand(len(x), -1))))
+        return told
+
+
+def test_balancing_counts_where_parameters_are_called_upon():
+    program = locc.compile(Token(), "bp", 2, example_inputs=torch.randn(4, 4))
+    assert [module.name for module in program.ir.modules] == ["body", "output"]
+
+
+def test_a_model_that_cannot_be_measured_is_named_so():
+    model = mlp()
+    model.generator = (i for i in range(3))
+    with pytest.raises(SplitError, match=r"splits=2: the cost .* 'generator' object; name the splits"):
+        compiled(model, "bp", 2)
+
+
 def test_balancing_leaves_buffers_hooks_and_the_random_state_alone():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
     seen: list[int] = []
