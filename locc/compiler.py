@@ -114,20 +114,14 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
     inputs = _on_device(inputs, program.device)
-    policy = TiedPolicy(request.tied)
     with torch.random.fork_rng(), undone_on_failure(request.root):
         torch.manual_seed(seed)
-        try:
-            ir = rewrite(request, inputs, policy)
-            program.root.aux.to(program.device)
-            phases = stages(ir, request.name, request.settings.schedule == "sequential")
-            learners = request.settings.learners(ir)
-            certificate = prove(ir, request.name, learners, inputs) if request.verify else None
-            schedulers = request.settings.schedulers(learners)
-        except BaseException:
-            policy.undo()
-            program.root.aux.clear()
-            raise
+        ir = rewrite(request, inputs, TiedPolicy(request.tied))
+        program.root.aux.to(program.device)
+        phases = stages(ir, request.name, request.settings.schedule == "sequential")
+        learners = request.settings.learners(ir)
+        certificate = prove(ir, request.name, learners, inputs) if request.verify else None
+        schedulers = request.settings.schedulers(learners)
     with torch.no_grad():
         for parameter, value in ir.initial:
             parameter.copy_(value)

@@ -210,7 +210,7 @@ def _containers(found: list[Any]) -> list[tuple[Any, Any]]:
             if isinstance(inner, _HOLDING) and id(inner) not in seen:
                 seen.add(id(inner))
                 found.append(inner)
-    return [(v, _content(v)) for v in found if v.__class__ is not tuple]
+    return [(v, _content(v)) for v in found if not isinstance(v, tuple)]
 
 
 def _content(container: Any) -> Any:
@@ -222,8 +222,6 @@ def _content(container: Any) -> Any:
 def _refill(container: Any, saved: Any) -> None:
     same = len(container) == len(saved) and all(map(is_, container, saved))
     if same and not (isinstance(container, dict) and any(map(is_not, container.values(), saved.values()))):
-        return
-    if isinstance(container, tuple):
         return
     container.clear()
     if isinstance(container, (dict, set)):

@@ -26,7 +26,7 @@ class Call:
                 "the example inputs hold no tensor; pass the model's inputs as the loader yields them"
             )
         paths = self.structure.paths()
-        self.constants = without_cache(model, inputs)
+        self.constants = _without_cache(model, inputs)
         names = _argument_names(model, inputs)
         self.names = tuple(_name(paths[i], names) for i in self.where)
         first = self.tensors[0]
@@ -89,7 +89,7 @@ class Call:
         return tensors
 
 
-def without_cache(model: nn.Module, inputs: Inputs) -> dict[str, bool]:
+def _without_cache(model: nn.Module, inputs: Inputs) -> dict[str, bool]:
     """Return the keyword that switches off a key-value cache (Hugging Face), where the model would keep one.
 
     Training has no use for it. Where the call says `use_cache` itself, that holds.

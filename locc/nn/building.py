@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any, TypedDict, cast
 
 import torch
@@ -80,18 +81,14 @@ def check_shapes(network: nn.Module, inputs: tuple[TensorSpec, ...], result: Ten
         MethodError: the network fails on these shapes, or gives another one.
     """
     tensors = [*network.named_parameters(), *network.named_buffers()]
-    shapes = [spec.concrete(2) for spec in inputs]
-    small = sum(t.numel() for _, t in tensors) + sum(map(math.prod, shapes)) <= SMALL
-    device = "cpu" if small else "meta"
-    state: dict[str, Any] = {name: torch.zeros_like(t, device=device) for name, t in tensors}
-    floating = [t.dtype for t in state.values() if t.is_floating_point()]
+    read = sum(t.numel() for _, t in tensors) + sum(math.prod(spec.concrete(2)) for spec in inputs)
     asked = ", ".join(str(spec) for spec in inputs)
-    values = [torch.zeros(at, dtype=s.dtype, device=device) for at, s in zip(shapes, inputs, strict=True)]
-    if floating:  # autocast may bring the boundary to another precision than the parameters
-        values = [v.to(floating[0]) if v.is_floating_point() else v for v in values]
+    found = None
+    if read <= SMALL:
+        with suppress(Exception):  # no kernel for this dtype on the CPU, say: the shape rules decide
+            found = _run(network, inputs, "cpu")
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            found = torch.func.functional_call(network, state, tuple(values))
+        found = _run(network, inputs, "meta") if found is None else found
     except (RuntimeError, ValueError, IndexError) as error:
         raise MethodError(
             f"{what} cannot serve {asked}: {error}; cut elsewhere or pass your own factory"
@@ -101,6 +98,18 @@ def check_shapes(network: nn.Module, inputs: tuple[TensorSpec, ...], result: Ten
             f"{what} for {asked} gives shape {tuple(found.shape)} at batch 2, and {result} was asked for; "
             "pass the layout, or your own factory"
         )
+
+
+def _run(network: nn.Module, inputs: tuple[TensorSpec, ...], device: str) -> Any:
+    """Return what zeros give, in a batch of 2, with zeros for the parameters and buffers."""
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    state: dict[str, Any] = {name: torch.zeros_like(t, device=device) for name, t in tensors}
+    floating = [t.dtype for t in state.values() if t.is_floating_point()]
+    values = [torch.zeros(spec.concrete(2), dtype=spec.dtype, device=device) for spec in inputs]
+    if floating:  # autocast may bring the boundary to another precision than the parameters
+        values = [v.to(floating[0]) if v.is_floating_point() else v for v in values]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return torch.func.functional_call(network, state, tuple(values))
 
 
 def numel(spec: TensorSpec) -> int:

@@ -12,6 +12,7 @@ from locc.capture import capture
 from locc.errors import CaptureError, RunError
 from locc.ir.captured import Inputs, Root
 from zoo import find
+from zoo.hf import HAS_TRANSFORMERS, gpt2_with_cache
 from zoo.two import Two, sample, take, targets
 
 
@@ -251,14 +252,11 @@ def test_a_tied_parameter_goes_under_its_first_name() -> None:
     assert node.target == "model.a.weight"
 
 
-HAS_HF = any(c.name == "hf_gpt2" for c in __import__("zoo").CASES)
 OPENED = frozenset({"model", "model.transformer"})
 
 
-@pytest.mark.skipif(not HAS_HF, reason="needs transformers")
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs transformers")
 def test_training_goes_without_the_cache_that_a_model_would_keep() -> None:
-    from zoo.hf import gpt2_with_cache
-
     model = gpt2_with_cache()
     x = find("hf_gpt2").inputs()
     found = capture(Root(model), Inputs.of(model, x), OPENED)
@@ -274,10 +272,8 @@ def test_training_goes_without_the_cache_that_a_model_would_keep() -> None:
     torch.testing.assert_close(output.logits, eager.logits)
 
 
-@pytest.mark.skipif(not HAS_HF, reason="needs transformers")
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs transformers")
 def test_a_cache_that_is_asked_for_is_refused_with_the_remedy() -> None:
-    from zoo.hf import gpt2_with_cache
-
     model = gpt2_with_cache()
     call = Inputs((find("hf_gpt2").inputs(),), {"use_cache": True})
     with pytest.raises(CaptureError, match=r"DynamicCache.*use_cache"):

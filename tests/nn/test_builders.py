@@ -227,6 +227,21 @@ def test_networks_compile_and_export_with_a_dynamic_batch(name):
         torch.testing.assert_close(exported(wide), net(wide))
 
 
+class WithoutACpuKernel(nn.Linear):
+    """As half precision is, of some layers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu":
+            raise NotImplementedError("\"layer\" not implemented for 'Half'")
+        return super().forward(x)
+
+
+def test_what_has_no_kernel_on_the_cpu_is_judged_by_its_shapes() -> None:
+    aux.check_shapes(WithoutACpuKernel(4, 3, dtype=D), (spec(B, 4),), spec(B, 3), "my head")
+    with pytest.raises(MethodError, match=r"my head for .* gives shape"):
+        aux.check_shapes(WithoutACpuKernel(4, 3, dtype=D), (spec(B, 4),), spec(B, 5), "my head")
+
+
 def test_a_wrong_result_is_named():
     with pytest.raises(MethodError, match=r"my head for f64\[B,4\] gives shape \(2, 3\)"):
         aux.check_shapes(nn.Linear(4, 3, dtype=D), (spec(B, 4),), spec(B, 5), "my head")
