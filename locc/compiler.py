@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from locc import registry
-from locc.capture import capture, marker_ancestors
+from locc.capture import Dynamic, capture, marker_ancestors
 from locc.errors import CaptureError, LoccError, MethodError
 from locc.ir import Inputs, Root, TrainingGraph
 from locc.losses import Loss
@@ -41,6 +41,7 @@ class Request:
     tied: str
     settings: Settings
     verify: bool
+    dynamic: Dynamic = None
 
 
 def compile(
@@ -50,6 +51,7 @@ def compile(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
+    dynamic: Dynamic = None,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     schedule: str = "lockstep",
     backend: str = "eager",
@@ -74,6 +76,10 @@ def compile(
         loss: "cross_entropy", "mse", "bce", "l1", or a callable(output, target) that returns a 0-d tensor.
         example_inputs: a batch as `step` takes it; two samples are enough, and compiling runs the whole
             model on them. Without one, the first step compiles on the first few samples of its batch.
+        dynamic: dimensions of the inputs that may vary beside the batch (lengths of sequences, sizes of
+            images, numbers of points): "auto" for every one that the model's code leaves open, or by the
+            input's name in `forward`, {"x": {2: "H", 3: "W"}} or {"x": [2, 3]}. Dimensions of one name have
+            one size. Each is tried at a second size while compiling.
         optimizer: callable(params) -> Optimizer, called for each owner; the default is Adam(lr=1e-3).
         schedule: "lockstep", or "sequential" (each module is trained to the end, then frozen).
         backend: "eager".
@@ -102,7 +108,7 @@ def compile(
     _refuse_lazy(model)
     chosen, name = _method(method, method_options)
     settings = Settings(optimizer, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic)
-    request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify)
+    request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify, dynamic)
     TiedPolicy(tied)
     program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
     if example_inputs is not None:
@@ -176,7 +182,7 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     named = [cut.name for cut in cuts if not cut.marker]
     layers = [f"model.{name}" for name in request.method.opened(root.model, named)]
     opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
-    captured = capture(root, inputs, opened)
+    captured = capture(root, inputs, opened, request.dynamic)
     return partition(captured, cuts, request.loss, policy)
 
 
