@@ -19,6 +19,7 @@ from locc.losses import Loss
 from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
 from locc.program import Program
+from locc.quiet import quiet
 from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
@@ -120,7 +121,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
     inputs = _on_device(inputs, program.device)
-    with torch.random.fork_rng(), undone_on_failure(request.root):
+    with torch.random.fork_rng(), undone_on_failure(request.root), quiet():
         torch.manual_seed(seed)
         ir = rewrite(request, inputs, TiedPolicy(request.tied))
         program.root.aux.to(program.device)

@@ -81,9 +81,9 @@ def _is_buffer(node: fx.Node, value: Any) -> bool:
 
 
 def _look(value: Any) -> Any:
-    """Return a nested value with each tensor replaced by (shape, dtype)."""
+    """Return a nested value with each tensor replaced by what is asked of it."""
     if isinstance(value, Tensor):
-        return _Look(tuple(value.shape), value.dtype)
+        return _Look(tuple(value.shape), value.dtype, value.requires_grad)
     if isinstance(value, (tuple, list)):
         return tuple(_look(v) for v in value)
     _, structure = flatten(value)
@@ -100,6 +100,7 @@ def _part(value: Any, kind: str, key: Any) -> Any:
 class _Look:
     shape: tuple[int, ...]
     dtype: torch.dtype
+    grad: bool
 
 
 def admit(root: Root, trace: Trace, eager: Eager, training: bool, points: list[Point], pure: bool) -> None:
@@ -112,6 +113,8 @@ def admit(root: Root, trace: Trace, eager: Eager, training: bool, points: list[P
     if pure:
         _require_pure(seen[points[0]])
     _annotate(trace.graph, seen, eager.call.dims)
+    if training:
+        _mark_constants(trace.graph, seen[points[0]])
 
 
 def compare(root: Root, trace: Trace, eager: Eager, training: bool, point: Point) -> _Seen:
@@ -235,6 +238,14 @@ def _annotate(graph: fx.Graph, seen: dict[Point, _Seen], known: list[FreeDim]) -
             node.meta["stateful"] = False
         if node in first.random:
             node.meta["random"] = True
+
+
+def _mark_constants(graph: fx.Graph, seen: _Seen) -> None:
+    """Note values that could carry a gradient and do not: made under no_grad, or of frozen parameters."""
+    for node in graph.nodes:
+        look = seen.values[node]
+        if isinstance(look, _Look) and not look.grad and node.op not in ("placeholder", "get_attr"):
+            node.meta["constant"] = True
 
 
 def _spec(looks: dict[Point, Any], node: fx.Node, known: list[FreeDim]) -> Any:

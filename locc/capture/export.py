@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from locc.capture.targets import Constant
 from locc.errors import CaptureError, LoccError
 from locc.ir.captured import Inputs, Root, SizeGuard, owned_tensor
 from locc.ir.spec import BatchDim, Point, TensorSpec
+from locc.quiet import quiet
 from locc.snapshot import preserved
 
 
@@ -31,7 +30,7 @@ def trace(root: Root, call: Call, training: bool, eager: Eager, points: list[Poi
     tensors = call.at(points[0])
     inputs = call.inputs(tensors)
     batched = any(point.batch != points[0].batch for point in points)
-    with preserved(root), torch.enable_grad(), _quiet():
+    with preserved(root), torch.enable_grad(), quiet("torch"):  # a refused export logs its whole graph
         root.train(training)
         try:
             program = _export(root, call, tensors, inputs, batched)
@@ -180,17 +179,6 @@ def _meta(spec: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
         d if isinstance(d, int) else sizes["B" if isinstance(d, BatchDim) else d.name] for d in spec.shape
     ]
     return torch.empty(shape, dtype=spec.dtype, device="meta")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # a refused export logs its whole graph
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

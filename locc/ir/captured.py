@@ -7,6 +7,7 @@ Both graphs are rooted at a `Root`, so every target starts with `model.`. Metada
   that call); a leaf module's own call is the last pair
 - `stateful`: False for a leaf without parameters that left its buffers as they were (absent otherwise)
 - `mutates`: the nodes whose storage it changes in place (absent when there are none)
+- `constant`: True where no gradient comes through it, though its dtype would allow one (absent otherwise)
 - `random`: True when it draws random numbers (absent otherwise)
 - `line`: `file:line` of the user's code, where known
 """

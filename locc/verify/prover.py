@@ -11,6 +11,7 @@ from locc.errors import LoccError
 from locc.facts import Certificate
 from locc.ir import Inputs, TrainingGraph
 from locc.lower import Plan
+from locc.quiet import quiet
 from locc.runtime import Compiled, Learner, checked
 from locc.snapshot import preserved
 from locc.verify import sentinel, static, storage, walk
@@ -50,7 +51,7 @@ def prove(
     optimizers = {owner: learner.optimizer for owner, learner in learners.items()}
     seen = Evidence()
     _static(ir, name, learners, seen)
-    with preserved(ir.root, values=False):
+    with preserved(ir.root, values=False), quiet():
         if not ir.root.model.training:
             ir.root.train()
         with seen.timed():
