@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from locc.errors import RunError
 from locc.lower import Plan
 from locc.runtime.backends import BACKENDS
 from locc.runtime.context import Context
@@ -18,13 +17,9 @@ from locc.runtime.streams import preserved_rng
 
 @dataclass
 class Executor(Context):
-    """Runs steps of a plan, or of the programs that it is cut into.
-
-    `misfit` returns a sentence for a target that the method cannot read.
-    """
+    """Runs steps of a plan, or of the programs that it is cut into."""
 
     backend: str = "eager"
-    misfit: Callable[[Any], str | None] = lambda target: None
 
     def run(
         self, plan: Plan, values: Iterable[Any], step: int, channels: Channels | None = None
@@ -41,14 +36,9 @@ class Executor(Context):
             The objectives by name and the loss, 0-d tensors that are not synchronised.
 
         Raises:
-            RunError: an objective is not finite; no parameter of its owner has changed. Or the target, the
-                last value, is none that the method can read; nothing has changed.
+            RunError: an objective is not finite; no parameter of its owner has changed.
         """
         self.raise_deferred(step)
-        values = list(values)
-        problem = self.misfit(values[-1])
-        if problem is not None:
-            raise RunError(problem)
         machine = BACKENDS[self.backend](self, plan, values, step, channels)
         try:
             with preserved_rng(self.device):

@@ -359,7 +359,7 @@ def evaluate(program: Compiled, loader: Iterable[Any]) -> Evaluation:
             size = _size(y, x)
             loss += float(function(output, y)) * size
             total += size
-            found = correct(output, y)
+            found = correct(function, output, y)
             if found is not None:
                 hits += float(found.sum())
                 asked += found.numel()

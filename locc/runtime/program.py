@@ -61,7 +61,10 @@ class StepReport:
 
 @dataclass
 class Built:
-    """What compilation yields once example inputs are known."""
+    """What compilation yields once example inputs are known.
+
+    `misfit` returns a sentence for a target that method or loss cannot read, in a batch of that size.
+    """
 
     ir: TrainingGraph
     certificate: Certificate | None
@@ -69,6 +72,7 @@ class Built:
     schedulers: dict[str, Any]
     executor: Executor
     phases: tuple[Phase, ...]
+    misfit: Callable[[Any, int], str | None]
     plans: dict[str | None, Plan] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
@@ -237,12 +241,22 @@ class Compiled(nn.Module):
         """Return the values of a plan's inputs for a batch as `step` takes it, on the model's device.
 
         Raises:
-            RunError: the inputs have another shape than compiled for.
+            RunError: the inputs have another shape than compiled for or no samples, or the target is none
+                that the method or the loss can read; nothing has changed.
         """
         self._follow_device()
         signature = self.ir.captured.signature
         tensors = signature.bind(Inputs.of(self.model, self._move(x)))
-        begin(self.root, signature.batch_of(tensors))
+        batch = signature.batch_of(tensors)
+        if batch == 0:
+            raise RunError(
+                "the batch is empty: the inputs have 0 samples; leave such a batch out (a DataLoader's "
+                "drop_last=True drops what is left over at its end)"
+            )
+        problem = self.built.misfit(y, batch)
+        if problem is not None:
+            raise RunError(problem)
+        begin(self.root, batch)
         return [*tensors, self._move(y)]
 
     def plan(self, phase: str | None = None) -> Plan:
