@@ -132,7 +132,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         request.settings.accumulate,
         request.settings.dtype,
         program.device,
-        deferred=not request.settings.atomic,
+        atomic=request.settings.atomic,
         backend=request.settings.backend,
     )
     output = ir.prediction.meta["spec"]

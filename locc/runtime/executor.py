@@ -12,6 +12,7 @@ from locc.lower import Plan
 from locc.runtime.backends import BACKENDS
 from locc.runtime.context import Context
 from locc.runtime.machine import Channels
+from locc.runtime.stops import explained
 from locc.runtime.streams import preserved_rng
 
 
@@ -36,15 +37,19 @@ class Executor(Context):
             The objectives by name and the loss, 0-d tensors that are not synchronised.
 
         Raises:
-            RunError: an objective is not finite; no parameter of its owner has changed.
+            RunError: an objective is not finite; no parameter of its owner has changed. Or PyTorch refuses
+                the batch. The message says which modules were updated before that.
         """
         self.raise_deferred(step)
         machine = BACKENDS[self.backend](self, plan, values, step, channels)
         try:
             with preserved_rng(self.device):
                 machine.run(plan.instructions)
-        except BaseException:
+        except BaseException as error:
             for learner in self.learners.values():
                 learner.clear()
-            raise
+            told = explained(error, machine.at, plan.instructions, machine.account())
+            if told is error:
+                raise
+            raise told from error
         return machine.objectives, machine.loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from locc.runtime.executor import Executor
 from locc.runtime.learner import Learner
 from locc.runtime.progress import Progress
 from locc.runtime.settings import Settings
+from locc.runtime.stops import empty
 
 FEW = 4
 """Samples of the first batch on which a program without example inputs is compiled."""
@@ -100,6 +102,7 @@ class Compiled(nn.Module):
         self._built: Built | None = None
         self._folded: fx.GraphModule | None = None
         self._home = id(root)
+        self._turn = threading.Lock()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: a program holds code, which does not travel.
@@ -116,6 +119,7 @@ class Compiled(nn.Module):
         """Copy as any module does; the copy runs, but does not train (see `step`)."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
+        memo[id(self._turn)] = threading.Lock()
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
@@ -210,8 +214,21 @@ class Compiled(nn.Module):
             y: the target, as the loss takes it.
 
         Raises:
-            RunError: an objective is not finite, or the inputs have another shape than compiled for.
+            RunError: an objective is not finite, PyTorch refuses the batch, the inputs have another shape
+                than compiled for, or another step is under way.
         """
+        # Waiting would hang a callback that calls step, and leave the order of the batches to chance.
+        if not self._turn.acquire(blocking=False):
+            raise RunError(
+                "a step of this program is under way, in another thread or around this call, and a second "
+                "one would mix with it; call step from one thread, after the step before has returned"
+            )
+        try:
+            return self._step(x, y)
+        finally:
+            self._turn.release()
+
+    def _step(self, x: Any, y: Any) -> StepReport:
         self.complete(x, FEW)
         built = self.built
         if not (self.training and self.model.training):
@@ -249,10 +266,7 @@ class Compiled(nn.Module):
         tensors = signature.bind(Inputs.of(self.model, self._move(x)))
         batch = signature.batch_of(tensors)
         if batch == 0:
-            raise RunError(
-                "the batch is empty: the inputs have 0 samples; leave such a batch out (a DataLoader's "
-                "drop_last=True drops what is left over at its end)"
-            )
+            raise empty()
         problem = self.built.misfit(y, batch)
         if problem is not None:
             raise RunError(problem)
