@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from locc import registry
 from locc.capture import Dynamic, capture, marker_ancestors
 from locc.errors import CaptureError, LoccError, MethodError
-from locc.ir import Inputs, Root, TrainingGraph
+from locc.ir import Inputs, Rebuild, Root, TrainingGraph
 from locc.losses import Loss
 from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
@@ -132,7 +132,6 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     with torch.no_grad():
         for parameter, value in ir.initial:
             parameter.copy_(value)
-    output = ir.prediction.meta["spec"]
     executor = Executor(
         request.root,
         learners,
@@ -140,11 +139,16 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         request.settings.accumulate,
         request.settings.dtype,
         program.device,
-        deferred=not request.settings.atomic,
+        atomic=request.settings.atomic,
         backend=request.settings.backend,
-        misfit=lambda target: misfit(request.name, request.method.target, output, target),
     )
-    return Built(ir, certificate, learners, schedulers, executor, phases)
+    output = ir.prediction.meta["spec"]
+
+    def unreadable(target: Any, batch: int) -> str | None:
+        of_method = misfit(request.name, request.method.target, output, target)
+        return of_method or Loss.of(ir.loss_function).misfit(target, batch)
+
+    return Built(ir, certificate, learners, schedulers, executor, phases, unreadable)
 
 
 def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
@@ -184,7 +188,17 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     layers = [f"model.{name}" for name in request.method.opened(root.model, named)]
     opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
     captured = capture(root, inputs, opened, request.dynamic)
-    return partition(captured, cuts, request.loss, policy)
+    ir = partition(captured, cuts, request.loss, policy)
+    ir.loss_function = request.loss.on(ir.prediction.meta["spec"], _gives_tokens(ir))
+    return ir
+
+
+def _gives_tokens(ir: TrainingGraph) -> bool:
+    """Whether the output is one of Hugging Face's, whose `logits` are [B, T, V] where they have a T."""
+    if not isinstance(ir.output.target, Rebuild):
+        return False
+    structure = ir.output.target.build(list(range(len(ir.output.args))))
+    return isinstance(structure, Mapping) and hasattr(structure, "logits")
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from locc.facts.traffic import Flow
 from locc.ir import Coupling, TrainingGraph
 from locc.ir.captured import strip
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Certificate:
     """
 
     method: str
+    loss: str
     verdict: str
     reasons: tuple[str, ...]
     owners: tuple[OwnerFacts, ...]
@@ -202,6 +203,7 @@ def _checks(certificate: Certificate) -> Iterator[str]:
 def _program(certificate: Certificate) -> Iterator[str]:
     table = certificate.table
     yield "program"
+    yield f"  loss                      {certificate.loss}"
     yield f"  auxiliary model needed    {_yes(table.auxiliary_model)}"
     yield f"  whole forward pass needed {_yes(table.forward_pass)}"
     yield f"  backward pass needed      {table.backward_pass}"

@@ -108,7 +108,7 @@ def head_loss(ir: TrainingGraph, head: fx.Node, loss: LossLike | None = None) ->
     prediction and nothing in that of other tensors; a named one, like `loss`, receives the head's result.
     """
     owner = str(head.meta["owner"])
-    function = ir.loss_function if loss is None else Loss(loss)
+    function = ir.loss_function if loss is None else Loss.of(ir.loss_function).like(loss)
     value = head
     if loss is None and isinstance(ir.output.target, Rebuild) and getattr(function, "name", None) is None:
         value = ir.emit(owner, _Imitated(ir.output, ir.prediction), head, role="head_output")
