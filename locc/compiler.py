@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from locc import registry
 from locc.capture import Dynamic, capture, marker_ancestors
 from locc.errors import CaptureError, LoccError, MethodError
-from locc.ir import Inputs, Rebuild, Root, TrainingGraph
-from locc.losses import Loss
+from locc.ir import Inputs, Root, TrainingGraph
+from locc.losses import MODEL, Loss, own_loss
 from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
 from locc.program import Program
 from locc.quiet import quiet
 from locc.rewrite import Method, apply, configure, options
+from locc.rewrite.local_loss import check_heads
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
 from locc.snapshot import undone_on_failure
 from locc.verify import prove
-from locc.verify.experiment.batch import accepts, small_batch
+from locc.verify.experiment.batch import accepts, made_up, small_batch
 
 Splits = int | str | Sequence[str]
 
@@ -74,7 +75,9 @@ def compile(
         splits: submodules after which to cut, by name or glob (a container ends with its last child); or K
             for K modules of balanced cost (counted operations and parameters). Markers (`locc.split`) in the
             forward are used as well.
-        loss: "cross_entropy", "mse", "bce", "l1", or a callable(output, target) that returns a 0-d tensor.
+        loss: "cross_entropy", "mse", "bce", "l1"; "model" for the loss that the model's own forward returns
+            (Hugging Face, with `labels` among the inputs); or a callable(output, target) that returns a 0-d
+            tensor. Local heads train on the part of it that reads the prediction.
         example_inputs: a batch as `step` takes it; two samples are enough, and compiling runs the whole
             model on them. Without one, the first step compiles on the first few samples of its batch.
         dynamic: dimensions of the inputs that may vary beside the batch (lengths of sequences, sizes of
@@ -108,7 +111,9 @@ def compile(
         raise LoccError("this is a program already; pass program.model to compile its model anew")
     _refuse_lazy(model)
     chosen, name = _method(method, method_options)
-    settings = Settings(optimizer, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic)
+    settings = Settings(
+        optimizer, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic, loss == MODEL
+    )
     request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify, dynamic)
     TiedPolicy(tied)
     program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
@@ -156,6 +161,7 @@ def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGra
     ir = cut(request, inputs, policy)
     apply(request.method, request.name, ir)
     check_target(request, ir, inputs)
+    check_local_losses(ir, inputs)
     return ir
 
 
@@ -179,6 +185,18 @@ def check_target(request: Request, ir: TrainingGraph, inputs: Inputs) -> None:
     )
 
 
+def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
+    """Refuse a loss of which nothing reads the prediction alone, where a method's heads give nothing else.
+
+    Raises:
+        MethodError: there is no such part.
+    """
+    if ir.nodes(role="head_output"):
+        found = small_batch(ir, inputs)
+        if not found.stand_in:
+            check_heads(ir, lambda node: made_up(ir, node, found.size), found.target)
+
+
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
     root = request.root
@@ -189,15 +207,15 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
     captured = capture(root, inputs, opened, request.dynamic)
     ir = partition(captured, cuts, request.loss, policy)
+    if request.loss.name == MODEL:
+        own_loss(ir.output_structure())
     ir.loss_function = request.loss.on(ir.prediction.meta["spec"], _gives_tokens(ir))
     return ir
 
 
 def _gives_tokens(ir: TrainingGraph) -> bool:
     """Whether the output is one of Hugging Face's, whose `logits` are [B, T, V] where they have a T."""
-    if not isinstance(ir.output.target, Rebuild):
-        return False
-    structure = ir.output.target.build(list(range(len(ir.output.args))))
+    structure = ir.output_structure()
     return isinstance(structure, Mapping) and hasattr(structure, "logits")
 
 

@@ -83,6 +83,9 @@ NAMED: dict[str, Callable[[Tensor, Tensor, Dims], Tensor]] = {
     "l1": l1,
 }
 
+MODEL = "model"
+"""The name of the loss that the model's forward computes and returns."""
+
 
 class Loss:
     """The user's loss as the graph calls it: one function of (output, target) with a name to print.
@@ -95,8 +98,9 @@ class Loss:
 
     def __init__(self, given: str | Callable[[Any, Any], Tensor]) -> None:
         if isinstance(given, str):
-            if given not in NAMED:
-                raise LoccError(f"there is no loss '{given}'; {nearest(given, NAMED)}, or pass a callable")
+            if given not in (*NAMED, MODEL):
+                known = (*NAMED, MODEL)
+                raise LoccError(f"there is no loss '{given}'; {nearest(given, known)}, or pass a callable")
             self.name: str | None = given
         elif callable(given):
             self.name = None
@@ -139,7 +143,9 @@ class Loss:
 
     def __call__(self, output: Any, target: Any) -> Tensor:
         """Return the loss, shape []."""
-        if self.name is not None:
+        if self.name == MODEL:
+            value = own_loss(output)
+        elif self.name is not None:
             value = NAMED[self.name](prediction_of(output), target, self.dims)
         else:
             assert callable(self.given)
@@ -151,6 +157,8 @@ class Loss:
 
     def reading(self) -> str:
         """Return how the loss reads output and target, for the certificate."""
+        if self.name == MODEL:
+            return "the model's own, its output 'loss'"
         if self.name is None or self.spec is None:
             return f"{self.__name__}, a callable of (output, target)"
         one = len(self.dims) == 1
@@ -166,7 +174,7 @@ class Loss:
 
         Class indices are looked at on the CPU only: elsewhere that would wait for the device.
         """
-        if self.name is None or self.spec is None:
+        if self.name in (None, MODEL) or self.spec is None:
             return None
         if not isinstance(target, Tensor):
             return self._wanted(target)
@@ -262,6 +270,21 @@ def prediction_of(output: Any) -> Tensor:
     )
 
 
+def own_loss(output: Any) -> Any:
+    """Return the loss that a model's output holds under the name `loss`.
+
+    Raises:
+        LoccError: it holds none.
+    """
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if found is None:
+        raise LoccError(
+            "loss='model' takes the loss that the model's forward returns, and it returns no 'loss'; give "
+            "the labels among the inputs (a dict with 'labels', as Hugging Face models take it)"
+        )
+    return found
+
+
 def correct(loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor | None:
     """Return, for classification, a boolean for each target whether it is the arg max; otherwise None.
 
@@ -283,4 +306,4 @@ def correct(loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Ten
     return (classes == target)[target != IGNORED]
 
 
-__all__ = ["NAMED", "Loss", "correct", "cross_entropy", "described", "mse", "prediction_of"]
+__all__ = ["MODEL", "NAMED", "Loss", "correct", "cross_entropy", "described", "mse", "prediction_of"]

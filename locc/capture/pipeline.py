@@ -99,8 +99,9 @@ def _candidate(
         text = f"B == {only}: the model fails at other batch sizes"
         trace.guards.append(SizeGuard(text, lambda sizes: sizes["B"] == only))
     for guard in trace.guards:
-        if not guard.holds(_sizes(eager, Point(only, 1))):
-            raise FixedError(guard.names - {"B"}, guard.text)
+        free = guard.names - {"B"}
+        if free and not guard.holds(_sizes(eager, Point(only, 1))):
+            raise FixedError(free, guard.text)
     admit(root, trace, eager, training, _admitted(eager, training, points, trace.guards), pure=origin == "fx")
     return trace
 

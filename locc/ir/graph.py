@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -212,6 +212,20 @@ class TrainingGraph(Writer):
         for user in [u for u in old.users if u.meta.get("owner") == owner and u not in behind]:
             user.replace_input_with(old, new)
         new.meta["feeds"] = old if old.op == "placeholder" else old.all_input_nodes[0]
+
+    def copied(self, owner: str, node: fx.Node, follow: Callable[[fx.Node], fx.Node], role: str) -> fx.Node:
+        """Add the operation of another owner's node to the owner's program.
+
+        Args:
+            owner: whose program.
+            node: reads no parameter; a buffer is shared.
+            follow: returns, for what the node reads, what the copy does.
+            role: of the copy.
+        """
+        if node.op == "get_attr":
+            return self.read(owner, str(node.target), role="buffer")
+        args, kwargs = fx.map_arg(node.args, follow), fx.map_arg(node.kwargs, follow)
+        return self._place(node.op, node.target, args, kwargs, owner, role, None, None)
 
     @staticmethod
     def _between(

@@ -153,6 +153,12 @@ class View:
         """The module that computes the output."""
         return self.modules[-1]
 
+    def output_structure(self) -> Any:
+        """Return what the user's forward returns, with nodes in the place of tensors."""
+        if self.output.target is None or not isinstance(self.output.target, ops.Rebuild):
+            return self.output
+        return self.output.target.build(list(self.output.args))
+
     @property
     def scalar(self) -> TensorSpec:
         """The spec of the user's loss: a number of the prediction's dtype."""

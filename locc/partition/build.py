@@ -126,13 +126,13 @@ class _Builder:
         return node
 
     def _prediction(self, values: list[Any]) -> fx.Node | None:
-        """Return the value called `logits`, or the first one that can carry a gradient."""
+        """Return the value called `logits`, or the first one with a gradient that is no single number."""
         structure = self.captured.output.build(list(range(len(values))))
         named = (
             structure.get("logits") if isinstance(structure, Mapping) else getattr(structure, "logits", None)
         )
         candidates = [values[named]] if isinstance(named, int) else values
-        return next((v for v in candidates if _is_float(v)), None)
+        return next((v for v in candidates if _is_float(v) and v.meta["spec"].shape), None)
 
     def _copy(self, node: fx.Node, owner: str) -> fx.Node:
         def follow(n: fx.Node) -> fx.Node:

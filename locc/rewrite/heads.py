@@ -7,21 +7,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from locc.errors import MethodError
-from locc.ir import Rebuild, TensorSpec, TrainingGraph, node_parameters
-from locc.losses import Loss
+from locc.ir import TensorSpec, TrainingGraph, node_parameters
 from locc.nn import Factory, build_head, build_pred_head, guess_layout
 from locc.rewrite.building import build, build_custom
 from locc.rewrite.crossing import has_rows
 from locc.rewrite.dropout import before_dropout
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
+from locc.rewrite.local_loss import LossLike, head_loss
 from locc.rewrite.objectives import add_all
 from locc.rewrite.passes import Pass
-
-LossLike = str | Callable[[Any, Any], Tensor]
-"""A loss: a name of `locc.losses`, or a callable (output, target) -> 0-d tensor."""
 
 
 @dataclass(frozen=True)
@@ -99,54 +95,6 @@ class LocalLoss(Pass):
         for owner in ir.modules:
             if ir.nodes(owner.name, "head") and not ir.objectives(owner.name):
                 yield f"module '{owner.name}' has a head and no objective"
-
-
-def head_loss(ir: TrainingGraph, head: fx.Node, loss: LossLike | None = None) -> fx.Node:
-    """Return the user's loss, or `loss`, of a head's result (shape []), in the program of the head's owner.
-
-    A callable loss receives what the user's forward returns, with the head's result in the place of the
-    prediction and nothing in that of other tensors; a named one, like `loss`, receives the head's result.
-    """
-    owner = str(head.meta["owner"])
-    function = ir.loss_function if loss is None else Loss.of(ir.loss_function).like(loss)
-    value = head
-    if loss is None and isinstance(ir.output.target, Rebuild) and getattr(function, "name", None) is None:
-        value = ir.emit(owner, _Imitated(ir.output, ir.prediction), head, role="head_output")
-    return ir.emit(owner, function, value, ir.target, role="head_loss", spec=ir.scalar)
-
-
-class _Imitated:
-    """What the user's forward returns, with a head's result in the place of the prediction."""
-
-    def __init__(self, output: fx.Node, prediction: fx.Node) -> None:
-        assert isinstance(output.target, Rebuild)
-        self.rebuild = output.target
-        self.values = [_Absent() if isinstance(v, fx.Node) else v for v in output.args]
-        self.places = [i for i, v in enumerate(output.args) if v is prediction]
-        self.__name__ = self.__qualname__ = self.rebuild.__name__
-
-    def __call__(self, head: Tensor) -> Any:
-        """Return the structure for a head's result."""
-        return self.rebuild(*[head if i in self.places else v for i, v in enumerate(self.values)])
-
-
-class _Absent:
-    """Stands for an output of the model that a local head does not give; any use of it is an error."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise _absent()
-
-    @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
-        """Refuse any operation."""
-        raise _absent()
-
-
-def _absent() -> MethodError:
-    return MethodError(
-        "the loss reads an output of the model other than its prediction, and a module's head gives the "
-        "prediction alone; pass local_loss=callable(head_output, target) for the modules before the last"
-    )
 
 
 def untrained(ir: TrainingGraph) -> Iterator[str]:

@@ -68,15 +68,18 @@ class History:
         return "\n".join(str(epoch) for epoch in self.epochs)
 
 
-def batch_of(batch: Any) -> tuple[Any, Any]:
+def batch_of(batch: Any, within: bool = False) -> tuple[Any, Any]:
     """Split what a loader yields into (x, y).
 
-    A pair is (x, y); a longer tuple is (inputs..., y); a dict gives up its "labels" or "target".
+    A pair is (x, y); a longer tuple is (inputs..., y); a dict gives up its "labels" or "target", unless the
+    labels belong `within` the model's inputs.
 
     Raises:
         LoccError: there is no target to be found.
     """
     if isinstance(batch, Mapping):
+        if within:
+            return batch, None
         for key in ("labels", "target", "targets", "label"):
             if key in batch:
                 return {k: v for k, v in batch.items() if k != key}, batch[key]
@@ -174,7 +177,7 @@ def _complete(program: Compiled, loader: Iterable[Any]) -> Rest | None:
     first = next(batches, None)
     if first is None:
         raise LoccError("the loader yielded no batch")
-    program.complete(batch_of(first)[0], FEW)
+    program.complete(batch_of(first, program.settings.labels_within)[0], FEW)
     return Rest(batches, [first]) if batches is loader else None
 
 
@@ -265,7 +268,7 @@ class _Fit:
             task = self.bar.add_task(title, total=total, completed=progress.batches, losses="")
         try:
             for batch in self._left():
-                x, y = batch_of(batch)
+                x, y = batch_of(batch, program.settings.labels_within)
                 with self.interrupts.waiting():
                     self._step(x, y)
                 if self.bar is not None and task is not None:
@@ -359,7 +362,7 @@ def evaluate(program: Compiled, loader: Iterable[Any]) -> Evaluation:
     function = program.loss_function
     try:
         for batch in loader:
-            x, y = batch_of(batch)
+            x, y = batch_of(batch, program.settings.labels_within)
             size = _size(y, x)
             if size == 0:
                 raise empty()

@@ -36,6 +36,8 @@ class Settings:
     autocast: torch.dtype | str | None = None
     seed: int | None = None
     atomic: bool = False
+    labels_within: bool = False
+    """The labels are among the model's inputs: its own forward computes the loss."""
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

@@ -117,20 +117,26 @@ def accepts(ir: TrainingGraph, size: int, target: Any) -> bool:
 
 
 def _output(ir: TrainingGraph, size: int) -> Any:
-    device = next((p.device for p in ir.root.parameters()), torch.device("cpu"))
-
     def made(node: Any) -> Any:
-        if not isinstance(node, fx.Node):
-            return node
-        spec = node.meta["spec"]
-        if not isinstance(spec, TensorSpec):
-            raise LoccError(f"'{node.name}' has no spec")
-        value = torch.zeros(spec.concrete(size), device=device)
-        return (value.uniform_(0.05, 0.95) if spec.differentiable else value).to(spec.dtype)
+        return made_up(ir, node, size) if isinstance(node, fx.Node) else node
 
     if isinstance(ir.output.target, Rebuild):
         return ir.output.target(*[made(a) for a in ir.output.args])
     return made(ir.output)
+
+
+def made_up(ir: TrainingGraph, node: fx.Node, size: int) -> Tensor:
+    """Return random numbers of a node's shape, for a batch of that size.
+
+    Raises:
+        LoccError: the node has no spec.
+    """
+    spec = node.meta["spec"]
+    if not isinstance(spec, TensorSpec):
+        raise LoccError(f"'{node.name}' has no spec")
+    device = next((p.device for p in ir.root.parameters()), torch.device("cpu"))
+    value = torch.zeros(spec.concrete(size), device=device)
+    return (value.uniform_(0.05, 0.95) if spec.differentiable else value).to(spec.dtype)
 
 
 def _sum_of_outputs(output: Any, target: Any) -> Tensor:

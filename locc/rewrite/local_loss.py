@@ -1,0 +1,184 @@
+"""The loss of a local head: the part of the user's loss that reads the prediction.
+
+A head gives the prediction and nothing else that the model returns (auxiliary logits, features, other tasks).
+Terms of the loss that read something else are left out of its sum. The model's own loss (`loss="model"`) is
+part of the captured graph: what it computes from the prediction and from the batch is computed once more on
+the head's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+from locc.errors import MethodError
+from locc.ir import Rebuild, TrainingGraph, node_parameters
+from locc.losses import Loss, own_loss
+
+LossLike = str | Callable[[Any, Any], Tensor]
+"""A loss: a name of `locc.losses`, or a callable (output, target) -> 0-d tensor."""
+
+_SUMS = {"add", "add_", "iadd", "__add__", "__radd__", "__iadd__"}
+_DIFFERENCES = {"sub", "rsub", "__sub__", "__rsub__"}
+
+
+def head_loss(ir: TrainingGraph, head: fx.Node, loss: LossLike | None = None) -> fx.Node:
+    """Return the loss of a head's result (shape []), in the program of the head's owner.
+
+    That is `loss`, or the part of the user's own that reads the prediction.
+
+    Raises:
+        MethodError: the model's own loss has no such part.
+    """
+    owner = str(head.meta["owner"])
+    if loss is not None:
+        return _emitted(ir, owner, Loss.of(ir.loss_function).like(loss), head)
+    name = Loss.of(ir.loss_function).name
+    if name == "model":
+        return _Again(ir, owner, head).made(_own_loss(ir))
+    value = head
+    if name is None and isinstance(ir.output.target, Rebuild):
+        value = ir.emit(owner, Imitated(ir.output, ir.prediction), head, role="head_output")
+    return _emitted(ir, owner, ir.loss_function, value)
+
+
+def _emitted(ir: TrainingGraph, owner: str, function: Callable[..., Any], value: fx.Node) -> fx.Node:
+    return ir.emit(owner, function, value, ir.target, role="head_loss", spec=ir.scalar)
+
+
+class Imitated:
+    """What the user's forward returns, with a head's result in the place of the prediction."""
+
+    def __init__(self, output: fx.Node, prediction: fx.Node) -> None:
+        assert isinstance(output.target, Rebuild)
+        self.rebuild = output.target
+        self.values = [Absent() if isinstance(v, fx.Node) else v for v in output.args]
+        self.places = [i for i, v in enumerate(output.args) if v is prediction]
+        self.__name__ = self.__qualname__ = self.rebuild.__name__
+
+    def __call__(self, head: Tensor) -> Any:
+        """Return the structure for a head's result."""
+        return self.rebuild(*[head if i in self.places else v for i, v in enumerate(self.values)])
+
+
+def _named(function: Any) -> Any:
+    return str(getattr(function, "__name__", function)).partition(".")[0]
+
+
+class Absent:
+    """Stands for an output of the model that a head does not give: whatever reads it is left out of a sum."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return what is left of a sum, and nothing of anything else."""
+        if _named(func) not in _SUMS | _DIFFERENCES:
+            return Absent()
+        one, other = args[:2]
+        if not isinstance(one, Absent):
+            return one
+        return -other if _named(func) in ("sub", "__sub__") and not isinstance(other, Absent) else other
+
+    def __getattr__(self, name: str) -> Absent:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Absent()
+
+    def __call__(self, *_: Any, **__: Any) -> Absent:
+        """Return nothing of a method's result."""
+        return Absent()
+
+    def __add__(self, other: Any) -> Any:
+        return other
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return other if isinstance(other, Absent) else -other
+
+    def __rsub__(self, other: Any) -> Any:
+        return other
+
+    def _gone(self, *_: Any) -> Absent:
+        return Absent()
+
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __matmul__ = __rmatmul__ = _gone
+    __neg__ = __getitem__ = _gone
+
+    def __bool__(self) -> bool:
+        raise TypeError("the value of an output that a head does not give")
+
+
+def unread(name: str, why: str) -> MethodError:
+    """Return the error for a loss without a part that reads the prediction alone."""
+    return MethodError(
+        f"loss '{name}' has no part that reads the model's prediction alone ({why}), and a module's head "
+        "gives the prediction alone; pass local_loss=callable(head_output, target) for modules before the "
+        "last"
+    )
+
+
+def check_heads(ir: TrainingGraph, sample: Callable[[fx.Node], Tensor], target: Any) -> None:
+    """Try the user's loss on what a head gives.
+
+    Args:
+        ir: the training graph, with heads.
+        sample: a random value of a node's spec.
+        target: one that the loss takes with the whole output.
+
+    Raises:
+        MethodError: it has no part that reads the prediction alone.
+    """
+    name = Loss.of(ir.loss_function).__name__
+    for node in ir.nodes(role="head_output")[:1]:
+        (head,) = node.all_input_nodes
+        try:
+            assert callable(node.target)
+            ir.loss_function(node.target(sample(head)), target)
+        except Exception as error:  # whatever the user's code raises on what a head does not give
+            raise unread(name, f"{type(error).__name__}: {error}") from error
+
+
+def _own_loss(ir: TrainingGraph) -> fx.Node:
+    """Return the node of the model's own loss."""
+    found = own_loss(ir.output_structure())
+    if not isinstance(found, fx.Node):
+        raise unread("model", "its 'loss' is no tensor")
+    return found
+
+
+class _Again:
+    """Copies what computes the model's loss into a module's program, less terms that read something else."""
+
+    def __init__(self, ir: TrainingGraph, owner: str, head: fx.Node) -> None:
+        self.ir, self.owner = ir, owner
+        self.copies: dict[fx.Node, fx.Node] = {ir.prediction: head}
+        self.kinds: dict[fx.Node, tuple[bool, bool]] = {ir.prediction: (True, False)}
+
+    def made(self, node: fx.Node) -> fx.Node:
+        """Return the part of `node` that reads the prediction, computed from the head's result."""
+        reads, foreign = self.kind(node)
+        if not foreign and reads:
+            return self.copy(node)
+        within = [n for n in node.all_input_nodes if self.kind(n)[0]]
+        if _named(node.target) in _SUMS and len(within) == 1:
+            return self.made(within[0])
+        raise unread("model", f"'{node.name}' reads something else that the model computes")
+
+    def kind(self, node: fx.Node) -> tuple[bool, bool]:
+        """Return whether a node depends on the prediction, and whether on anything but it and the batch."""
+        if node not in self.kinds:
+            below = [self.kind(n) for n in node.all_input_nodes]
+            trained = any(True for _ in node_parameters(self.ir.root, node))
+            foreign = trained or node.meta.get("role") == "boundary" or any(f for _, f in below)
+            self.kinds[node] = any(r for r, _ in below), foreign
+        return self.kinds[node]
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        """Return a node of the owner that computes what `node` does, from the head's result."""
+        if node.op == "placeholder":
+            return node
+        if node not in self.copies:
+            self.copies[node] = self.ir.copied(self.owner, node, self.copy, "head_loss")
+        return self.copies[node]
