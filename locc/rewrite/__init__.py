@@ -10,7 +10,15 @@ from locc.rewrite.building import build, build_custom
 from locc.rewrite.chain import GradientChain, handed_down, returning
 from locc.rewrite.crossing import LentGradients, activations, has_rows, read_by, rows, unreached
 from locc.rewrite.dropout import before_dropout, is_dropout
-from locc.rewrite.heads import AttachHeads, LocalLoss, LossLike, head_loss, local_values, untrained
+from locc.rewrite.heads import (
+    AttachHeads,
+    LocalLoss,
+    LossLike,
+    head_loss,
+    local_modules,
+    local_values,
+    untrained,
+)
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
 from locc.rewrite.noise import disturb
@@ -47,6 +55,7 @@ __all__ = [
     "is_dropout",
     "layout_at",
     "learned",
+    "local_modules",
     "local_values",
     "options",
     "output_error",
