@@ -22,6 +22,7 @@ from locc.program import Program
 from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
+from locc.runtime.fingerprint import fingerprint
 from locc.snapshot import undone_on_failure
 from locc.verify import prove
 from locc.verify.experiment.batch import accepts, small_batch
@@ -141,7 +142,9 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         of_method = misfit(request.name, request.method.target, output, target)
         return of_method or Loss.of(ir.loss_function).misfit(target, batch)
 
-    return Built(ir, certificate, learners, schedulers, executor, phases, unreadable)
+    return Built(
+        ir, certificate, learners, schedulers, executor, phases, unreadable, fingerprint(request.loss.given)
+    )
 
 
 def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
