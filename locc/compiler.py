@@ -24,6 +24,7 @@ from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.local_loss import check_heads
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
+from locc.runtime.fingerprint import fingerprint
 from locc.snapshot import undone_on_failure
 from locc.verify import prove
 from locc.verify.experiment.batch import accepts, made_up, small_batch
@@ -153,7 +154,9 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         of_method = misfit(request.name, request.method.target, output, target)
         return of_method or Loss.of(ir.loss_function).misfit(target, batch)
 
-    return Built(ir, certificate, learners, schedulers, executor, phases, unreadable)
+    return Built(
+        ir, certificate, learners, schedulers, executor, phases, unreadable, fingerprint(request.loss.given)
+    )
 
 
 def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:

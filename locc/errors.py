@@ -6,6 +6,7 @@ A message states what was asked, what was found and the remedy, in the user's ow
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,6 +50,30 @@ class CheckpointError(LoccError):
 
 class ExportError(LoccError):
     """An ONNX file could not be written, or does not compute what PyTorch computes."""
+
+
+def once(reasons: Iterable[str], most: int = 3) -> str:
+    """Join reasons to one text; of those alike but for the names in quotes, the first stands for all."""
+    alike: dict[str, list[str]] = {}
+    for reason in reasons:
+        alike.setdefault(re.sub(r"'[^']*'", "''", reason), []).append(reason)
+    return "; ".join(_first(found, most) for found in alike.values())
+
+
+def _first(reasons: list[str], most: int) -> str:
+    first, *rest = dict.fromkeys(reasons)
+    if not rest:
+        return first
+    names: list[str] = [_apart(first, other) for other in rest]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{first} (and so for {', '.join(names[:most])}{more}: {len(names) + 1} in all)"
+
+
+def _apart(first: str, other: str) -> str:
+    """Return the first quoted name of `other` that `first` does not have in the same place."""
+    here: list[str] = re.findall(r"'[^']*'", first)
+    there: list[str] = re.findall(r"'[^']*'", other)
+    return next(b for a, b in zip(here, there, strict=True) if a != b)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -250,6 +250,8 @@ def _owner(certificate: Certificate, owner: OwnerFacts) -> Iterator[str]:
         f"  owns      {_count(len(owner.parameters), 'parameter tensor')}, {owner.count:,} elements: "
         + _listed(owner.parameters)
     )
+    if owner.frozen:
+        yield "  frozen    all its parameters have requires_grad=False: it runs and passes on its value"
     if owner.networks:
         yield f"  runs      auxiliary networks {', '.join(owner.networks)}"
     for objective in owner.objectives:

@@ -36,6 +36,7 @@ class OwnerFacts:
         name: the owner.
         index: its position in forward order (an auxiliary has that of the module it serves).
         auxiliary: whether it is an auxiliary that trains alone.
+        frozen: whether the user has frozen all its parameters: it runs and passes on its value.
         parameters: paths of the parameters that it owns.
         count: number of their elements.
         networks: auxiliary networks that it runs.
@@ -57,6 +58,7 @@ class OwnerFacts:
     name: str
     index: int
     auxiliary: bool
+    frozen: bool
     parameters: tuple[str, ...]
     count: int
     networks: tuple[str, ...]

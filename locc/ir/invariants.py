@@ -9,7 +9,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from locc.errors import GraphError
+from locc.errors import GraphError, once
 from locc.ir import ops
 from locc.ir.captured import owned_tensor, strip
 from locc.ir.graph import TrainingGraph
@@ -31,7 +31,7 @@ def check(ir: TrainingGraph, after: str) -> None:
     # The comparison with the captured model walks the graph, so it comes last: it needs a valid one.
     found = [problem for rule in RULES for problem in rule(ir)] or list(_inference_kept(ir))
     if found:
-        raise GraphError(f"after '{after}' the training graph is invalid: " + "; ".join(found))
+        raise GraphError(f"after '{after}' the training graph is invalid: " + once(found))
 
 
 def _owned(ir: TrainingGraph) -> Iterator[str]:

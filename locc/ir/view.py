@@ -216,6 +216,11 @@ class View:
         """Return the `gradient` nodes."""
         return [n for n in self.graph.nodes if n.target is ops.gradient]
 
+    def frozen(self, owner: str) -> bool:
+        """Whether the user has frozen all parameters of the model that an owner has."""
+        held = [p for path, p in self.parameters(owner).items() if path.startswith("model.")]
+        return bool(held) and not any(p.requires_grad for p in held)
+
     def parameters(self, owner: str) -> dict[str, nn.Parameter]:
         """Return the parameters that an owner's nodes use, by path under the root."""
         found: dict[int, tuple[str, nn.Parameter]] = {}

@@ -28,8 +28,9 @@ def assign(
     goes to the later one.
 
     Raises:
-        SplitError: a cut is unreachable, a module would be empty or have nothing to train, or
-            information flows back from a later module.
+        SplitError: a cut is unreachable, a module would be empty or have no parameters (one whose
+            parameters are frozen runs and passes on its value), none has anything to train, or information
+            flows back from a later module.
     """
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     # A trace may read all parameters first, so where a read stands says nothing.
@@ -161,21 +162,25 @@ def _by_level(nodes: Sequence[fx.Node], inside: Sequence[list[fx.Node]]) -> dict
 
 def _reject_empty(root: nn.Module, owners: dict[fx.Node, int], cuts: Sequence[Cut]) -> None:
     names = [cut.name for cut in cuts]
+    trains = False
     for k in range(len(names) + 1):
         nodes = [n for n, owner in owners.items() if owner == k and n.target is not marker]
-        trains = any(p.requires_grad for n in nodes for p in _parameters(root, n))
+        held = [p for n in nodes for p in _parameters(root, n)]
+        trains = trains or any(p.requires_grad for p in held)
         work = [n for n in nodes if n.op != "get_attr"]
-        if not work or not trains:
+        if names and not (work and held):
             raise SplitError(_empty(names, k, bool(work)))
+    if not trains:
+        raise SplitError(
+            "the model has no parameters to train: it has none, or all of them have requires_grad=False"
+        )
 
 
 def _empty(names: Sequence[str], k: int, has_work: bool) -> str:
-    if not names:
-        return "the model has no parameters to train: it has none, or all of them have requires_grad=False"
     if k == len(names):
         what = "nothing" if not has_work else "nothing that has parameters to train"
         return f"split '{names[-1]}' lies after the output: {what} follows it; leave it out"
     where = f"between splits '{names[k - 1]}' and '{names[k]}'" if k else f"before split '{names[0]}'"
     if not has_work:
         return f"the module {where} is empty: both cuts fall on the same place; leave one out"
-    return f"the module {where} has no parameters to train; leave one of the splits out"
+    return f"the module {where} has no parameters; leave one of the splits out"

@@ -10,7 +10,7 @@ from locc.rewrite.building import build, build_custom
 from locc.rewrite.chain import GradientChain, handed_down, returning
 from locc.rewrite.crossing import LentGradients, activations, has_rows, read_by, rows, unreached
 from locc.rewrite.dropout import before_dropout, is_dropout
-from locc.rewrite.heads import AttachHeads, LocalLoss, local_values, untrained
+from locc.rewrite.heads import AttachHeads, LocalLoss, local_modules, local_values, untrained
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
 from locc.rewrite.local_loss import LossLike, head_loss
@@ -48,6 +48,7 @@ __all__ = [
     "is_dropout",
     "layout_at",
     "learned",
+    "local_modules",
     "local_values",
     "options",
     "output_error",

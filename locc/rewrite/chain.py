@@ -17,12 +17,16 @@ class GradientChain(Pass):
 
     The sum runs over every value that the module sends to others, and over every reader of it. With
     ordinary layers inside the modules this chain is backpropagation; with feedback layers it is
-    feedback alignment. Needs the objectives of the readers, so it walks from the last module down.
+    feedback alignment. A frozen module hands the gradient on to those before it. Needs the objectives of
+    the readers, so it walks from the last module down.
     """
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the objectives from the last module but one down to the first."""
+        learning = [not ir.frozen(module.name) for module in ir.modules]
         for module in reversed(ir.modules[:-1]):
+            if not any(learning[: module.index + 1]):
+                break  # nothing here or before it would use the gradient
             terms = [
                 t for value in ir.crossing(module.name) for t in handed_down(ir, module.name, value, "chain")
             ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from locc.ir import TensorSpec, TrainingGraph, node_parameters
+from locc.ir import Owner, TensorSpec, TrainingGraph, node_parameters
 from locc.nn import Factory, build_head, build_pred_head, guess_layout
 from locc.rewrite.building import build, build_custom
 from locc.rewrite.crossing import has_rows
@@ -65,10 +65,10 @@ class AttachHeads(Pass):
         return "mlp-sr" if guess_layout(boundary, hint).kind == "image" else "linear"
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
-        """Each module but the last has a head for each of its outputs; the last has none."""
+        """Each module that trains, but the last, has a head for each of its outputs; others have none."""
         for owner in ir.modules:
             found = len(ir.nodes(owner.name, "head"))
-            wanted = 0 if owner is ir.last else sum(name == owner.name for name, _ in local_values(ir, False))
+            wanted = sum(name == owner.name for name, _ in local_values(ir, False))
             if found != wanted:
                 yield f"module '{owner.name}' has {found} heads instead of {wanted}"
 
@@ -98,8 +98,8 @@ class LocalLoss(Pass):
 
 
 def untrained(ir: TrainingGraph) -> Iterator[str]:
-    """Yield a sentence for each module but the last that sends no value it could train on, for `requires`."""
-    for owner in ir.modules[:-1]:
+    """Yield a sentence for each of `local_modules` that sends no value it could train on, for `requires`."""
+    for owner in local_modules(ir):
         if not _trainable(ir, owner.name):
             yield (
                 f"module '{owner.name}' sends no floating-point value that its own parameters compute, so no "
@@ -107,14 +107,19 @@ def untrained(ir: TrainingGraph) -> Iterator[str]:
             )
 
 
+def local_modules(ir: TrainingGraph) -> list[Owner]:
+    """Return the modules that train on a local loss: all but the last and those that the user has frozen."""
+    return [owner for owner in ir.modules[:-1] if not ir.frozen(owner.name)]
+
+
 def local_values(ir: TrainingGraph, undropped: bool) -> list[tuple[str, fx.Node]]:
-    """Return (module, value) for each value on which a local loss belongs, the last module's left out.
+    """Return (module, value) for each value of `local_modules` on which a local loss belongs.
 
     Args:
         ir: the training graph.
         undropped: return what enters the dropout that ends a module instead of what leaves it.
     """
-    values = [(owner.name, value) for owner in ir.modules[:-1] for value in _trainable(ir, owner.name)]
+    values = [(owner.name, value) for owner in local_modules(ir) for value in _trainable(ir, owner.name)]
     return [(owner, before_dropout(ir, value) if undropped else value) for owner, value in values]
 
 

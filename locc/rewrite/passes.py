@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from locc.errors import GraphError, MethodError, nearest
+from locc.errors import GraphError, MethodError, nearest, once
 from locc.ir.graph import TrainingGraph
 from locc.ir.invariants import check
 from locc.rewrite.targets import specs
@@ -122,12 +122,12 @@ def apply(method: Method, name: str, ir: TrainingGraph) -> None:
         _dump(ir, number, step.label)
         broken = list(step.ensures(ir))
         if broken:
-            raise GraphError(f"pass '{step.label}' did not do what it promises: {'; '.join(broken)}")
+            raise GraphError(f"pass '{step.label}' did not do what it promises: {once(broken)}")
 
 
 def _refuse(name: str, reasons: list[str]) -> None:
     if reasons:
-        raise MethodError(f"method '{name}' is undefined on this model: {'; '.join(reasons)}")
+        raise MethodError(f"method '{name}' is undefined on this model: {once(reasons)}")
 
 
 def _dump(ir: TrainingGraph, number: int, label: str) -> None:

@@ -8,10 +8,12 @@ not over stands.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ from torch import Tensor
 
 from locc.errors import CheckpointError
 from locc.ir.state import states
+from locc.losses import NAMED
 from locc.runtime.program import Compiled
 from locc.runtime.progress import Progress
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(program: Compiled, path: Path) -> None:
@@ -63,6 +66,9 @@ def save(program: Compiled, path: Path) -> None:
 def load(program: Compiled, path: Path) -> None:
     """Read a state that `save` wrote into a program compiled in the same way.
 
+    The loss is compared by its code, its constants and the values that it held when it was compiled. Of other
+    objects that it holds only the type can be, and a warning names them.
+
     Raises:
         CheckpointError: the file is missing, torn, foreign or of another program; the program then
             stays as it was.
@@ -75,6 +81,7 @@ def load(program: Compiled, path: Path) -> None:
             f"{', '.join(header['owners'])}); this one is method '{program.method}', modules "
             f"{', '.join(program.ir.owners)}. Compile with the same model, splits and options"
         )
+    _compare_losses(program, path, header["loss"])
     own, mine = _state(program)
     problem = next(_misfits(program, tensors, header, own, mine), None)
     if problem is not None:
@@ -88,6 +95,25 @@ def load(program: Compiled, path: Path) -> None:
                 f"'{path}' does not fit this program: {type(error).__name__}: {error}"
             ) from error
         raise
+
+
+def _compare_losses(program: Compiled, path: Path, saved: dict[str, Any]) -> None:
+    mine = program.built.loss
+    if saved["python"] != mine.python:
+        reason = f"it was compiled by Python {saved['python']}, and this is Python {mine.python}"
+    elif saved["digest"] != mine.digest:
+        raise CheckpointError(
+            f"'{path}' was saved with another loss, {saved['name']}; this program has {mine.name}, whose "
+            "code, constants or values held differ. Compile with the same loss"
+        )
+    elif not mine.opaque:
+        return
+    else:
+        reason = f"only the type is compared of what it holds as {', '.join(mine.opaque)}"
+    if saved["name"] not in NAMED:
+        warnings.warn(
+            f"whether the loss {mine.name} is that of '{path}' cannot be told: {reason}", stacklevel=4
+        )
 
 
 def _misfits(
@@ -162,6 +188,7 @@ def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
     header = {
         "format": FORMAT,
         "graph": graph_hash(program),
+        "loss": dataclasses.asdict(program.built.loss),
         "method": program.method,
         "owners": list(program.ir.owners),
         "steps": program.steps,

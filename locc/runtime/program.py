@@ -19,6 +19,7 @@ from locc.ir.state import begin, states
 from locc.ir.view import node_modules
 from locc.lower import ModuleProgram, Plan, lower, module_programs
 from locc.runtime.executor import Executor
+from locc.runtime.fingerprint import Fingerprint
 from locc.runtime.learner import Learner
 from locc.runtime.progress import Progress
 from locc.runtime.settings import Settings
@@ -65,7 +66,8 @@ class StepReport:
 class Built:
     """What compilation yields once example inputs are known.
 
-    `misfit` returns a sentence for a target that method or loss cannot read, in a batch of that size.
+    `misfit` returns a sentence for a target that method or loss cannot read, in a batch of that size;
+    `loss` tells the user's loss from others.
     """
 
     ir: TrainingGraph
@@ -75,6 +77,7 @@ class Built:
     executor: Executor
     phases: tuple[Phase, ...]
     misfit: Callable[[Any, int], str | None]
+    loss: Fingerprint
     plans: dict[str | None, Plan] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 

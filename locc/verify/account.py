@@ -151,6 +151,7 @@ def _owner(
         name=owner,
         index=ir.owners[owner].index,
         auxiliary=ir.owners[owner].auxiliary,
+        frozen=ir.frozen(owner),
         parameters=tuple(parameters),
         count=sum(p.numel() for p in parameters.values()),
         networks=tuple(helpers),

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 import locc
 from locc import CheckpointError, Program
@@ -394,3 +397,63 @@ def test_the_file_holds_no_pickle_and_ordinary_permissions(saved):
     other = path.with_name("other")
     other.touch()
     assert path.stat().st_mode == other.stat().st_mode
+
+
+# ---- the loss ----------------------------------------------------------------------------------
+
+
+def scaled(factor: float) -> Any:
+    return lambda output, target: functional.cross_entropy(output, target) * factor
+
+
+def held_in(value: Any) -> Any:
+    return lambda output, target: functional.cross_entropy(output, target) + 0 * (value is None)
+
+
+class Smooth:
+    def __init__(self, amount: float) -> None:
+        self.amount = amount
+
+    def __call__(self, output: Any, target: Any) -> Any:
+        return functional.cross_entropy(output, target, label_smoothing=self.amount)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda o, y: functional.cross_entropy(o, y), lambda o, y: functional.cross_entropy(o, y) * 2),
+        (lambda o, y: functional.cross_entropy(o, y) * 3, lambda o, y: functional.cross_entropy(o, y) * 2),
+        (scaled(1.0), scaled(2.0)),
+        (partial(functional.cross_entropy, label_smoothing=0.1), partial(functional.cross_entropy)),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss()),
+        (nn.CrossEntropyLoss(torch.ones(3)), nn.CrossEntropyLoss(torch.arange(3.0))),
+        (Smooth(0.1), Smooth(0.2)),
+        (held_in([1, 2]), held_in([1, 3])),
+    ],
+    ids=["code", "constant", "closure", "partial", "module", "buffer", "instance", "list"],
+)
+def test_another_loss_is_told_from_the_one_that_was_saved(tmp_path, one, other):
+    path = tmp_path / "state"
+    first = build(loss=one, verify=False)
+    first.save(path)
+    again = build(loss=one, verify=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load(path)
+    program = build(loss=other, verify=False)
+    before = everything(program)
+    with pytest.raises(CheckpointError, match=r"saved with another loss, .* Compile with the same loss"):
+        program.load(path)
+    assert unchanged(program, before)
+
+
+def test_what_a_loss_holds_and_cannot_be_compared_is_named(tmp_path):
+    program = build(loss=held_in(object()), verify=False)
+    program.save(tmp_path / "state")
+    with pytest.warns(UserWarning, match=r"cannot be told: only the type is compared .* 'value' \(object\)"):
+        program.load(tmp_path / "state")
+
+
+def test_a_loss_may_hold_the_model_which_has_other_values_in_each_run(tmp_path):
+    build(loss=held_in(nn.Linear(2, 2)), verify=False).save(tmp_path / "state")
+    build(loss=held_in(nn.Linear(2, 2)), verify=False).load(tmp_path / "state")

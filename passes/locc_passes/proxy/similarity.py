@@ -19,6 +19,7 @@ from locc.rewrite import (
     build_custom,
     head_loss,
     layout_at,
+    local_modules,
     local_values,
     output_layout,
     prediction_spec,
@@ -69,15 +70,15 @@ class AttachSimilarityHeads(Pass):
         return build(make, owner, spec, output)
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
-        """The last module has no similarity head and every other one has."""
+        """The modules that train on a local loss have a similarity head, and no others."""
         for owner in ir.modules:
-            if bool(ir.nodes(owner.name, "sim_head")) == (owner is ir.last):
+            if bool(ir.nodes(owner.name, "sim_head")) != (owner in local_modules(ir)):
                 yield f"module '{owner.name}' has {len(ir.nodes(owner.name, 'sim_head'))} similarity heads"
 
 
 @dataclass(frozen=True)
 class LocalErrors(Pass):
-    """Gives each module but the last the objective beta * similarity loss + (1 - beta) * prediction loss.
+    """Gives each of `local_modules` the objective beta * similarity loss + (1 - beta) * prediction loss.
 
     Attributes:
         beta: weight of the similarity loss; a term of weight zero has no head and is left out.
@@ -91,7 +92,7 @@ class LocalErrors(Pass):
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the losses and the objectives."""
-        for owner in (o.name for o in ir.modules[:-1]):
+        for owner in (o.name for o in local_modules(ir)):
             sims = [
                 ir.emit(owner, head.meta["compare"], head, ir.target, role="sim_loss", spec=ir.scalar)
                 for head in ir.nodes(owner, "sim_head")
@@ -102,8 +103,8 @@ class LocalErrors(Pass):
             ir.objective(owner, add_all(ir, owner, terms), self.name)
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
-        """Every module but the last has an objective."""
-        for owner in ir.modules[:-1]:
+        """Every module that trains on a local loss has an objective."""
+        for owner in local_modules(ir):
             if not ir.objectives(owner.name):
                 yield f"module '{owner.name}' has no objective"
 
