@@ -329,6 +329,7 @@ def verify(
         str | None,
         typer.Option(help="weak or strict: fail unless the verdict is weakly, or strictly, modular"),
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="print a block for each module")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Prove that no gradient crosses a boundary.
@@ -348,7 +349,7 @@ def verify(
     )
     certificate = prove(program, *loaded.first()) if loaded is not None else prove(program)
     streamed = json is not None and str(json) == "-"
-    out(stderr=streamed).print(Text(str(certificate)), soft_wrap=True)
+    out(stderr=streamed).print(Text(certificate.text(verbose)), soft_wrap=True)
     if streamed:
         typer.echo(certificate.to_json())
     elif json is not None:

@@ -352,7 +352,7 @@ def test_the_hash_tells_programs_apart_and_is_reproducible() -> None:
 
 
 def test_the_page_says_what_the_data_says() -> None:
-    page = str(_program("bp", 3).certificate)
+    page = _program("bp", 3).certificate.text(verbose=True)
     for line in (
         "Certificate of locality: bp, 3 modules",
         "  not modular",
