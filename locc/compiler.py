@@ -19,12 +19,12 @@ from locc.losses import Loss
 from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
 from locc.program import Program
+from locc.proof import prove
+from locc.proof.experiment.batch import accepts, small_batch
 from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
 from locc.snapshot import undone_on_failure
-from locc.verify import prove
-from locc.verify.experiment.batch import accepts, small_batch
 
 Splits = int | str | Sequence[str]
 

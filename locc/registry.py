@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from locc.errors import MethodError, nearest
-from locc.rewrite.passes import Method, configure
+
+if TYPE_CHECKING:  # a list of names, and shell completion, need no PyTorch
+    from locc.rewrite.passes import Method
 
 GROUP = "locc.passes"
 
@@ -41,6 +43,8 @@ def load(name: str) -> type[Method]:
     Raises:
         MethodError: no package registers the name, or its class cannot be loaded.
     """
+    from locc.rewrite.passes import Method
+
     known = registered()
     if name not in known:
         hint = nearest(name, known) if known else "no package registers methods; reinstall locc"
@@ -64,6 +68,8 @@ def method(name: str, **given: Any) -> Method:
     Raises:
         MethodError: the name or an option is unknown.
     """
+    from locc.rewrite.passes import configure
+
     return configure(name, load(name), given)
 
 

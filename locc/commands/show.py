@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 from rich.console import Console
@@ -11,12 +11,14 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from locc.catalogue import MethodInfo
 from locc.commands.flags import Flag, MisuseError, flags_of
 from locc.errors import LoccError
-from locc.examine import Examination
 from locc.registry import load
-from locc.runtime.fit import History
+
+if TYPE_CHECKING:
+    from locc.catalogue import MethodInfo
+    from locc.examination import Examination
+    from locc.runtime.fit import History
 
 
 def out(stderr: bool = False) -> Console:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import locc
-from locc.verify import sentinel
+from locc.proof import sentinel
 
 from .test_cli import MLP, MODEL, run
 
