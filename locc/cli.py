@@ -123,6 +123,8 @@ def methods(
         return
     if name not in known:
         fail(f"there is no method '{name}'; {nearest(name, known)}", misuse=True)
+    if (error := known[name].error) is not None:
+        fail(f"'{name}' cannot be loaded: {type(error).__name__}: {error}")
     show_method(known[name])
 
 

@@ -40,6 +40,10 @@ def method_table(methods: Iterable[MethodInfo]) -> Table:
     for column in ("name", "family", "reference", "options"):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for info in methods:
+        if info.error is not None:
+            what = f"{type(info.error).__name__}: {info.error}"
+            table.add_row(info.name, Text("broken", style="red"), Text(what), "")
+            continue
         options = ", ".join(f"{k}={v}" for k, v in info.options.items())
         table.add_row(info.name, info.family, Text(info.reference), Text(options))
     return table
