@@ -18,7 +18,7 @@ from locc.registry import load
 if TYPE_CHECKING:
     from locc.catalogue import MethodInfo
     from locc.examination import Examination
-    from locc.runtime.fit import History
+    from locc.runtime.history import History
 
 
 def out(stderr: bool = False) -> Console:
