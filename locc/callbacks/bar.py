@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from rich import get_console
 from rich import progress as rich
 
@@ -11,6 +13,8 @@ from locc.runtime.program import StepReport
 
 _EVERY = 20
 """Reading a loss synchronises the device, so the bar shows them now and then."""
+_REST = 60
+"""Columns of all else on the line."""
 
 
 class ProgressBar(Callback):
@@ -33,7 +37,7 @@ class ProgressBar(Callback):
     def on_fit_start(self, fit: Fit) -> None:
         """Show it."""
         self._bar = rich.Progress(
-            rich.TextColumn("{task.description}"),
+            rich.TextColumn("{task.description}", markup=False),  # [phase] is no style
             rich.BarColumn(bar_width=20),
             rich.MofNCompleteColumn(),
             rich.TimeElapsedColumn(),
@@ -54,7 +58,8 @@ class ProgressBar(Callback):
         """Advance."""
         if fit.done % _EVERY == 0 or fit.done == fit.batches:
             means = "  ".join(f"{name} {value:.3g}" for name, value in fit.means().items())
-            self.bar.update(self._task, losses=means)
+            room = max(self.bar.console.width - _REST, 12)  # or it would push the bar away
+            self.bar.update(self._task, losses=textwrap.shorten(means, room, placeholder=" ..."))
         self.bar.update(self._task, advance=1)
 
     def on_epoch_end(self, fit: Fit, epoch: Epoch) -> None:
