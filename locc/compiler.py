@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ from locc.runtime import Built, Compiled, Executor, Settings
 from locc.snapshot import undone_on_failure
 
 Splits = int | str | Sequence[str]
+
+_log = logging.getLogger("locc")
+_told: WeakValueDictionary[tuple[int, str], nn.Module] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     with torch.no_grad():
         for parameter, value in ir.initial:
             parameter.copy_(value)
+    _tell(request.root.model, ir.captured.notes)
     output = ir.prediction.meta["spec"]
     executor = Executor(
         request.root,
@@ -138,6 +144,17 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         misfit=lambda target: misfit(request.name, request.method.target, output, target),
     )
     return Built(ir, certificate, learners, schedulers, executor, phases)
+
+
+def _tell(model: nn.Module, notes: Sequence[str]) -> None:
+    """Say, once for each model, what capturing did that nobody has asked for.
+
+    It is logged and no warning, for the user's code has nothing to mend.
+    """
+    for note in notes:
+        if _told.get((id(model), note)) is not model:
+            _told[id(model), note] = model
+            _log.warning("locc: %s: %s", type(model).__name__, note)
 
 
 def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
