@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from locc import registry
-from locc.capture import capture, marker_ancestors
+from locc.capture import Dynamic, capture, marker_ancestors
 from locc.errors import CaptureError, LoccError, MethodError
-from locc.ir import Inputs, Root, TrainingGraph
+from locc.ir import Inputs, Rebuild, Root, TrainingGraph
 from locc.losses import Loss
 from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
 from locc.program import Program
 from locc.proof import prove
 from locc.proof.experiment.batch import accepts, small_batch
+from locc.quiet import quiet
 from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
@@ -46,6 +47,7 @@ class Request:
     tied: str
     settings: Settings
     verify: bool
+    dynamic: Dynamic = None
 
 
 def compile(
@@ -55,6 +57,7 @@ def compile(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
+    dynamic: Dynamic = None,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     schedule: str = "lockstep",
     backend: str = "eager",
@@ -79,6 +82,10 @@ def compile(
         loss: "cross_entropy", "mse", "bce", "l1", or a callable(output, target) that returns a 0-d tensor.
         example_inputs: a batch as `step` takes it; two samples are enough, and compiling runs the whole
             model on them. Without one, the first step compiles on the first few samples of its batch.
+        dynamic: dimensions of the inputs that may vary beside the batch (lengths of sequences, sizes of
+            images, numbers of points): "auto" for every one that the model's code leaves open, or by the
+            input's name in `forward`, {"x": {2: "H", 3: "W"}} or {"x": [2, 3]}. Dimensions of one name have
+            one size. Each is tried at a second size while compiling.
         optimizer: callable(params) -> Optimizer, called for each owner; the default is Adam(lr=1e-3).
         schedule: "lockstep", or "sequential" (each module is trained to the end, then frozen).
         backend: "eager".
@@ -107,7 +114,7 @@ def compile(
     _refuse_lazy(model)
     chosen, name = _method(method, method_options)
     settings = Settings(optimizer, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic)
-    request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify)
+    request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify, dynamic)
     TiedPolicy(tied)
     program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
     if example_inputs is not None:
@@ -119,7 +126,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
     inputs = _on_device(inputs, program.device)
-    with torch.random.fork_rng(), undone_on_failure(request.root):
+    with torch.random.fork_rng(), undone_on_failure(request.root), quiet():
         torch.manual_seed(seed)
         ir = rewrite(request, inputs, TiedPolicy(request.tied))
         program.root.aux.to(program.device)
@@ -131,7 +138,6 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         for parameter, value in ir.initial:
             parameter.copy_(value)
     _tell(request.root.model, ir.captured.notes)
-    output = ir.prediction.meta["spec"]
     executor = Executor(
         request.root,
         learners,
@@ -139,11 +145,16 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         request.settings.accumulate,
         request.settings.dtype,
         program.device,
-        deferred=not request.settings.atomic,
+        atomic=request.settings.atomic,
         backend=request.settings.backend,
-        misfit=lambda target: misfit(request.name, request.method.target, output, target),
     )
-    return Built(ir, certificate, learners, schedulers, executor, phases)
+    output = ir.prediction.meta["spec"]
+
+    def unreadable(target: Any, batch: int) -> str | None:
+        of_method = misfit(request.name, request.method.target, output, target)
+        return of_method or Loss.of(ir.loss_function).misfit(target, batch)
+
+    return Built(ir, certificate, learners, schedulers, executor, phases, unreadable)
 
 
 def _tell(model: nn.Module, notes: Sequence[str]) -> None:
@@ -193,8 +204,18 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     named = [cut.name for cut in cuts if not cut.marker]
     layers = [f"model.{name}" for name in request.method.opened(root.model, named)]
     opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
-    captured = capture(root, inputs, opened)
-    return partition(captured, cuts, request.loss, policy)
+    captured = capture(root, inputs, opened, request.dynamic)
+    ir = partition(captured, cuts, request.loss, policy)
+    ir.loss_function = request.loss.on(ir.prediction.meta["spec"], _gives_tokens(ir))
+    return ir
+
+
+def _gives_tokens(ir: TrainingGraph) -> bool:
+    """Whether the output is one of Hugging Face's, whose `logits` are [B, T, V] where they have a T."""
+    if not isinstance(ir.output.target, Rebuild):
+        return False
+    structure = ir.output.target.build(list(range(len(ir.output.args))))
+    return isinstance(structure, Mapping) and hasattr(structure, "logits")
 
 
 def _refuse_lazy(model: nn.Module) -> None:

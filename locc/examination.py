@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locc.capture import Dynamic
 from locc.compiler import Request, Splits, _method, _on_device, check_target, cut
 from locc.errors import LoccError
 from locc.ir import Coupling, Inputs, Root, TensorSpec, TrainingGraph
@@ -17,6 +18,7 @@ from locc.ir.captured import strip
 from locc.losses import Loss
 from locc.lower import lower
 from locc.partition import TiedPolicy
+from locc.quiet import quiet
 from locc.rewrite import Method, apply
 from locc.runtime import Settings
 
@@ -138,6 +140,7 @@ def examine(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
+    dynamic: Dynamic = None,
     tied: str = "error",
     schedule: str = "lockstep",
     **method_options: Any,
@@ -153,6 +156,7 @@ def examine(
         splits: as for `compile`.
         loss: as for `compile`.
         example_inputs: a batch as `step` takes it. Without one, only the options are examined.
+        dynamic: as for `compile`.
         tied: as for `compile`.
         schedule: as for `compile`.
         **method_options: hyper-parameters of the method.
@@ -171,11 +175,13 @@ def examine(
         chosen, result.method = _method(method, method_options)
         policy = TiedPolicy(tied)
         settings = Settings(schedule=schedule)
-        request = Request(Root(model), chosen, result.method, splits, Loss(loss), tied, settings, False)
+        request = Request(
+            Root(model), chosen, result.method, splits, Loss(loss), tied, settings, False, dynamic
+        )
         if example_inputs is None:
             return result
         inputs = _on_device(Inputs.of(model, example_inputs), _device(model))
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), quiet():
             stage = "partition"
             ir = cut(request, inputs, policy)
             _describe_partition(result, ir)

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from locc.capture.batch import merge
 from locc.capture.eager import Eager, Run, eager_run
 from locc.capture.graphs import Trace
 from locc.capture.state import random_state, same_state
 from locc.capture.tree import flatten, leaves_of, spell
 from locc.errors import CaptureError
 from locc.ir.captured import Root, strip
-from locc.ir.spec import TensorSpec
+from locc.ir.spec import BatchDim, FreeDim, Point, TensorSpec, fit
 
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -82,9 +81,9 @@ def _is_buffer(node: fx.Node, value: Any) -> bool:
 
 
 def _look(value: Any) -> Any:
-    """Return a nested value with each tensor replaced by (shape, dtype)."""
+    """Return a nested value with each tensor replaced by what is asked of it."""
     if isinstance(value, Tensor):
-        return _Look(tuple(value.shape), value.dtype)
+        return _Look(tuple(value.shape), value.dtype, value.requires_grad)
     if isinstance(value, (tuple, list)):
         return tuple(_look(v) for v in value)
     _, structure = flatten(value)
@@ -101,52 +100,54 @@ def _part(value: Any, kind: str, key: Any) -> Any:
 class _Look:
     shape: tuple[int, ...]
     dtype: torch.dtype
+    grad: bool
 
 
-def admit(
-    root: Root, trace: Trace, eager: Eager, training: bool, batches: list[int | None], pure: bool
-) -> None:
-    """Compare a trace with eager at each batch size and annotate its nodes.
+def admit(root: Root, trace: Trace, eager: Eager, training: bool, points: list[Point], pure: bool) -> None:
+    """Compare a trace with eager at each point and annotate its nodes.
 
     Raises:
         CaptureError: something differs; the message names the first tensor that does.
     """
-    seen = [compare(root, trace, eager, training, batch) for batch in batches]
+    seen = {point: compare(root, trace, eager, training, point) for point in points}
     if pure:
-        _require_pure(seen[0])
-    _annotate(trace.graph, seen, batches)
+        _require_pure(seen[points[0]])
+    _annotate(trace.graph, seen, eager.call.dims)
+    if training:
+        _mark_constants(trace.graph, seen[points[0]])
 
 
-def compare(root: Root, trace: Trace, eager: Eager, training: bool, batch: int | None) -> _Seen:
-    """Run a trace beside eager at one batch size and return what its nodes did.
+def compare(root: Root, trace: Trace, eager: Eager, training: bool, point: Point) -> _Seen:
+    """Run a trace beside eager at one point and return what its nodes did.
 
     Raises:
         CaptureError: something differs; the message names the first tensor that does.
     """
-    real = eager_run(eager, training, batch)
+    real = eager_run(eager, training, point)
     watching = _Watching(root, trace.graph)
-    run = _run(watching, eager, training, batch)
-    _compare(real, run, training, batch)
+    run = _run(watching, eager, training, point)
+    _compare(real, run, training, eager.call.text(point))
     return watching.seen
 
 
-def _run(watching: _Watching, eager: Eager, training: bool, batch: int | None) -> Run:
+def _run(watching: _Watching, eager: Eager, training: bool, point: Point) -> Run:
     def forward(tensors: list[Tensor]) -> Any:
         watching.seen, watching._tensors = _Seen(), []
         return watching.run(*tensors)
 
     try:
-        return eager.measure(forward, training, batch)
+        return eager.measure(forward, training, point)
     except Exception as error:
         raise CaptureError(
-            f"the captured graph fails where the model does not (batch of {batch}): {type(error).__name__}: "
+            f"the captured graph fails where the model does not ({eager.call.text(point)}): "
+            f"{type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}"
         ) from error
 
 
-def _compare(real: Run, run: Run, training: bool, batch: int | None) -> None:
+def _compare(real: Run, run: Run, training: bool, sizes: str) -> None:
     mode = "train" if training else "eval"
-    where = f"in {mode} mode at a batch of {batch}"
+    where = f"in {mode} mode at {sizes}"
     paths = [
         spell(path) for path, value in zip(real.structure.paths(), real.outputs, strict=True)
         if isinstance(value, Tensor)
@@ -225,40 +226,45 @@ def _holds_no_tensor(value: Any) -> bool:
     return not isinstance(value, _Look)
 
 
-def _annotate(graph: fx.Graph, seen: list[_Seen], batches: list[int | None]) -> None:
+def _annotate(graph: fx.Graph, seen: dict[Point, _Seen], known: list[FreeDim]) -> None:
+    first = next(iter(seen.values()))
     for node in graph.nodes:
-        looks = [run.values[node] for run in seen]
+        looks = {point: run.values[node] for point, run in seen.items()}
         node.meta.setdefault("stack", ())
-        node.meta["spec"] = _spec(looks, batches, node)
-        if node in seen[0].mutates:
-            node.meta["mutates"] = seen[0].mutates[node]
-        if node in seen[0].stateless:
+        node.meta["spec"] = _spec(looks, node, known)
+        if node in first.mutates:
+            node.meta["mutates"] = first.mutates[node]
+        if node in first.stateless:
             node.meta["stateful"] = False
-        if node in seen[0].random:
+        if node in first.random:
             node.meta["random"] = True
 
 
-def _spec(looks: list[Any], batches: list[int | None], node: fx.Node) -> Any:
-    first = looks[0]
+def _mark_constants(graph: fx.Graph, seen: _Seen) -> None:
+    """Note values that could carry a gradient and do not: made under no_grad, or of frozen parameters."""
+    for node in graph.nodes:
+        look = seen.values[node]
+        if isinstance(look, _Look) and not look.grad and node.op not in ("placeholder", "get_attr"):
+            node.meta["constant"] = True
+
+
+def _spec(looks: dict[Point, Any], node: fx.Node, known: list[FreeDim]) -> Any:
+    point, first = next(iter(looks.items()))
     if isinstance(first, dict):
-        return {key: _spec([look[key] for look in looks], batches, node) for key in first}
+        return {key: _spec({p: v[key] for p, v in looks.items()}, node, known) for key in first}
     if isinstance(first, tuple):
-        return tuple(_spec([look[i] for look in looks], batches, node) for i in range(len(first)))
+        return tuple(_spec({p: v[i] for p, v in looks.items()}, node, known) for i in range(len(first)))
     if not isinstance(first, _Look):
         return None
-    if len(looks) > 1 and batches[0] is not None and batches[1] is not None:
-        dims = merge(first.shape, looks[1].shape, (batches[0], batches[1]))
-        if dims is None:
-            raise CaptureError(
-                f"the value '{node.name}' has shapes {list(first.shape)} and {list(looks[1].shape)} for "
-                f"batches of {batches[0]} and {batches[1]}, which is no fixed multiple of the batch size"
-            )
-        return TensorSpec(dims, first.dtype)
-    batch = batches[0] if node.op != "get_attr" else None
-    return TensorSpec(tuple(_leading(first.shape, batch)), first.dtype)
-
-
-def _leading(shape: tuple[int, ...], batch: int | None) -> list[Any]:
-    # one batch size is all there is to go by: a first dimension of that size counts as the batch
-    like = TensorSpec.of(torch.empty(shape, device="meta"), batch)
-    return list(like.shape)
+    dims = fit({p: look.shape for p, look in looks.items()}, known)
+    if dims is None:
+        shapes = " and ".join(str(list(look.shape)) for look in looks.values())
+        batches = " and ".join(str(p.batch) for p in looks)
+        raise CaptureError(
+            f"the value '{node.name}' has shapes {shapes} for batches of {batches}, which is no fixed "
+            "multiple of the batch size"
+        )
+    single = all(p.batch == point.batch for p in looks) and node.op != "get_attr"
+    if single and dims and dims[0] == point.batch:
+        dims = (BatchDim(), *dims[1:])  # one batch size is all there is to go by
+    return TensorSpec(dims, first.dtype)

@@ -1,4 +1,4 @@
-"""Which dimension of the inputs is the batch, and the same inputs at another batch size."""
+"""Which dimensions of the inputs are the batch or free, and the same inputs at other sizes of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from locc.capture.tree import Path, flatten, spell
 from locc.errors import CaptureError
 from locc.ir.captured import Inputs
-from locc.ir.spec import BatchDim, Dim, TensorSpec
+from locc.ir.spec import FreeDim, Point, TensorSpec
 
 
 class Call:
-    """The example call: its tensors, their names, and how to make the call at another batch size."""
+    """The example call: its tensors, their names, and how to make the call at other sizes.
+
+    Attributes:
+        batched: which tensors have the batch as their first dimension.
+        free: the free dimensions of each tensor, by index.
+    """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.leaves, self.structure = flatten((inputs.args, inputs.kwargs))
@@ -32,6 +37,7 @@ class Call:
         first = self.tensors[0]
         self.batch: int | None = int(first.shape[0]) if first.dim() else None
         self.batched = [t.dim() > 0 and int(t.shape[0]) == self.batch for t in self.tensors]
+        self.free: list[dict[int, FreeDim]] = [{} for _ in self.tensors]
 
     @property
     def notes(self) -> list[str]:
@@ -43,19 +49,31 @@ class Call:
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
         """The specs of the tensors."""
-        return tuple(
-            TensorSpec.of(t, self.batch if batched else None)
-            for t, batched in zip(self.tensors, self.batched, strict=True)
-        )
+        found = []
+        for t, batched, free in zip(self.tensors, self.batched, self.free, strict=True):
+            spec = TensorSpec.of(t, self.batch if batched else None)
+            found.append(TensorSpec(tuple(free.get(i, d) for i, d in enumerate(spec.shape)), t.dtype))
+        return tuple(found)
 
-    def at(self, batch: int | None) -> list[Tensor]:
-        """Return copies of the tensors at another batch size: repeated or sliced along the batch."""
-        if batch is None or batch == self.batch:
-            return [t.detach().clone() for t in self.tensors]
-        return [
-            _resize(t, batch) if batched else t.detach().clone()
-            for t, batched in zip(self.tensors, self.batched, strict=True)
-        ]
+    @property
+    def dims(self) -> list[FreeDim]:
+        """The free dimensions, each once."""
+        return list({dim.name: dim for free in self.free for dim in free.values()}.values())
+
+    def text(self, point: Point) -> str:
+        """Return sizes in words."""
+        others = [f"{dim.name} = {dim.other}" for dim in self.dims] if point.probe else []
+        return " and ".join([f"a batch of {point.batch}", *others])
+
+    def at(self, point: Point) -> list[Tensor]:
+        """Return copies of the tensors at other sizes: repeated or sliced."""
+        found = []
+        for tensor, batched, free in zip(self.tensors, self.batched, self.free, strict=True):
+            wanted = {i: dim.other for i, dim in free.items()} if point.probe else {}
+            if batched and point.batch is not None:
+                wanted[0] = point.batch
+            found.append(resized(tensor, wanted))
+        return found
 
     def inputs(self, tensors: list[Tensor]) -> Inputs:
         """Return the call with other tensors in the place of the example's."""
@@ -113,22 +131,14 @@ def _other_arguments(inputs: Inputs, args: tuple[Any, ...], kwargs: dict[str, An
     return "; ".join(parts)
 
 
-def merge(one: tuple[int, ...], other: tuple[int, ...], batches: tuple[int, int]) -> tuple[Dim, ...] | None:
-    """Return the dims that give `one` and `other` at two batch sizes, or None when no affine dims do."""
-    if len(one) != len(other):
-        return None
-    dims: list[Dim] = []
-    for a, b in zip(one, other, strict=True):
-        scale, rest = divmod(b - a, batches[1] - batches[0])
-        if rest or scale < 0:
-            return None
-        dims.append(BatchDim(scale, a - scale * batches[0]) if scale else a)
-    return tuple(dims)
-
-
-def _resize(tensor: Tensor, batch: int) -> Tensor:
-    index = torch.arange(batch, device=tensor.device) % tensor.shape[0]
-    return tensor.detach().index_select(0, index)
+def resized(tensor: Tensor, sizes: dict[int, int]) -> Tensor:
+    """Return a copy of other sizes in some dimensions: sliced, or repeated from the start."""
+    result = tensor.detach()
+    for dim, size in sizes.items():
+        if size != result.shape[dim]:
+            index = torch.arange(size, device=tensor.device) % result.shape[dim]
+            result = result.index_select(dim, index)
+    return result.clone() if result.data_ptr() == tensor.data_ptr() else result
 
 
 def _argument_names(model: nn.Module, inputs: Inputs) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -45,6 +46,7 @@ from locc.capture.tree import flatten, leaves_of, map_plain
 from locc.errors import CaptureError
 from locc.ir.captured import Root, strip
 from locc.ir.ops import assign
+from locc.ir.spec import Point
 from locc.snapshot import preserved
 
 _READS_VALUES = {"__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__"}
@@ -59,22 +61,22 @@ def trace(
     opened: frozenset[str],
     training: bool,
     eager: Eager,
-    batches: tuple[int | None, int | None],
+    points: list[Point],
 ) -> Trace:
-    """Record the opened modules' calls on fake tensors with a symbolic batch.
+    """Record the opened modules' calls on fake tensors with a symbolic batch and free dimensions.
 
     Raises:
         CaptureError: a value steers the opened code, or something cannot be written into a graph.
     """
-    runs = tuple(eager.run(training, b) for b in (batches if batches[1] is not None else batches[:1]))
+    runs = {point: eager.run(training, point) for point in points}
     graph = fx.Graph()
-    sizes = Sizes(batches[0] if batches[1] is not None else None)
-    records = Records([run.calls for run in runs], batches)
-    recorder = Recorder(root, graph, Calls(root, opened), sizes, records, eager)
+    batched = any(point.batch != points[0].batch for point in points)
+    sizes = Sizes(points[0], batched, call.dims)
+    recorder = Recorder(root, graph, Calls(root, opened), sizes, Records(runs, call.dims), eager)
     with preserved(root), torch.enable_grad():
         root.train(training)
-        recorder.run(call, runs[0])
-    if recorder.stashed and eager.remembers(training, batches[0]):
+        recorder.run(call, runs[points[0]])
+    if recorder.stashed and eager.remembers(training, points[0]):
         raise RefusalError(
             f"the forward sets '{strip(recorder.stashed[0])}' and its next call gives another output, so one "
             "call feeds the next; make it a buffer (register_buffer), or take it as an input and return it"
@@ -98,7 +100,7 @@ class Recorder(Ledger, TorchFunctionMode):
         """Record the whole forward."""
         before, drawn = bindings(self.root), python_random_state()
         self.outside = Region.now()
-        with self.fake:
+        with self.fake, enable_python_dispatcher():  # composite operators then take symbolic sizes
             inputs = call.inputs([self._placeholder(n, i, call) for i, n in enumerate(call.names)])
             with (
                 self.sizes.watching(lambda: self._paused > 0),
@@ -129,8 +131,10 @@ class Recorder(Ledger, TorchFunctionMode):
             ) from error
 
     def _placeholder(self, name: str, index: int, call: Call) -> Tensor:
-        tensor, batched = call.tensors[index], call.batched[index] and self.sizes.symbol is not None
-        shape = [self.sizes.size, *tensor.shape[1:]] if batched else list(tensor.shape)
+        tensor = call.tensors[index]
+        shape = [self.sizes.of(call.free[index].get(i, int(n))) for i, n in enumerate(tensor.shape)]
+        if call.batched[index]:
+            shape[0] = self.sizes.batch
         fake = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
         node = self.graph.placeholder(placeholder_name(name))
         return self.bind(fake, node)

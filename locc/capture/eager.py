@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locc.capture.batch import Call, merge
+from locc.capture.batch import Call
 from locc.capture.calls import Calls, intercepting
 from locc.capture.source import user_code
 from locc.capture.state import seed_all
@@ -18,7 +18,7 @@ from locc.capture.targets import unchanging
 from locc.capture.tree import LEAF, Path, Structure, flatten, leaves_of
 from locc.errors import CaptureError
 from locc.ir.captured import Root, strip
-from locc.ir.spec import Dim
+from locc.ir.spec import Dim, FreeDim, Point, fit
 from locc.snapshot import preserved, values_preserved
 
 
@@ -60,27 +60,39 @@ class Run:
 
 
 class Eager:
-    """Runs the model on the example call, each combination of mode and batch size once."""
+    """Runs the model on the example call, each combination of mode and sizes once."""
 
     def __init__(self, root: Root, call: Call, opened: frozenset[str]) -> None:
         self.root, self.call, self.opened = root, call, opened
         self.input_gradients, self.whole_backward = True, False
-        self._runs: dict[tuple[bool, int | None], Run] = {}
+        self._runs: dict[tuple[bool, Point], Run] = {}
         self._objects: list[Any] = []  # held, so that an id names one object
         self._seen: Counter[int] = Counter()
 
-    def run(self, training: bool, batch: int | None) -> Run:
-        """Return the run in a mode at a batch size; errors are the model's own."""
-        key = (training, batch)
+    def run(self, training: bool, point: Point) -> Run:
+        """Return the run in a mode at some sizes; errors are the model's own."""
+        key = (training, point)
         if key not in self._runs:
-            self._runs[key] = self._run(training, batch)
+            self._runs[key] = self._run(training, point)
         return self._runs[key]
+
+    def takes(self, tensors: list[Tensor], training: bool) -> bool:
+        """Whether the model runs on inputs of other sizes."""
+        try:
+            with preserved(self.root), torch.no_grad():
+                self.root.train(training)
+                seed_all()
+                inputs = self.call.inputs([t.clone() for t in tensors])
+                self.root(*inputs.args, **inputs.kwargs)
+        except Exception:  # whatever the user's code raises
+            return False
+        return True
 
     def lasting(self, value: Any) -> bool:
         """Whether an object that a leaf received was there in several runs, so none of them made it."""
         return self._seen[id(value)] > 1 or unchanging(value)
 
-    def _run(self, training: bool, batch: int | None) -> Run:
+    def _run(self, training: bool, point: Point) -> Run:
         observer = _Observer(Calls(self.root, self.opened))
 
         def forward(tensors: list[Tensor]) -> Any:
@@ -90,7 +102,7 @@ class Eager:
                 return self.root(*inputs.args, **inputs.kwargs)
 
         try:
-            run = self.measure(forward, training, batch)
+            run = self.measure(forward, training, point)
         except RuntimeError as error:
             if not (training and self.input_gradients) or self._runs:
                 raise
@@ -98,15 +110,15 @@ class Eager:
                 self.whole_backward = True
             else:
                 self.input_gradients = False  # an in-place op on the input, say: users do not ask for these
-            run = self.measure(forward, training, batch)
+            run = self.measure(forward, training, point)
         run.calls = observer.calls
         self._objects += observer.objects
         self._seen.update({id(value) for value in observer.objects})
         return run
 
-    def measure(self, forward: Callable[[list[Tensor]], Any], training: bool, batch: int | None) -> Run:
+    def measure(self, forward: Callable[[list[Tensor]], Any], training: bool, point: Point) -> Run:
         """Run `forward` on the call's tensors from a fixed seed, and leave the model as it was."""
-        tensors = self.call.at(batch)
+        tensors = self.call.at(point)
         with preserved(self.root), torch.set_grad_enabled(training):
             self.root.train(training)
             leaves = [t.requires_grad_() if training and self.input_gradients and _differentiable(t) else t
@@ -122,9 +134,9 @@ class Eager:
             run.buffers = {name: b.detach().clone() for name, b in self.root.named_buffers()}
         return run
 
-    def remembers(self, training: bool, batch: int | None) -> bool:
+    def remembers(self, training: bool, point: Point) -> bool:
         """Whether a second call from the same buffers and seed gives another output than the first."""
-        tensors = self.call.at(batch)
+        tensors = self.call.at(point)
         found: list[list[Any]] = []
         with preserved(self.root), torch.set_grad_enabled(training):
             self.root.train(training)
@@ -246,14 +258,14 @@ def _synthetic_loss(outputs: list[Any]) -> Tensor | None:
     return total
 
 
-def eager_run(eager: Eager, training: bool, batch: int | None) -> Run:
+def eager_run(eager: Eager, training: bool, point: Point) -> Run:
     """Return a run that must succeed.
 
     Raises:
         CaptureError: the model itself fails.
     """
     try:
-        return eager.run(training, batch)
+        return eager.run(training, point)
     except Exception as error:
         mode = "train" if training else "eval"
         raise CaptureError(
@@ -263,10 +275,11 @@ def eager_run(eager: Eager, training: bool, batch: int | None) -> Run:
 
 
 class Records:
-    """What the closed modules returned in real runs at one or two batch sizes, call by call."""
+    """What the closed modules returned in real runs at one to three points, call by call."""
 
-    def __init__(self, runs: list[list[LeafCall]], batches: tuple[int | None, int | None]) -> None:
-        self.runs, self.batches = runs, batches
+    def __init__(self, runs: dict[Point, Run], known: list[FreeDim]) -> None:
+        self.points, self.runs = list(runs), [run.calls for run in runs.values()]
+        self.known = known
         self.position = 0
 
     def next(self, path: str) -> list[LeafCall]:
@@ -283,6 +296,6 @@ class Records:
 
     def dims(self, seen: list[tuple[int, ...]]) -> tuple[Dim, ...] | None:
         """Return the dims of a shape or stride that was seen in every run."""
-        if len(seen) < 2 or self.batches[0] is None or self.batches[1] is None:
+        if len(seen) < len(self.points):
             return seen[0]
-        return merge(seen[0], seen[1], (self.batches[0], self.batches[1]))
+        return fit(dict(zip(self.points, seen, strict=True)), self.known)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,45 +15,47 @@ from locc.capture.eager import Eager
 from locc.capture.graphs import Trace, placeholder_name
 from locc.capture.targets import Constant
 from locc.errors import CaptureError, LoccError
-from locc.ir.captured import BatchGuard, Inputs, Root, owned_tensor
+from locc.ir.captured import Inputs, Root, SizeGuard, owned_tensor
+from locc.ir.spec import BatchDim, Point, TensorSpec
+from locc.quiet import quiet
 from locc.snapshot import preserved
 
-Batches = tuple[int | None, int | None]
 
-
-def trace(root: Root, call: Call, training: bool, eager: Eager, batches: Batches) -> Trace:
-    """Export the whole model, with the batch dynamic, and keep the module stack of every op.
+def trace(root: Root, call: Call, training: bool, eager: Eager, points: list[Point]) -> Trace:
+    """Export the whole model with dynamic sizes, and keep the module stack of every op.
 
     Raises:
         CaptureError: the model cannot be exported.
     """
-    tensors = call.at(batches[0])
+    tensors = call.at(points[0])
     inputs = call.inputs(tensors)
-    with preserved(root), torch.enable_grad(), _quiet():
+    batched = any(point.batch != points[0].batch for point in points)
+    with preserved(root), torch.enable_grad(), quiet("torch"):  # a refused export logs its whole graph
         root.train(training)
         try:
-            program = _export(root, call, tensors, inputs, batches[1] is not None)
+            program = _export(root, call, tensors, inputs, batched)
             module = program.module()
         except Exception as error:
             raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
     order = _order(program, tensors, inputs)
     graph = _Copy(root, module).copy(call, order)
-    wanted = sum(isinstance(v, Tensor) for v in eager.run(training, batches[0]).outputs)
+    wanted = sum(isinstance(v, Tensor) for v in eager.run(training, points[0]).outputs)
     found = len(graph.output_node().args[0])  # type: ignore[arg-type]
     if found != wanted:
         raise CaptureError(f"the exported graph has {found} tensor outputs, and eager has {wanted}")
-    return Trace(graph, _guards(module, call, order) if batches[1] is not None else [])
+    return Trace(graph, _guards(module, call, order) if len(points) > 1 else [])
 
 
-def _export(root: Root, call: Call, tensors: list[Tensor], inputs: Inputs, dynamic: bool) -> Any:
+def _export(root: Root, call: Call, tensors: list[Tensor], inputs: Inputs, batched: bool) -> Any:
     shapes = torch.export.ShapesCollection()
-    for tensor, batched in zip(tensors, call.batched, strict=True):
-        if dynamic and batched:
-            shapes[tensor] = {0: torch.export.Dim.AUTO}
-    flags = shapes.dynamic_shapes(root.model, inputs.args, inputs.kwargs)
-    return torch.export.export(
-        root.model, inputs.args, inputs.kwargs, dynamic_shapes=flags if dynamic else None, strict=True
-    )
+    varies = False
+    for i, tensor in enumerate(tensors):
+        dims = [*([0] if batched and call.batched[i] else []), *call.free[i]]
+        if dims:
+            shapes[tensor] = dict.fromkeys(dims, torch.export.Dim.AUTO)
+            varies = True
+    flags = shapes.dynamic_shapes(root.model, inputs.args, inputs.kwargs) if varies else None
+    return torch.export.export(root.model, inputs.args, inputs.kwargs, dynamic_shapes=flags, strict=True)
 
 
 def _order(program: Any, tensors: list[Tensor], inputs: Inputs) -> list[int | None]:
@@ -136,41 +137,48 @@ class _Copy:
         return tuple(calls)
 
 
-def _guards(module: fx.GraphModule, call: Call, order: list[int | None]) -> list[BatchGuard]:
+def _guards(module: fx.GraphModule, call: Call, order: list[int | None]) -> list[SizeGuard]:
     check: Callable[..., Any] | None = getattr(module, "_guards_fn", None)
     specs = call.specs
+    names = frozenset({"B", *(dim.name for dim in call.dims)})
 
-    def holds(batch: int) -> bool:
-        if batch < 2 or check is None:
-            return batch >= 2  # an exported dynamic dimension starts at two
-        values = [None if i is None else specs[i].empty(batch) for i in order]
+    def holds(sizes: Mapping[str, int]) -> bool:
+        if any(sizes[name] < 2 for name in names):
+            return False  # an exported dynamic dimension starts at two
         try:
-            check(*values)
+            if check is not None:
+                check(*(None if i is None else _meta(specs[i], sizes) for i in order))
         except Exception:
             return False
         return True
 
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    fixed = [
-        node.meta["val"].shape[0]
-        for node, i in zip(placeholders, order, strict=True)
-        if i is not None and call.batched[i] and isinstance(node.meta["val"].shape[0], int)
+    fixed = {}
+    for node, i in zip(placeholders, order, strict=True):
+        shape = node.meta["val"].shape if i is not None else ()
+        for size, dim in zip(shape, specs[i].shape if i is not None else (), strict=True):
+            if isinstance(size, int) and not isinstance(dim, int):
+                fixed["B" if isinstance(dim, BatchDim) else dim.name] = size
+    return [
+        *(
+            SizeGuard(
+                f"{name} == {size}, by torch.export", functools.partial(_is, name, size), frozenset({name})
+            )
+            for name, size in fixed.items()
+        ),
+        *([SizeGuard("the conditions of torch.export", holds, names)] if not fixed else []),
     ]
-    if fixed:
-        size = int(fixed[0])
-        return [BatchGuard(f"B == {size}, by torch.export", lambda batch: batch == size)]
-    return [BatchGuard("the conditions of torch.export", holds)]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # a refused export logs its whole graph
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _is(name: str, size: int, sizes: Mapping[str, int]) -> bool:
+    return sizes[name] == size
+
+
+def _meta(spec: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
+    shape = [
+        d if isinstance(d, int) else sizes["B" if isinstance(d, BatchDim) else d.name] for d in spec.shape
+    ]
+    return torch.empty(shape, dtype=spec.dtype, device="meta")
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from locc.capture.eager import Run
 from locc.capture.targets import is_access, unchanging
 from locc.capture.tree import Path, Structure, flatten, spell
 from locc.errors import CaptureError
-from locc.ir.captured import BatchGuard, Root
+from locc.ir.captured import Root, SizeGuard
 from locc.ir.ops import Rebuild
 
 
@@ -27,7 +27,7 @@ class Trace:
     """A candidate: one graph, and what must hold for it."""
 
     graph: fx.Graph
-    guards: list[BatchGuard] = field(default_factory=list)
+    guards: list[SizeGuard] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

@@ -75,25 +75,44 @@ def _fake(
         changed = sight.alias in mutated
         return (source, True) if changed else (torch.ops.aten.alias(source), False)
     shape = ledger.records.dims([s.shape for s in seen])
-    stride = ledger.records.dims([s.stride for s in seen])
     if shape is None:
         shapes = " and ".join(str(list(s.shape)) for s in seen)
+        points = " and ".join(ledger.eager.call.text(point) for point in ledger.records.points)
         raise CaptureError(
-            f"'{strip(path)}' returns shapes {shapes} for batches of {ledger.records.batches[0]} and "
-            f"{ledger.records.batches[1]}, which is no fixed multiple of the batch size"
+            f"'{strip(path)}' returns shapes {shapes} for {points}, which is no fixed multiple of the "
+            "batch size"
         )
     size = [ledger.sizes.of(d) for d in shape]
-    if not sight.stride and sight.shape:
-        stride = None
+    order = _order(seen)
+    stride = None if order is not None or not sight.stride else ledger.records.dims([s.stride for s in seen])
     steps = [ledger.sizes.of(d) for d in stride] if stride is not None else None
+    if order is not None:
+        back = [order.index(i) for i in range(len(order))]
+        fake = torch.empty([size[i] for i in order], dtype=sight.dtype, device=sight.device).permute(back)
+        steps = list(fake.stride())
     if source is not None and steps is not None and not isinstance(source, nn.Parameter):
         return torch.as_strided(source, size, steps, sight.offset), False
     if steps is None:
         fake = torch.empty(size, dtype=sight.dtype, device=sight.device)
-    else:
+    elif order is None:
         fake = torch.empty_strided(size, steps, dtype=sight.dtype, device=sight.device)
     # a clone requires grad without being an autograd leaf, as a result does
     return (fake.requires_grad_().clone() if sight.requires_grad else fake), False
+
+
+def _order(seen: list[Sight]) -> list[int] | None:
+    """Return the order of dimensions, outermost first, in which every result lies in memory without gaps."""
+    first = seen[0]
+    if len(first.stride) != len(first.shape):
+        return None
+    order = sorted(range(len(first.shape)), key=lambda i: (-first.stride[i], -first.shape[i], i))
+    for sight in seen:
+        step = 1
+        for i in reversed(order):
+            if sight.stride[i] != step:
+                return None
+            step *= sight.shape[i]
+    return order
 
 
 def _constant(ledger: Ledger, path: str, where: Path, seen: list[Any]) -> Any:

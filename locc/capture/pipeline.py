@@ -9,17 +9,18 @@ from locc.capture import concrete, export, symbolic
 from locc.capture.admission import admit, compare
 from locc.capture.batch import Call
 from locc.capture.calls import Calls
+from locc.capture.dynamic import Choice, Dynamic, FixedError
 from locc.capture.eager import Eager, eager_run
 from locc.capture.graphs import RefusalError, Trace, rebuild_of
 from locc.capture.tree import spell
 from locc.errors import CaptureError
-from locc.ir.captured import BatchGuard, Captured, Inputs, Root, Signature
+from locc.ir.captured import Captured, Inputs, Root, Signature, SizeGuard
+from locc.ir.spec import Point
 
-Batches = tuple[int | None, int | None]
 Mechanism = Callable[[bool], Trace]
 
 
-def capture(root: Root, inputs: Inputs, opened: frozenset[str]) -> Captured:
+def capture(root: Root, inputs: Inputs, opened: frozenset[str], dynamic: Dynamic = None) -> Captured:
     """Turn the model's forward into two flat graphs that compute what it computes.
 
     Args:
@@ -27,31 +28,49 @@ def capture(root: Root, inputs: Inputs, opened: frozenset[str]) -> Captured:
         inputs: one example batch.
         opened: paths under `root` of the modules to look into; any other module that an opened one calls
             stays closed, as one `call_module` node.
+        dynamic: dimensions that may vary beside the batch, as for `locc.compile`.
 
     Raises:
-        CaptureError: the model fails by itself, or no mechanism gives a graph that equals it.
+        CaptureError: the model fails by itself, a dimension in `dynamic` cannot vary, or no mechanism gives a
+            graph that equals the model.
     """
     Calls(root, opened)  # refuses an unknown path
     call = Call(root.model, inputs)
-    eager = Eager(root, call, opened)
-    batches = _batches(eager)
-    real = eager_run(eager, True, batches[0])
-    _require_constants(eager, batches)
+    choice = Choice(call, dynamic)
+    while True:
+        eager = Eager(root, call, opened)
+        choice.settle(eager)
+        try:
+            captured = _captured(root, inputs, call, eager)
+        except FixedError as error:
+            choice.fix(error.names, error.text)
+        else:
+            captured.notes += choice.notes
+            return captured
+
+
+def _captured(root: Root, inputs: Inputs, call: Call, eager: Eager) -> Captured:
+    points = _points(eager)
+    real = eager_run(eager, True, points[0])
+    _require_constants(eager, points)
     output = rebuild_of(real)
-    inference_output = rebuild_of(eager_run(eager, False, batches[0]))
+    inference_output = rebuild_of(eager_run(eager, False, points[0]))
+    opened = eager.opened
     mechanisms: dict[str, Mechanism] = {
-        "fx": lambda training: symbolic.trace(root, call, opened, training, eager.run(training, batches[0])),
-        "concrete": lambda training: concrete.trace(root, call, opened, training, eager, batches),
-        "export": lambda training: export.trace(root, call, training, eager, batches),
+        "fx": lambda training: symbolic.trace(root, call, opened, training, eager.run(training, points[0])),
+        "concrete": lambda training: concrete.trace(root, call, opened, training, eager, points),
+        "export": lambda training: export.trace(root, call, training, eager, points),
     }
     refusals: dict[str, CaptureError] = {}
     for origin, mechanism in mechanisms.items():
         try:
             training, inference = (
-                _candidate(root, mechanism, eager, mode, batches, origin) for mode in (True, False)
+                _candidate(root, mechanism, eager, mode, points, origin) for mode in (True, False)
             )
         except RefusalError as error:
             raise CaptureError(f"the model could not be captured: {error}") from error
+        except FixedError:
+            raise
         except CaptureError as error:
             refusals[origin] = error
             continue
@@ -72,101 +91,114 @@ def capture(root: Root, inputs: Inputs, opened: frozenset[str]) -> Captured:
 
 
 def _candidate(
-    root: Root, mechanism: Mechanism, eager: Eager, training: bool, batches: Batches, origin: str
+    root: Root, mechanism: Mechanism, eager: Eager, training: bool, points: list[Point], origin: str
 ) -> Trace:
     trace = mechanism(training)
-    if batches[0] is not None and batches[1] is None:
-        only = batches[0]
-        trace.guards.append(
-            BatchGuard(f"B == {only}: the model fails at other batch sizes", lambda b: b == only)
-        )
-    admit(
-        root, trace, eager, training, _admitted(eager, training, batches, trace.guards), pure=origin == "fx"
-    )
+    only = points[0].batch
+    if only is not None and all(point.batch == only for point in points):
+        text = f"B == {only}: the model fails at other batch sizes"
+        trace.guards.append(SizeGuard(text, lambda sizes: sizes["B"] == only))
+    for guard in trace.guards:
+        if not guard.holds(_sizes(eager, Point(only, 1))):
+            raise FixedError(guard.names - {"B"}, guard.text)
+    admit(root, trace, eager, training, _admitted(eager, training, points, trace.guards), pure=origin == "fx")
     return trace
 
 
-def _lifted(traces: tuple[Trace, Trace], root: Root, eager: Eager) -> tuple[BatchGuard, ...]:
+def _lifted(traces: tuple[Trace, Trace], root: Root, eager: Eager) -> tuple[SizeGuard, ...]:
     """Return the guards of both graphs; a batch of one is let in where the graphs pass at one."""
     guards = tuple({g.text: g for trace in traces for g in trace.guards}.values())
-    if all(guard.holds(1) for guard in guards):
+    one = Point(1)
+    if all(guard.holds(_sizes(eager, one)) for guard in guards):
         return guards
     try:
         for trace, training in zip(traces, (True, False), strict=True):
-            eager.run(training, 1)
-            compare(root, trace, eager, training, 1)
+            eager.run(training, one)
+            compare(root, trace, eager, training, one)
     except Exception:
         return guards
-    return tuple(_but_one(guard) for guard in guards)
+    return tuple(_but_one(guard) if "B" in guard.names else guard for guard in guards)
 
 
-def _but_one(guard: BatchGuard) -> BatchGuard:
-    return BatchGuard(
-        f"{guard.text} (or B == 1, which was tested)", lambda batch: batch == 1 or guard.holds(batch)
+def _but_one(guard: SizeGuard) -> SizeGuard:
+    return SizeGuard(
+        f"{guard.text} (or B == 1, which was tested)",
+        lambda sizes: sizes["B"] == 1 or guard.holds(sizes),
+        guard.names,
     )
 
 
-def _batches(eager: Eager) -> Batches:
-    """Return the two batch sizes that capture runs at; the second is None where the model allows no other."""
+def _points(eager: Eager) -> list[Point]:
+    """Return where capture runs: at the example, at another batch size, and at other free dimensions."""
     example = eager.call.batch
+    other = [Point(example, 1)] if eager.call.dims else []
     if example is None:
-        return None, None
+        return [Point(None), *other]
     first = max(example, 2)  # a symbolic batch of one would be taken for a broadcast dimension
-    if first != example and not _runs(eager, first):
+    if first != example and not _runs(eager, Point(first)):
         first = example
-    others = [first - 1, first + 1] if first > 2 else [first + 1]
-    for other in others:
-        eager_run(eager, True, first)
-        if _runs(eager, other):
-            return first, other
-    return first, None
+    other = [Point(first, 1)] if other else []
+    for batch in [first - 1, first + 1] if first > 2 else [first + 1]:
+        eager_run(eager, True, Point(first))
+        if _runs(eager, Point(batch)):
+            return [Point(first), Point(batch), *other]
+    return [Point(first), *other]
 
 
-def _runs(eager: Eager, batch: int) -> bool:
+def _runs(eager: Eager, point: Point) -> bool:
     try:
-        eager.run(True, batch)
-        eager.run(False, batch)
+        eager.run(True, point)
+        eager.run(False, point)
     except Exception:
         return False
     return True
 
 
-def _admitted(eager: Eager, training: bool, batches: Batches, guards: list[BatchGuard]) -> list[int | None]:
-    """Return the batch sizes that the admission test uses: two that the guards allow, and the example's."""
-    first, second = batches
-    if first is None or second is None:
-        return [first]
-    candidates = [second, first + 1, first - 1, first + 2, 2 * first]
-    allowed = [
-        b for b in dict.fromkeys(candidates) if b > 1 and b != first and all(g.holds(b) for g in guards)
-    ]
-    runs = (b for b in allowed if b == second or _runs(eager, b))
-    found: list[int | None] = [first, *islice(runs, 1)]
-    example = eager.call.batch
-    if example not in found and example is not None and all(g.holds(example) for g in guards):
+def _sizes(eager: Eager, point: Point) -> dict[str, int]:
+    sizes = {dim.name: dim.at(point.probe) for dim in eager.call.dims}
+    return sizes | ({} if point.batch is None else {"B": point.batch})
+
+
+def _admitted(eager: Eager, training: bool, points: list[Point], guards: list[SizeGuard]) -> list[Point]:
+    """Return where the admission test runs: at sizes that the guards allow, the example's among them."""
+    first, *rest = points
+    others = [point for point in rest if point.probe]
+    second = next((point.batch for point in rest if not point.probe), None)
+    if first.batch is None or second is None:
+        return points
+
+    def allowed(point: Point) -> bool:
+        return all(guard.holds(_sizes(eager, point)) for guard in guards)
+
+    batches = [second, first.batch + 1, first.batch - 1, first.batch + 2, 2 * first.batch]
+    candidates = [Point(b) for b in dict.fromkeys(batches) if b > 1 and b != first.batch]
+    runs = (p for p in candidates if allowed(p) and (p.batch == second or _runs(eager, p)))
+    found = [first, *islice(runs, 1)]
+    example = Point(eager.call.batch)
+    if example not in found and allowed(example):
         try:
             eager.run(training, example)
             found.append(example)
         except Exception:  # BatchNorm refuses a batch of one
             pass
-    return found
+    return found + others
 
 
-def _require_constants(eager: Eager, batches: Batches) -> None:
-    if batches[1] is None:
-        return
-    one, other = eager.run(True, batches[0]), eager.run(True, batches[1])
-    if one.structure != other.structure:
-        raise CaptureError(
-            "the structure of the output depends on the batch size: it differs between batches of "
-            f"{batches[0]} and {batches[1]}"
-        )
-    for path, a, b in zip(one.structure.paths(), one.outputs, other.outputs, strict=True):
-        if isinstance(a, (int, float)) and a != b:
+def _require_constants(eager: Eager, points: list[Point]) -> None:
+    one = eager.run(True, points[0])
+    for point in points[1:]:
+        other, differs = eager.run(True, point), f"{eager.call.text(points[0])} and {eager.call.text(point)}"
+        if one.structure != other.structure:
             raise CaptureError(
-                f"output '{spell(path)}' is the number {a} for a batch of {batches[0]} and {b} for one of "
-                f"{batches[1]}; return a tensor"
+                "the structure of the output depends on the sizes of the inputs: it differs between "
+                f"{differs}"
             )
+        for path, a, b in zip(one.structure.paths(), one.outputs, other.outputs, strict=True):
+            if isinstance(a, (int, float)) and a != b:
+                raise CaptureError(
+                    f"output '{spell(path)}' is the number {a} in one and {b} in the other of {differs}; "
+                    "return a tensor"
+                )
 
 
 def _all_refused(refusals: dict[str, CaptureError]) -> CaptureError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,40 +15,64 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from locc.capture.source import user_code
 from locc.errors import CaptureError
-from locc.ir.captured import BatchGuard
-from locc.ir.spec import Dim
+from locc.ir.captured import SizeGuard
+from locc.ir.spec import BatchDim, Dim, FreeDim, Point
 
 Emit = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], fx.Node]
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def is_symbolic(value: Any) -> bool:
-    """Whether a number depends on the batch size."""
+    """Whether a number depends on the sizes of the inputs."""
     return isinstance(value, _SYMBOLIC)
 
 
 class Sizes:
-    """The symbol of the batch size, and how its expressions become nodes."""
+    """The symbols of the batch size and of the free dimensions, and how their expressions become nodes.
 
-    def __init__(self, batch: int | None) -> None:
+    A size that a closed module makes of a free dimension (a strided convolution, say) gets a symbol of its
+    own: what it is stays the module's business, and the graph reads it off the tensor.
+    """
+
+    def __init__(self, point: Point, batched: bool, free: Sequence[FreeDim]) -> None:
         # a shape that depends on data has no spec, so such an op must fail
         self.env = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-        self.symbol: Any = None
-        self.size: Any = batch
+        self.names: dict[Any, str] = {}
+        self.hints: dict[Any, int] = {}
+        self.batch: Any = point.batch
         self.conditions: list[tuple[Any, str]] = []
         self._sources: list[tuple[Tensor, int]] = []
-        if batch is not None:
-            from torch._dynamo.source import ConstantSource
+        self._made: dict[FreeDim, Any] = {}
+        if batched and point.batch is not None:
+            self.batch = self._symbol("B", point.batch)
+        for dim in free:
+            self._made[dim] = self._symbol(dim.name, dim.size)
+        self.inputs = frozenset(self.names)
 
-            source = ConstantSource("B")
-            self.symbol = self.env.create_symbol(batch, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-            self.size = self.env.create_symintnode(self.symbol, hint=batch, source=source)
+    def _symbol(self, name: str, hint: int) -> Any:
+        from torch._dynamo.source import ConstantSource
+
+        source = ConstantSource(name)
+        symbol = self.env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        self.names[symbol], self.hints[symbol] = name, hint
+        return self.env.create_symintnode(symbol, hint=hint, source=source)
 
     def of(self, dim: Dim) -> Any:
         """Return the (symbolic) size of a dimension."""
         if isinstance(dim, int):
             return dim
-        return self.size * dim.scale + dim.offset
+        if isinstance(dim, BatchDim):
+            return self.batch * self.of(dim.scale) + dim.offset
+        if dim not in self._made:
+            self._made[dim] = self._multiple(dim) or self._symbol(f"size{len(self._made)}", dim.size)
+        return self._made[dim]
+
+    def _multiple(self, dim: FreeDim) -> Any:
+        for known, size in list(self._made.items()):
+            factor = dim.size // known.size
+            if (factor * known.size, factor * known.other) == (dim.size, dim.other):
+                return size * factor
+        return None
 
     def seen(self, tensor: Tensor) -> None:
         """Remember that the user's code read the sizes of `tensor`."""
@@ -68,33 +92,37 @@ class Sizes:
         for tensor, i in candidates:
             if _expression(tensor.shape[i]) == expression:
                 return emit("call_method", "size", (node_of(tensor), i), {})
+        parts: dict[Any, fx.Node] = {}
         for tensor, i in candidates:
-            if _expression(tensor.shape[i]) == self.symbol:
-                batch = emit("call_method", "size", (node_of(tensor), i), {})
-                return self._write(expression, batch, emit)
+            part = _expression(tensor.shape[i])
+            if part in expression.free_symbols and part not in parts:
+                parts[part] = emit("call_method", "size", (node_of(tensor), i), {})
+        if expression.free_symbols <= parts.keys():
+            return self._write(expression, parts, emit)
         raise CaptureError(f"cannot compute the size {self.text(expression)} used at {user_code()}")
 
-    def _write(self, expression: Any, batch: fx.Node, emit: Emit) -> Any:
-        if expression == self.symbol:
-            return batch
+    def _write(self, expression: Any, sizes: dict[Any, fx.Node], emit: Emit) -> Any:
+        if expression in sizes:
+            return sizes[expression]
         if expression.is_Integer:
             return int(expression)
         if expression.is_number:
             return float(expression)
-        parts = [self._write(arg, batch, emit) for arg in expression.args]
+        parts = [self._write(arg, sizes, emit) for arg in expression.args]
         target = _OPERATORS.get(type(expression).__name__)
         if target is None:
             raise CaptureError(
-                f"the size {self.text(expression)}, used at {user_code()}, is computed from the batch size "
-                "in a way that capture cannot write down; compute it inside a submodule that stays closed"
+                f"the size {self.text(expression)}, used at {user_code()}, is computed from the sizes of "
+                "the inputs in a way that capture cannot write down; compute it inside a submodule that "
+                "stays closed"
             )
         if target is float or target is int:
             return emit("call_function", target, tuple(parts), {})
         return functools.reduce(lambda a, b: emit("call_function", target, (a, b), {}), parts)
 
     def text(self, expression: Any) -> str:
-        """Return an expression in terms of B."""
-        shown = expression.xreplace({self.symbol: sympy.Symbol("B")}) if self.symbol else expression
+        """Return an expression in terms of B and the names of free dimensions."""
+        shown = sympy.sympify(expression).xreplace({s: sympy.Symbol(n) for s, n in self.names.items()})
         sign = {sympy.Eq: "==", sympy.Ne: "!="}.get(type(shown))
         return f"{shown.lhs} {sign} {shown.rhs}" if sign else str(shown)
 
@@ -132,30 +160,48 @@ class Sizes:
             for name, function in originals.items():
                 setattr(torch.SymInt, name, function)
 
-    def guards(self) -> list[BatchGuard]:
-        """Return every condition on the batch size under which this trace was taken."""
+    def guards(self) -> list[SizeGuard]:
+        """Return every condition on the sizes of the inputs under which this trace was taken."""
         found: dict[Any, str] = {}
         for guard in self.env.guards:
-            found.setdefault(guard.expr, "")
+            if (
+                sympy.sympify(guard.expr).free_symbols <= self.inputs
+            ):  # of others the operation itself sees to
+                found.setdefault(guard.expr, "")
         for expression, place in self.conditions:
             found[expression] = f", at {place}"
         return [
-            BatchGuard(self.text(expression) + place, _holds(expression, self.symbol))
+            self._guard(sympy.sympify(expression), place)
             for expression, place in found.items()
-            if self.symbol in sympy.sympify(expression).free_symbols
+            if sympy.sympify(expression).free_symbols
         ]
+
+    def _guard(self, expression: Any, place: str) -> SizeGuard:
+        text = self.text(expression) + place
+        if expression.free_symbols <= self.inputs:
+            names = {symbol: self.names[symbol] for symbol in expression.free_symbols}
+            return SizeGuard(text, _holds(expression, names), frozenset(names.values()))
+        # what a closed module makes of a size is not known before it runs, so only the example's will do
+        sizes = {
+            self.names[symbol]: self.hints[symbol] for symbol in self.inputs if self.names[symbol] != "B"
+        }
+        return SizeGuard(
+            f"a size that a closed module gives: {text}",
+            lambda given: all(given.get(name, size) == size for name, size in sizes.items()),
+            frozenset(sizes),
+        )
 
 
 def _expression(size: Any) -> Any:
     return size.node.expr if is_symbolic(size) else sympy.Integer(size)
 
 
-def _holds(expression: Any, symbol: Any) -> Callable[[int], bool]:
+def _holds(expression: Any, names: dict[Any, str]) -> Callable[[Mapping[str, int]], bool]:
     @functools.lru_cache(maxsize=256)
-    def holds(batch: int) -> bool:
-        return bool(expression.xreplace({symbol: sympy.Integer(batch)}))
+    def holds(*sizes: int) -> bool:
+        return bool(expression.xreplace(dict(zip(names, map(sympy.Integer, sizes), strict=True))))
 
-    return holds
+    return lambda given: holds(*(given[name] for name in names.values()))
 
 
 _OPERATORS: dict[str, Any] = {

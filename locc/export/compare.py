@@ -73,7 +73,7 @@ def compare(path: Path, network: Network, tolerance: float | None) -> float:
         try:
             found = run_session(session, inputs)
         except ExportError as error:
-            raise ExportError(f"at batch size {sample.batch}, {error}") from error
+            raise ExportError(f"at {sample.text}, {error}") from error
         worst = max(worst, agree(found, network.outputs, sample, tolerance))
     return worst
 
@@ -88,7 +88,7 @@ def agree(
     """
     worst = 0.0
     for name, expected in zip(names, sample.outputs, strict=True):
-        where = f"output '{name}' at batch size {sample.batch}"
+        where = f"output '{name}' at {sample.text}"
         value = found[name]
         wanted = to_numpy(expected)
         if value.shape != wanted.shape or value.dtype != wanted.dtype:

@@ -8,6 +8,7 @@ compared with PyTorch in onnxruntime.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -23,8 +24,9 @@ from locc.errors import ExportError
 from locc.export import proto
 from locc.export.compare import compare
 from locc.export.network import Network
-from locc.export.samples import buffers_kept
+from locc.export.samples import axis, buffers_kept
 from locc.ir import BatchDim, TensorSpec
+from locc.ir.spec import FreeDim
 
 EXPORTERS = ("torch.export", "TorchScript")
 
@@ -125,7 +127,9 @@ def _export(network: Network, path: Path, options: Options, automatic: bool) -> 
 def _dynamic(spec: TensorSpec, batch: Any, automatic: bool) -> dict[int, Any]:
     dims: dict[int, Any] = {}
     for i, dim in enumerate(spec.shape):
-        if isinstance(dim, BatchDim):
+        if isinstance(dim, FreeDim) or (isinstance(dim, BatchDim) and isinstance(dim.scale, FreeDim)):
+            dims[i] = torch.export.Dim.AUTO
+        elif isinstance(dim, BatchDim):
             scaled = batch if dim.scale == 1 else dim.scale * batch
             exact = scaled if dim.offset == 0 else scaled + dim.offset
             dims[i] = torch.export.Dim.AUTO if automatic else exact
@@ -135,7 +139,7 @@ def _dynamic(spec: TensorSpec, batch: Any, automatic: bool) -> dict[int, Any]:
 def _torchscript(network: Network, path: Path, options: Options) -> None:
     inputs = proto.temporary("input", network.inputs)
     axes = {
-        name: {i: "batch" for i, d in enumerate(spec.shape) if isinstance(d, BatchDim)}
+        name: {i: re.sub(r"\W", "_", axis(d)) for i, d in enumerate(spec.shape) if not isinstance(d, int)}
         for name, spec in zip(inputs, network.input_specs, strict=True)
     }
     log = getattr(torch._C, "_jit_set_onnx_log_enabled", None)

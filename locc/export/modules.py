@@ -165,7 +165,8 @@ class _Chain:
             named = {**fixed, **dict(zip(free, names, strict=True))}
             for node in stage.writes:
                 spec = spec_of(
-                    {s.batch: r[node] for s, r in zip(self.whole.samples, self.records, strict=False)}
+                    self.ir,
+                    {s.point: r[node] for s, r in zip(self.whole.samples, self.records, strict=False)},
                 )
                 self.values[node] = _Value(named[node], spec, {"file": file, "output": named[node]})
 
@@ -191,7 +192,7 @@ class _Chain:
         reads, writes = [self.values[n] for n in stage.reads], [self.values[n] for n in stage.writes]
         *records, trace = self.records
         samples = [
-            Sample(s.batch, [r[n] for n in stage.reads], [r[n] for n in stage.writes])
+            Sample(s.point, [r[n] for n in stage.reads], [r[n] for n in stage.writes])
             for s, r in zip(self.whole.samples, records, strict=True)
         ]
         return Network(
@@ -202,7 +203,7 @@ class _Chain:
             output_specs=[v.spec for v in writes],
             trace=[trace[n] for n in stage.reads],
             samples=samples,
-            dynamic=self.whole.dynamic and any(v.spec.batch_dim is not None for v in reads),
+            dynamic=self.whole.dynamic and any(not isinstance(d, int) for v in reads for d in v.spec.shape),
         )
 
     def _entry(self, stage: Stage, file: str, written: Written, folder: Path) -> dict[str, Any]:

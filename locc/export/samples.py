@@ -14,30 +14,36 @@ from torch import Tensor, fx, nn
 from locc.errors import ExportError
 from locc.export.names import follow, output_paths
 from locc.ir import BatchDim, Inputs, TensorSpec, TrainingGraph
+from locc.ir.spec import FreeDim, Point, fit
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Inputs of a network at one batch size, and what PyTorch returns for them."""
+    """Inputs of a network at some sizes, and what PyTorch returns for them."""
 
-    batch: int
+    point: Point
     inputs: list[Tensor]
     outputs: list[Tensor]
+
+    @property
+    def text(self) -> str:
+        """The sizes in words."""
+        return f"batch size {self.point.batch}" + (" and other free dimensions" if self.point.probe else "")
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batch sizes of an export.
+    """The sizes of an export.
 
     Attributes:
-        trace: the size at which the exporters run the network.
-        checked: the sizes at which the file is compared: 1, the example's and a larger one, as far as
-            the model admits them.
+        trace: those at which the exporters run the network.
+        checked: those at which the file is compared: a batch of 1, the example's and a larger one, as far as
+            the model admits them, and the example's batch with other sizes of the free dimensions.
         dynamic: whether more than one size is possible at all.
     """
 
-    trace: int
-    checked: tuple[int, ...]
+    trace: Point
+    checked: tuple[Point, ...]
     dynamic: bool
 
 
@@ -82,14 +88,15 @@ def batches(ir: TrainingGraph, run: Callable[[list[Tensor]], Any]) -> Batches:
     example = example_tensors(ir)
     signature = ir.captured.signature
     own = signature.batch_of(example)
+    probes = [Point(own, 1)] if any(spec.free for spec in signature.specs) else []
     if all(spec.batch_dim is None for spec in signature.specs):
-        return Batches(own, (own,), dynamic=False)
+        return Batches(Point(own), (Point(own), *probes), dynamic=bool(probes))
 
     def possible(batch: int) -> bool:
-        if not all(guard.holds(batch) for guard in signature.guards):
+        if not signature.allows(batch):
             return False
         try:
-            run(resized(ir, example, batch))
+            run(resized(ir, example, Point(batch)))
         except Exception:  # whatever the model raises on a batch that it does not take
             return False
         return True
@@ -104,7 +111,8 @@ def batches(ir: TrainingGraph, run: Callable[[list[Tensor]], Any]) -> Batches:
     checked = tuple(sorted({small, own, middle, large}))
     # An exporter takes a batch of one for a dimension that is broadcast.
     trace = next((b for b in (own, *checked) if b > 1), own)
-    return Batches(trace, checked, dynamic=len(checked) > 1)
+    points = [Point(own), *(Point(b) for b in checked if b != own), *probes]
+    return Batches(Point(trace), tuple(points), dynamic=len(points) > 1)
 
 
 def example_tensors(ir: TrainingGraph) -> list[Tensor]:
@@ -122,22 +130,25 @@ def example_tensors(ir: TrainingGraph) -> list[Tensor]:
     return [t.detach().to(device) for t in ir.captured.signature.flatten(example)]
 
 
-def resized(ir: TrainingGraph, tensors: Sequence[Tensor], batch: int) -> list[Tensor]:
-    """Return the tensors at another batch size: a slice, or repeated with small changes.
+def resized(ir: TrainingGraph, tensors: Sequence[Tensor], point: Point) -> list[Tensor]:
+    """Return the tensors at other sizes: a slice, or repeated with small changes.
 
     Repeated rows are made to differ, so that a file that mixes up the samples of a batch is noticed:
     floating-point rows are scaled a little, rows of integers rolled (both keep a value in its range).
     """
     return [
-        _resize(t.clone(), spec, batch) for t, spec in zip(tensors, ir.captured.signature.specs, strict=True)
+        _resize(t.clone(), spec, point) for t, spec in zip(tensors, ir.captured.signature.specs, strict=True)
     ]
 
 
-def _resize(tensor: Tensor, spec: TensorSpec, batch: int) -> Tensor:
-    dim = spec.batch_dim
-    if dim is None:
-        return tensor
-    size = spec.concrete(batch)[dim]
+def _resize(tensor: Tensor, spec: TensorSpec, point: Point) -> Tensor:
+    for dim, size in enumerate(spec.concrete(point.batch or 0, point.probe)):
+        if isinstance(spec.shape[dim], FreeDim) and size != tensor.shape[dim]:
+            tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+    return tensor if spec.batch_dim is None else _rows(tensor, spec.batch_dim, point.batch or 0)
+
+
+def _rows(tensor: Tensor, dim: int, size: int) -> Tensor:
     own = max(int(tensor.shape[dim]), 1)
     rows = []
     for i in range(size):
@@ -178,18 +189,26 @@ def truth(ir: TrainingGraph, program: nn.Module) -> Callable[[list[Tensor]], lis
     return run
 
 
-def spec_of(values: dict[int, Tensor]) -> TensorSpec:
-    """Return the spec of a value from what it was at one or several batch sizes."""
-    (first, one), *others = values.items()
-    dims: list[int | BatchDim] = [int(n) for n in one.shape]
-    if others:
-        second, other = others[-1]
-        for i, (a, b) in enumerate(zip(one.shape, other.shape, strict=True)):
-            scale = (int(b) - int(a)) // (second - first)
-            dims[i] = BatchDim(scale, int(a) - scale * first) if scale else int(a)
-    return TensorSpec(tuple(dims), one.dtype)
+def spec_of(ir: TrainingGraph, values: dict[Point, Tensor]) -> TensorSpec:
+    """Return the spec of a value from what it was at several sizes.
+
+    Raises:
+        ExportError: no spec has these shapes.
+    """
+    shapes = {point: tuple(value.shape) for point, value in values.items()}
+    dims = fit(shapes, [dim for spec in ir.captured.signature.specs for dim in spec.free])
+    if dims is None:
+        raise ExportError(
+            f"a value has shapes {list(shapes.values())}, which is no multiple of the batch size"
+        )
+    return TensorSpec(dims, next(iter(values.values())).dtype)
 
 
 def onnx_shape(spec: TensorSpec) -> list[int | str]:
-    """Return a shape as ONNX and the manifest write it: `["batch", 3, 8, 8]`."""
-    return [str(d).replace("B", "batch") if isinstance(d, BatchDim) else d for d in spec.shape]
+    """Return a shape as ONNX and the manifest write it: `["batch", 3, "H", "W"]`."""
+    return [d if isinstance(d, int) else axis(d) for d in spec.shape]
+
+
+def axis(dim: BatchDim | FreeDim) -> str:
+    """Return the name of a dimension that may vary."""
+    return str(dim).replace("B", "batch") if isinstance(dim, BatchDim) else dim.name

@@ -82,9 +82,9 @@ def network_of(program: Compiled) -> Network:
     try:
         sizes = batches(ir, run)
         samples = []
-        for batch in sizes.checked:
-            inputs = resized(ir, example, batch)
-            samples.append(Sample(batch, inputs, run(inputs)))
+        for point in sizes.checked:
+            inputs = resized(ir, example, point)
+            samples.append(Sample(point, inputs, run(inputs)))
     except LoccError:
         raise
     except Exception as error:  # the user's own code
@@ -92,7 +92,7 @@ def network_of(program: Compiled) -> Network:
             f"the model itself fails on its example inputs in eval mode: {type(error).__name__}: {error}"
         ) from error
     names = input_names(ir)
-    specs = [spec_of({s.batch: s.outputs[i] for s in samples}) for i in range(len(samples[0].outputs))]
+    specs = [spec_of(ir, {s.point: s.outputs[i] for s in samples}) for i in range(len(samples[0].outputs))]
     return Network(
         module=graph_module(ir.root, ir.inference).eval(),
         inputs=names,

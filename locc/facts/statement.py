@@ -9,7 +9,7 @@ from locc.facts.records import CheckRun, Memory, OwnerFacts, TableRow
 from locc.facts.traffic import Flow
 from locc.ir import Coupling
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Statement:
     """What was proved of a program, and what follows from its graph: the data of a `Certificate`."""
 
     method: str
+    loss: str
     verdict: str
     reasons: tuple[str, ...]
     owners: tuple[OwnerFacts, ...]

@@ -1,6 +1,6 @@
 """The training graph: nodes, ownership, the four ops, printer, invariants. Imports no other stage."""
 
-from locc.ir.captured import BatchGuard, Captured, Inputs, Root, Signature, owned_tensor, strip
+from locc.ir.captured import Captured, Inputs, Root, Signature, SizeGuard, owned_tensor, strip
 from locc.ir.coupling import Coupling
 from locc.ir.graph import TrainingGraph
 from locc.ir.ops import Rebuild, assign, call_with, carry, gradient, inner, objective, stop_gradient
@@ -10,7 +10,6 @@ from locc.ir.view import Boundary, Owner, Phase, Repeat, node_parameters
 
 __all__ = [
     "BatchDim",
-    "BatchGuard",
     "Boundary",
     "Captured",
     "Coupling",
@@ -21,6 +20,7 @@ __all__ = [
     "Repeat",
     "Root",
     "Signature",
+    "SizeGuard",
     "TensorSpec",
     "TrainingGraph",
     "assign",

@@ -7,6 +7,7 @@ Both graphs are rooted at a `Root`, so every target starts with `model.`. Metada
   that call); a leaf module's own call is the last pair
 - `stateful`: False for a leaf without parameters that left its buffers as they were (absent otherwise)
 - `mutates`: the nodes whose storage it changes in place (absent when there are none)
+- `constant`: True where no gradient comes through it, though its dtype would allow one (absent otherwise)
 - `random`: True when it draws random numbers (absent otherwise)
 - `line`: `file:line` of the user's code, where known
 """
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from locc.errors import LoccError, RunError
 from locc.ir.ops import Rebuild
-from locc.ir.spec import TensorSpec
+from locc.ir.spec import BatchDim, TensorSpec
 
 
 class Root(nn.Module):
@@ -93,50 +94,82 @@ class Signature:
     names: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
     flatten: Callable[[Inputs], list[Tensor]]
-    guards: tuple[BatchGuard, ...] = ()
+    guards: tuple[SizeGuard, ...] = ()
 
     def bind(self, inputs: Inputs) -> list[Tensor]:
         """Return the tensors of a call, in placeholder order.
 
         Raises:
             RunError: the call has another structure, dtype or shape than the captured one (the batch
-                size may differ), or a batch size that the model's own code treats differently.
+                size and the free dimensions may differ), or sizes that the model's own code treats
+                differently.
         """
         try:
             tensors = self.flatten(inputs)
         except ValueError as error:
             raise RunError(f"the inputs differ from the example inputs: {error}") from error
-        batch = self.batch_of(tensors)
+        sizes = self._sizes(tensors)
         for name, spec, tensor in zip(self.names, self.specs, tensors, strict=True):
-            if tuple(tensor.shape) != spec.concrete(batch) or tensor.dtype != spec.dtype:
-                found = TensorSpec(tuple(tensor.shape), tensor.dtype)
-                raise RunError(
-                    f"input '{name}' was compiled as {spec} and now is {found}; only the batch size B "
-                    "may change. Compile again with example_inputs of the new shape"
-                )
+            if tuple(tensor.shape) != _shape(spec, sizes) or tensor.dtype != spec.dtype:
+                raise RunError(self._misfit(name, spec, tensor, sizes))
         for guard in self.guards:
-            if not guard.holds(batch):
+            if not guard.holds(sizes):
+                found = ", ".join(f"{name} = {sizes[name]}" for name in sizes if name in guard.names)
                 raise RunError(
-                    f"the model branches on the batch size ({guard.text}); the captured branch does not "
-                    f"cover a batch of {batch}. Compile again with example_inputs of that size"
+                    f"the model branches on a size ({guard.text}); the captured branch does not cover "
+                    f"{found}. Compile again with example_inputs of that size"
                 )
         return tensors
 
     def batch_of(self, tensors: Sequence[Tensor]) -> int:
         """Return the batch size of a call's tensors, or 1 when no input has a batch dimension."""
+        return self._sizes(tensors)["B"]
+
+    def allows(self, batch: int, probe: int = 0) -> bool:
+        """Whether the captured graphs hold at a batch size, and the example's (or other) free dimensions."""
+        sizes = {dim.name: dim.at(probe) for spec in self.specs for dim in spec.free} | {"B": batch}
+        return all(guard.holds(sizes) for guard in self.guards)
+
+    def _sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """Return the batch size as `B` (1 where nothing has one) and each free dimension, as first found."""
+        sizes: dict[str, int] = {}
         for spec, tensor in zip(self.specs, tensors, strict=True):
-            dim = spec.batch_dim
-            if dim is not None and tensor.dim() == len(spec.shape):
-                return int(tensor.shape[dim])
-        return 1
+            for dim, n in zip(spec.shape, tensor.shape, strict=False):
+                if len(spec.shape) == tensor.dim() and not isinstance(dim, int):
+                    sizes.setdefault("B" if isinstance(dim, BatchDim) else dim.name, int(n))
+        return {"B": 1} | sizes
+
+    def _misfit(self, name: str, spec: TensorSpec, tensor: Tensor, sizes: dict[str, int]) -> str:
+        found = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        free = ", ".join(dict.fromkeys(["B", *(dim.name for spec in self.specs for dim in spec.free)]))
+        given = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+        return (
+            f"input '{name}' was compiled as {spec} and now is {found}; only {free} may change, in "
+            f"all inputs alike (here {given}). Compile with dynamic='auto', or with "
+            "example_inputs of the new shape"
+        )
+
+
+def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(
+        dim if isinstance(dim, int) else sizes.get("B" if isinstance(dim, BatchDim) else dim.name, -1)
+        for dim in spec.shape
+    )
 
 
 @dataclass(frozen=True)
-class BatchGuard:
-    """A condition on the batch size that the captured branch of the user's code depends on."""
+class SizeGuard:
+    """A condition on sizes of the inputs that the captured branch of the user's code depends on.
+
+    Attributes:
+        text: the condition, and where in the user's code.
+        holds: takes the batch size as `B`, and the free dimensions by name.
+        names: what it reads.
+    """
 
     text: str
-    holds: Callable[[int], bool]
+    holds: Callable[[Mapping[str, int]], bool]
+    names: frozenset[str] = frozenset({"B"})
 
 
 @dataclass

@@ -57,10 +57,16 @@ class TrainingGraph(Writer):
             delays: whether it only keeps a value for later, so that it moves in each phase that reads it.
 
         Raises:
-            GraphError: `resize` is neither, `initial` does not broadcast, or `reset` is of another shape.
+            GraphError: `resize` is neither, `initial` does not broadcast, a dimension other than the
+                batch may vary, or `reset` is of another shape.
         """
         if resize not in RESIZE:
             raise GraphError(f"state '{name}' of '{owner}': resize={resize!r}; choose 'reset' or 'error'")
+        if spec.free:
+            raise GraphError(
+                f"state '{name}' of '{owner}' would be {spec}, and '{spec.free[0].name}' may vary from step "
+                "to step (dynamic); a state keeps its size, but for the batch"
+            )
         try:
             held = State(owner, name, spec, initial, resize, delays)
         except RuntimeError as error:

@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from locc.errors import MethodError
 from locc.ir.captured import owned_tensor
 from locc.ir.likeness import likeness
 from locc.ir.memory import memories
-from locc.ir.spec import SMALL, BatchDim, Dim, Spec, TensorSpec, map_specs
+from locc.ir.spec import SMALL, BatchDim, FreeDim, Point, Spec, TensorSpec, fit, map_specs
 
 _BATCHES = (6, 8, 11)
 _CONTRACTION = re.compile(
@@ -49,7 +50,7 @@ class Inferred:
 def infer(
     root: nn.Module, op: str, target: Any, args: Any, kwargs: Any, known: dict[Hashable, Inferred | None]
 ) -> Inferred | None:
-    """Try an operation at two batch sizes or three; nothing under the root changes.
+    """Try an operation at several sizes of what may vary; nothing under the root changes.
 
     Args:
         root: holds the modules and tensors.
@@ -87,9 +88,15 @@ def _tried(trial: _Trial) -> Inferred | None:
         if fake or trial.elements() <= SMALL:
             try:
                 return trial.result(fake)
+            except VariesError:
+                raise
             except Exception:  # whatever it raises, it cannot be run so
                 continue
     return None
+
+
+class VariesError(MethodError):
+    """What a method adds does not take the sizes that `dynamic` lets in."""
 
 
 class _UnknownError(Exception):
@@ -118,6 +125,14 @@ class _Trial:
     inputs: list[fx.Node]
     modules: dict[fx.Node, nn.Module]
 
+    @property
+    def free(self) -> list[FreeDim]:
+        """What varies in the inputs, other than the batch."""
+        found: list[FreeDim] = []
+        for node in self.inputs:
+            map_specs(lambda s: found.extend(s.free), node.meta.get("spec"))
+        return found
+
     def elements(self) -> int:
         """Return how many elements a run reads."""
         found: list[int] = []
@@ -131,24 +146,39 @@ class _Trial:
         watch = _Watch()
         views = False
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            found = []
-            for batch in _BATCHES[:2]:
-                value, given = self._run(batch, fake, watch)
+            first, second, third = (Point(batch) for batch in _BATCHES)
+            seen = {}
+            for point in (first, second, *([Point(first.batch, 1)] if self.free else [])):
+                value, given = self._probed(point, fake, watch)
                 views |= not given.isdisjoint(memories(value))
-                found.append(tree_map(_spec, value))
-            spec = _merge(found, _BATCHES[:2])
+                seen[point] = tree_map(_spec, value)
+            spec = _merge(seen, self.free)
             if _odd(spec):  # two points make any line: a third one tells a line from a curve
-                value, _ = self._run(_BATCHES[2], fake, watch)
-                third = _merge([tree_map(_spec, value)], _BATCHES[2:])
-                if third != map_specs(lambda s: TensorSpec(s.concrete(_BATCHES[2]), s.dtype), spec):
+                value, _ = self._run(third, fake, watch)
+                wanted = map_specs(lambda s: TensorSpec(s.concrete(_BATCHES[2]), s.dtype), spec)
+                if _merge({third: tree_map(_spec, value)}, []) != wanted:
                     raise _UnknownError
         return Inferred(spec, watch.random, watch.contracts, views)
 
-    def _run(self, batch: int, fake: bool, watch: _Watch) -> tuple[Any, set[int]]:
-        """Return the value for a batch size, and the memory of what it is computed from."""
+    def _probed(self, point: Point, fake: bool, watch: _Watch) -> tuple[Any, set[int]]:
+        """Run at a point; what runs at the example's sizes alone is an error that nothing may hide."""
+        try:
+            return self._run(point, fake, watch)
+        except Exception as error:
+            if not point.probe:
+                raise
+            sizes = ", ".join(f"{dim.name} = {dim.other}" for dim in dict.fromkeys(self.free))
+            name = getattr(self.target, "__name__", str(self.target))
+            raise VariesError(
+                f"'{name}' works at the sizes of the example inputs and not at {sizes}, which dynamic "
+                f"lets in: {error}; leave these dimensions out of dynamic"
+            ) from error
+
+    def _run(self, point: Point, fake: bool, watch: _Watch) -> tuple[Any, set[int]]:
+        """Return the value at some sizes, and the memory of what it is computed from."""
         mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         with mode or nullcontext():
-            values = {n: map_specs(lambda s: _filled(s, batch), n.meta.get("spec")) for n in self.inputs}
+            values = {n: map_specs(lambda s: _filled(s, point), n.meta.get("spec")) for n in self.inputs}
             values.update((n, _copied(m, mode)) for n, m in self.modules.items())
             args: Any = fx.map_arg(self.args, values.__getitem__)
             kwargs: Any = fx.map_arg(self.kwargs, values.__getitem__)
@@ -166,9 +196,11 @@ class _Trial:
             return value, given
 
 
-def _filled(spec: TensorSpec, batch: int) -> Tensor:
+def _filled(spec: TensorSpec, point: Point) -> Tensor:
     """Return a tensor that most operations accept: ones, and zeros where it may hold indices."""
-    return torch.full(spec.concrete(batch), int(spec.differentiable), dtype=spec.dtype)
+    return torch.full(
+        spec.concrete(point.batch or 0, point.probe), int(spec.differentiable), dtype=spec.dtype
+    )
 
 
 def _copied(module: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
@@ -190,29 +222,20 @@ def _spec(value: Any) -> Any:
     return TensorSpec(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
 
 
-def _merge(found: list[Any], batches: tuple[int, ...]) -> Spec:
-    first, last = found[0], found[-1]
+def _merge(seen: dict[Point, Any], known: list[FreeDim]) -> Spec:
+    first = next(iter(seen.values()))
     if isinstance(first, dict):
-        return {key: _merge([f[key] for f in found], batches) for key in first}
+        return {key: _merge({p: v[key] for p, v in seen.items()}, known) for key in first}
     if isinstance(first, (tuple, list)):
-        if len(first) != len(last):
+        if any(len(v) != len(first) for v in seen.values()):
             raise _UnknownError
-        return tuple(_merge([f[i] for f in found], batches) for i in range(len(first)))
+        return tuple(_merge({p: v[i] for p, v in seen.items()}, known) for i in range(len(first)))
     if not isinstance(first, TensorSpec):
         return None
-    if len(first.shape) != len(last.shape):
+    dims = fit({point: spec.concrete(0) for point, spec in seen.items()}, known)
+    if dims is None:
         raise _UnknownError
-    pairs = zip(first.shape, last.shape, strict=True)
-    return TensorSpec(tuple(_dim(a, b, batches) for a, b in pairs), first.dtype)
-
-
-def _dim(a: Any, b: Any, batches: tuple[int, ...]) -> Dim:
-    if a == b:
-        return int(a)
-    scale, rest = divmod(b - a, batches[-1] - batches[0])
-    if rest:
-        raise _UnknownError
-    return BatchDim(scale, a - scale * batches[0])
+    return TensorSpec(dims, first.dtype)
 
 
 def _odd(spec: Spec) -> bool:

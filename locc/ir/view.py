@@ -99,6 +99,11 @@ class Boundary:
         assert isinstance(spec, TensorSpec)
         return spec
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient can come back through the value."""
+        return self.spec.differentiable and not self.value.meta.get("constant", False)
+
 
 @dataclass
 class View:
@@ -183,7 +188,7 @@ class View:
 
     def crossing(self, producer: str) -> list[fx.Node]:
         """Return the differentiable values that a module sends to others, each once."""
-        values = {b.value: None for b in self.boundaries(producer=producer) if b.spec.differentiable}
+        values = {b.value: None for b in self.boundaries(producer=producer) if b.differentiable}
         return list(values)
 
     def outputs(self, owner: str) -> list[fx.Node]:

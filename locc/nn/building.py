@@ -75,6 +75,8 @@ def zero_(layer: nn.Module, *, bias: bool = True) -> None:
 def check_shapes(network: nn.Module, inputs: tuple[TensorSpec, ...], result: TensorSpec, what: str) -> None:
     """Run `network` with a batch of 2 and raise unless it gives `result`; nothing of it changes.
 
+    Where sizes may vary it runs at both sizes that capture has tried.
+
     A small one runs on zeros, which takes less time than PyTorch's shape rules; a large one on meta tensors.
 
     Raises:
@@ -83,29 +85,37 @@ def check_shapes(network: nn.Module, inputs: tuple[TensorSpec, ...], result: Ten
     tensors = [*network.named_parameters(), *network.named_buffers()]
     read = sum(t.numel() for _, t in tensors) + sum(math.prod(spec.concrete(2)) for spec in inputs)
     asked = ", ".join(str(spec) for spec in inputs)
-    found = None
-    if read <= SMALL:
-        with suppress(Exception):  # no kernel for this dtype on the CPU, say: the shape rules decide
-            found = _run(network, inputs, "cpu")
-    try:
-        found = _run(network, inputs, "meta") if found is None else found
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise MethodError(
-            f"{what} cannot serve {asked}: {error}; cut elsewhere or pass your own factory"
-        ) from error
-    if tuple(found.shape) != result.concrete(2):
-        raise MethodError(
-            f"{what} for {asked} gives shape {tuple(found.shape)} at batch 2, and {result} was asked for; "
-            "pass the layout, or your own factory"
-        )
+    for probe in (0, 1) if any(spec.free for spec in (*inputs, result)) else (0,):
+        found = None
+        if read <= SMALL:
+            with suppress(Exception):  # no kernel for this dtype on the CPU, say: the shape rules decide
+                found = _run(network, inputs, "cpu", probe)
+        try:
+            found = _run(network, inputs, "meta", probe) if found is None else found
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise MethodError(
+                f"{what} cannot serve {asked}{_sizes(inputs, probe)}: {error}; cut elsewhere, or pass your "
+                "own factory"
+            ) from error
+        if tuple(found.shape) != result.concrete(2, probe):
+            raise MethodError(
+                f"{what} for {asked} gives shape {tuple(found.shape)} at batch 2{_sizes(inputs, probe)}, and "
+                f"{result} was asked for; pass the layout, or your own factory"
+            )
 
 
-def _run(network: nn.Module, inputs: tuple[TensorSpec, ...], device: str) -> Any:
+def _sizes(inputs: tuple[TensorSpec, ...], probe: int) -> str:
+    free = {dim.name: dim.at(probe) for spec in inputs for dim in spec.free}
+    varying = ", ".join(f"{name} = {size}" for name, size in free.items())
+    return f" with {varying} (dynamic: it may vary)" if varying else ""
+
+
+def _run(network: nn.Module, inputs: tuple[TensorSpec, ...], device: str, probe: int) -> Any:
     """Return what zeros give, in a batch of 2, with zeros for the parameters and buffers."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
     state: dict[str, Any] = {name: torch.zeros_like(t, device=device) for name, t in tensors}
     floating = [t.dtype for t in state.values() if t.is_floating_point()]
-    values = [torch.zeros(spec.concrete(2), dtype=spec.dtype, device=device) for spec in inputs]
+    values = [torch.zeros(spec.concrete(2, probe), dtype=spec.dtype, device=device) for spec in inputs]
     if floating:  # autocast may bring the boundary to another precision than the parameters
         values = [v.to(floating[0]) if v.is_floating_point() else v for v in values]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -113,5 +123,14 @@ def _run(network: nn.Module, inputs: tuple[TensorSpec, ...], device: str) -> Any
 
 
 def numel(spec: TensorSpec) -> int:
-    """Return the number of features of one row of `spec`: the product of all but its batch dimension."""
+    """Return the number of features of one row of `spec`: the product of all but its batch dimension.
+
+    Raises:
+        MethodError: it varies.
+    """
+    if spec.free:
+        raise MethodError(
+            f"{spec} has a varying number of features ({', '.join(d.name for d in spec.free)}), and a "
+            "dense layer needs a fixed one; cut elsewhere, or leave the dimension out of dynamic"
+        )
     return math.prod(d for d in spec.shape if isinstance(d, int))

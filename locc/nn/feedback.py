@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from locc.errors import MethodError, nearest
 from locc.ir.spec import BatchDim, TensorSpec
 from locc.nn.building import numel
-from locc.nn.layout import Layout, regrid, split_dim
+from locc.nn.layout import Layout, in_proportion, regrid, split_dim
 from locc.nn.readout import Readout, plan_readout
 
 Sizes = int | tuple[int, ...]
@@ -234,7 +234,8 @@ def _broadcast(e: Tensor, matrix: Tensor, spec: TensorSpec, plan: Readout) -> Te
     elif plan.target:
         if plan.source != plan.target:
             scale = math.prod(plan.target) / math.prod(plan.source)
-            errors = regrid(errors.movedim(-1, 1), plan.source).movedim(1, -1) * scale
+            maps = errors.movedim(-1, 1)
+            errors = regrid(maps, in_proportion(maps, plan.target, plan.source)).movedim(1, -1) * scale
         if plan.drop_class_token:
             errors = F.pad(errors, (0, 0, 1, 0))
     rows = errors @ matrix.t()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from locc.errors import MethodError, nearest
 from locc.ir.spec import TensorSpec
 from locc.nn.building import ADAPTIVE_POOL, BATCH_NORM, CONV, check_shapes, placement
-from locc.nn.layout import Layout, regrid
+from locc.nn.layout import Layout, regrid, resize
 from locc.nn.readout import plan_readout
 
 Device = torch.device | str | None
@@ -131,9 +131,8 @@ class MLPSRHead(nn.Module):
         tokens = plan.per_position and found.kind == "sequence"
         self.spatial: nn.Module | None = None
         if found.kind != "flat" and not found.class_token and not tokens:
-            sizes = found.sizes(spec) if plan.folded_in == 1 else (plan.folded_in,)
-            rank = len(sizes)
-            layers: list[nn.Module] = [ADAPTIVE_POOL[rank](tuple(math.ceil(n / 4) for n in sizes))]
+            rank = len(found.position_dims) if plan.folded_in == 1 else 1
+            layers: list[nn.Module] = [_Quarter(rank)]
             for _ in range(3):
                 layers += [CONV[rank](width, width, 1, **at), BATCH_NORM[rank](width, **at), nn.ReLU()]
             if not plan.per_position:
@@ -157,7 +156,19 @@ class MLPSRHead(nn.Module):
         if not plan.per_position:
             return plan.write(self.dense(x))
         y: Tensor = self.dense(x.movedim(1, -1)).movedim(-1, 1)
-        return plan.write(regrid(y, plan.source).movedim(1, -1))
+        return plan.write(regrid(y, plan.positions(h)).movedim(1, -1))
+
+
+class _Quarter(nn.Module):
+    """Adaptive mean over [B,D,*positions] to a quarter of the positions in each dimension, rounded up."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shrink `x`."""
+        return resize(x, tuple(-(-n // 4) for n in x.shape[2:]))
 
 
 def _dgl_init(layer: nn.Module) -> None:

@@ -27,7 +27,7 @@ from locc.nn.building import (
     orthogonal_,
     placement,
 )
-from locc.nn.layout import Layout, guess_layout, regrid
+from locc.nn.layout import Layout, guess_layout, in_proportion, regrid
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -114,6 +114,7 @@ class ImageInverse(nn.Module):
         channels, out, rank = source.channels(from_spec), target.channels(to_spec), len(self.sizes)
         factors = tuple(new // old for new, old in zip(self.sizes, grid, strict=True))
         whole = all(new == old * f for new, old, f in zip(self.sizes, grid, factors, strict=True))
+        self.example = tuple(n - source.class_token for n in source.sizes(from_spec))
         self.grid = grid if whole else self.sizes
         self.conv: nn.ConvTranspose2d | nn.Conv2d  # or the 1-D and 3-D kinds
         build: Any
@@ -134,7 +135,8 @@ class ImageInverse(nn.Module):
         x = self.source.first(h)
         if self.source.class_token:
             x = x[:, :, 1:]
-        return self.activation(self.target.from_first(self.conv(regrid(x, self.grid))))
+        x = regrid(x, in_proportion(x, self.example, self.grid))
+        return self.activation(self.target.from_first(self.conv(x)))
 
 
 def build_inverse(

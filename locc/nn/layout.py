@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locc.errors import MethodError, nearest
-from locc.ir.spec import BatchDim, TensorSpec
+from locc.ir.spec import BatchDim, FreeDim, TensorSpec
 
 Kind = Literal["flat", "sequence", "image"]
 
@@ -75,10 +75,16 @@ class Layout:
 
     def channels(self, spec: TensorSpec) -> int:
         """Return the number of channels of `spec`."""
+        size = spec.shape[self.channel_dim]
+        if isinstance(size, FreeDim):
+            raise MethodError(
+                f"the channels of {spec} may vary ('{size}'), and an auxiliary network needs a fixed "
+                "number; leave them out of dynamic"
+            )
         return _size(spec, self.channel_dim)
 
     def sizes(self, spec: TensorSpec) -> tuple[int, ...]:
-        """Return the sizes of the position dimensions of `spec`; () for a flat value."""
+        """Return the sizes of the positions of `spec`, the example's where they vary; () for a flat value."""
         return tuple(_size(spec, d) for d in self.position_dims)
 
     def last(self, x: Tensor) -> Tensor:
@@ -125,7 +131,7 @@ def check_boundary(spec: TensorSpec, what: str = "the boundary") -> None:
             "features; cut after the layer that embeds it"
         )
     batch = [(i, d) for i, d in enumerate(spec.shape) if isinstance(d, BatchDim)]
-    if len(batch) != 1 or batch[0][1].offset or batch[0][1].scale < 1:
+    if len(batch) != 1 or batch[0][1].offset or batch[0][1].rows() < 1:
         raise MethodError(
             f"{what} {spec} needs exactly one dimension that is the batch, and has "
             f"{len(batch)} that grow with it; cut where every sample is a row of the value"
@@ -136,7 +142,7 @@ def check_boundary(spec: TensorSpec, what: str = "the boundary") -> None:
             f"{what} {spec} has no known layout; known are [B,D], [B,T,D], [T,B,D], [B,C,L], [B,C,H,W], "
             "[B,H,W,C], [B,C,D,H,W] and [B,D,H,W,C]; cut elsewhere or pass your own factory"
         )
-    if any(isinstance(d, int) and d < 1 for d in spec.shape):
+    if any(n < 1 for n in spec.concrete(1)):
         raise MethodError(f"{what} {spec} has an empty dimension; cut where the value has features")
 
 
@@ -176,7 +182,8 @@ def guess_layout(spec: TensorSpec, hint: Layout | str | None = None) -> Layout:
         if hint == "channels_first" or (hint is None and features == 1 and steps > 1):
             return Layout.image(1)
         side = math.isqrt(steps - 1)
-        return Layout.sequence(class_token=hint is None and side >= 4 and side * side == steps - 1)
+        fixed = not isinstance(spec.shape[1], FreeDim)
+        return Layout.sequence(class_token=fixed and hint is None and side >= 4 and side * side == steps - 1)
     a, b, c = (_size(spec, i) for i in (-3, -2, -1))
     channels_last = hint == "channels_last" or (hint is None and b != c and a == b)
     return Layout.image(rank, channels_last=channels_last)
@@ -258,6 +265,13 @@ def regrid(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return split_dim(resize(x.flatten(2), (math.prod(sizes),)), 2, sizes)
 
 
+def in_proportion(x: Tensor, example: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return what becomes of `sizes` where [B,D,*positions] has other positions than the example did."""
+    if len(example) != x.dim() - 2 or len(sizes) != len(example):
+        return sizes
+    return tuple(n * wanted // old for n, wanted, old in zip(x.shape[2:], sizes, example, strict=True))
+
+
 def _as_sequence(spec: TensorSpec) -> Layout:
     guess = guess_layout(spec)
     return guess if guess.kind == "sequence" else Layout.sequence()
@@ -273,10 +287,9 @@ def _fitting(layout: Layout, spec: TensorSpec) -> Layout:
 
 
 def _size(spec: TensorSpec, dim: int) -> int:
-    size = spec.shape[dim]
-    if isinstance(size, BatchDim):
+    if isinstance(spec.shape[dim], BatchDim):
         raise MethodError(f"dimension {dim} of {spec} is the batch, not channels or positions")
-    return size
+    return spec.concrete(1)[dim]
 
 
 def _permute(x: Tensor, order: tuple[int, ...]) -> Tensor:

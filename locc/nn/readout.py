@@ -10,7 +10,7 @@ from torch import Tensor
 from locc.errors import MethodError
 from locc.ir.spec import BatchDim, TensorSpec
 from locc.nn.building import MAX_WEIGHTS, guard_weights
-from locc.nn.layout import Layout, guess_layout, pool, regrid, split_dim
+from locc.nn.layout import Layout, guess_layout, in_proportion, pool, regrid, split_dim
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Readout:
         rows = self.layout.last(h)
         return rows[:, 1:] if self.drop_class_token else rows
 
+    def positions(self, h: Tensor) -> tuple[int, ...]:
+        """Return the sizes of the positions that `read` gives of `h`: `source`, unless they vary."""
+        shape = self.unfold(h).shape
+        return tuple(shape[d] - self.drop_class_token for d in self.layout.position_dims)
+
     def write(self, y: Tensor) -> Tensor:
         """Give rows [B,out_features], or [B,*source,out_features] if per position, the output's shape."""
         if self.squeeze:
@@ -63,7 +68,8 @@ class Readout:
         if not self.per_position:
             y = split_dim(y, -1, (*self.target, -1))
         elif self.source != self.target:  # decided when built: sequences of another length pass as they are
-            y = regrid(y.movedim(-1, 1), self.target).movedim(1, -1)
+            y = y.movedim(-1, 1)
+            y = regrid(y, in_proportion(y, self.source, self.target)).movedim(1, -1)
         if self.folded_out:
             return (y.transpose(0, 1) if self.layout.batch_dim else y).flatten(0, -2)
         return y if self.output is None else self.output.from_last(y)
@@ -143,7 +149,8 @@ def _output_layout(
 ) -> Layout:
     if hint is None and len(output.shape) == 3 and output.batch_dim == 0 and len(source) == 1:
         # The dimension that counts the boundary's positions is time; the other one holds the classes.
-        steps = [i for i in (1, 2) if output.shape[i] in (source[0], source[0] - found.class_token)]
+        shape = output.concrete(1)
+        steps = [i for i in (1, 2) if shape[i] in (source[0], source[0] - found.class_token)]
         if steps:
             time = 2 if 2 in steps and (found.channel_dim == 1 or len(steps) == 1) else 1
             return Layout.image(1) if time == 2 else Layout.sequence()
@@ -154,4 +161,4 @@ def _scale(spec: TensorSpec) -> int:
     batch = [d for d in spec.shape if isinstance(d, BatchDim)]
     if len(batch) != 1 or batch[0].offset:
         raise MethodError(f"{spec} needs exactly one dimension that is the batch; return one row per sample")
-    return batch[0].scale
+    return batch[0].rows()

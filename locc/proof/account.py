@@ -28,6 +28,7 @@ from locc.facts.locking import locking, modularity
 from locc.facts.traffic import auxiliaries, couplings, flows, pipeline_exact
 from locc.ir import TrainingGraph, assign
 from locc.ir.captured import strip
+from locc.losses import Loss
 from locc.proof import sentinel, static, walk
 from locc.proof.experiment.batch import Batch
 from locc.proof.findings import REACHABILITY, SENTINEL, WALK
@@ -77,6 +78,7 @@ def certificate(ir: TrainingGraph, name: str, batch: Batch, seen: Evidence) -> C
     ]
     return Certificate(
         method=name,
+        loss=Loss.of(ir.loss_function).reading(),
         verdict=verdict,
         reasons=reasons,
         owners=tuple(

@@ -38,7 +38,7 @@ def rows(value: fx.Node) -> int:
 
 def read_by(ir: TrainingGraph, module: str) -> list[Boundary]:
     """Return the boundaries by which a module reads activations: differentiable, a row for each sample."""
-    return [b for b in ir.boundaries(consumer=module) if b.spec.differentiable and has_rows(b.value)]
+    return [b for b in ir.boundaries(consumer=module) if b.differentiable and has_rows(b.value)]
 
 
 def unreached(ir: TrainingGraph) -> Iterator[str]:

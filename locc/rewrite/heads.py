@@ -14,6 +14,7 @@ from locc.ir import Rebuild, TensorSpec, TrainingGraph, node_parameters
 from locc.losses import Loss
 from locc.nn import Factory, build_head, build_pred_head, guess_layout
 from locc.rewrite.building import build, build_custom
+from locc.rewrite.crossing import has_rows
 from locc.rewrite.dropout import before_dropout
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
 from locc.rewrite.objectives import add_all
@@ -107,7 +108,7 @@ def head_loss(ir: TrainingGraph, head: fx.Node, loss: LossLike | None = None) ->
     prediction and nothing in that of other tensors; a named one, like `loss`, receives the head's result.
     """
     owner = str(head.meta["owner"])
-    function = ir.loss_function if loss is None else Loss(loss)
+    function = ir.loss_function if loss is None else Loss.of(ir.loss_function).like(loss)
     value = head
     if loss is None and isinstance(ir.output.target, Rebuild) and getattr(function, "name", None) is None:
         value = ir.emit(owner, _Imitated(ir.output, ir.prediction), head, role="head_output")
@@ -170,7 +171,7 @@ def local_values(ir: TrainingGraph, undropped: bool) -> list[tuple[str, fx.Node]
 
 
 def _trainable(ir: TrainingGraph, owner: str) -> list[fx.Node]:
-    return [value for value in ir.outputs(owner) if _trains(ir, value)]
+    return [value for value in ir.outputs(owner) if has_rows(value) and _trains(ir, value)]
 
 
 def _trains(ir: TrainingGraph, value: fx.Node) -> bool:

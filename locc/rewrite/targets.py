@@ -10,6 +10,7 @@ from torch import Tensor
 
 from locc.ir import TensorSpec
 from locc.ir.spec import Dim
+from locc.losses import described
 
 CLASS_IDS = "class ids"
 """Integers in the shape of the output without its classes: [B], [B,T] (tokens) or [B,H,W] (pixels)."""
@@ -28,12 +29,10 @@ def misfit(method: str, kinds: Sequence[str], output: TensorSpec, target: Any) -
     """
     if not kinds or any(_is(kind, output, target) for kind in kinds):
         return None
-    found = type(target).__name__
-    if isinstance(target, Tensor):
-        found = f"a tensor of shape {_text(tuple(target.shape))} and dtype {target.dtype}"
     return (
-        f"method '{method}' needs {wanted(kinds, output)} as target, for the output {output}; found {found}. "
-        "Nothing has changed; give such a target, or use a method that leaves it to the loss"
+        f"method '{method}' needs {wanted(kinds, output)} as target, for the output {output}; found "
+        f"{described(target)}. Nothing has changed; give such a target, or use a method that "
+        "leaves it to the loss"
     )
 
 

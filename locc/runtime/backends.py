@@ -12,9 +12,10 @@ from torch import Tensor
 
 from locc.ir.captured import owned_tensor
 from locc.ir.memory import memories
-from locc.lower import Backward, Instruction, Plan, Segment, Update
-from locc.runtime.context import Context, non_finite
+from locc.lower import Assign, Backward, Instruction, Plan, Segment, Update
+from locc.runtime.context import Context
 from locc.runtime.machine import Channels, Machine
+from locc.runtime.stops import account, non_finite
 from locc.runtime.streams import autocast, of_backward, of_update, seed_all, stream
 
 
@@ -24,6 +25,7 @@ class Eager(Machine):
     Attributes:
         objectives: the local objectives by name.
         loss: the user's loss, where the plan computes it.
+        moved: the owners whose parameters or state this step has set.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Eager(Machine):
         self.context, self.number = context, step
         self.objectives: dict[str, Tensor] = {}
         self.loss: Tensor | None = None
+        self.moved: list[str] = []
 
     def ran(self, instruction: Instruction) -> None:
         """Tell the observer."""
@@ -73,7 +76,7 @@ class Eager(Machine):
         if not context.guarded:
             return
         learner = context.learners.get(task.owner)
-        if value.device.type != "cpu" and learner is not None and learner.gated and context.deferred:
+        if value.device.type != "cpu" and learner is not None and learner.gated and not context.atomic:
             # The optimizer skips its update on the device; the error is raised when the flag is read.
             flag = (~torch.isfinite(value)).float()
             learner.skip = flag if learner.skip is None else torch.maximum(learner.skip, flag)
@@ -81,14 +84,24 @@ class Eager(Machine):
             learner.optimizer.grad_scale = None  # type: ignore[attr-defined]
             context.defer(self.number, task.objectives[0], flag)
         elif not math.isfinite(value):
-            raise non_finite(task.objectives[0], float(value))
+            raise non_finite(task.objectives[0], float(value), self.account())
 
     def update(self, task: Update) -> None:
         """Run one optimizer step of an owner, on its own random stream."""
         learner = self.context.learners[task.owner]
         self.protect(task, learner.parameters)
         self.stream(of_update(task.owner))
-        learner.update(self.context.accumulate)
+        if learner.update(self.context.accumulate):
+            self.moved.append(task.owner)
+
+    def assign(self, task: Assign) -> None:
+        """Set a parameter or state."""
+        super().assign(task)
+        self.moved.append(task.owner)
+
+    def account(self) -> str:
+        """Return what this step has updated so far, as a sentence."""
+        return account(self.moved, self.context.atomic)
 
     def state(self, path: str) -> Tensor:
         """Return the parameter or state at a path of the root."""

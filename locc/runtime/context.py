@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locc.errors import RunError
 from locc.lower import Instruction
 from locc.runtime.learner import Learner
+from locc.runtime.stops import non_finite
+
+LATE = (
+    "The other modules were updated, in the steps since as well: a step does not wait for the device, unless "
+    "compiled with atomic=True"
+)
 
 
 @dataclass
@@ -19,7 +24,8 @@ class Context:
     """What the instructions of a step need to know, and what persists between steps.
 
     `observe` is called after each instruction, with the values in flight. With `guarded=False` an
-    objective that is not finite does not stop the step.
+    objective that is not finite does not stop the step. `atomic` says that whoever runs the step undoes one
+    that fails, so that a failure must be known before the step is over.
     """
 
     root: nn.Module
@@ -29,7 +35,7 @@ class Context:
     autocast: torch.dtype | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     observe: Callable[[Instruction, dict[str, Any]], None] | None = None
-    deferred: bool = True
+    atomic: bool = False
     guarded: bool = True
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
 
@@ -52,13 +58,4 @@ class Context:
                 return
             event.synchronize()
             if bool(flag):
-                raise non_finite(name, float("nan"))
-
-
-def non_finite(name: str, value: float) -> RunError:
-    """Return the error for an objective that is not finite."""
-    owner, _, objective = name.rpartition(".")
-    return RunError(
-        f"objective '{objective}' of module '{owner}' is {value}; the step stopped before the module's "
-        "parameters changed. Lower the learning rate, clip gradients (clip=1.0), or look at this batch"
-    )
+                raise non_finite(name, float("nan"), LATE)

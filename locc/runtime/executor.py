@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from locc.errors import RunError
 from locc.lower import Plan
 from locc.runtime.backends import BACKENDS
 from locc.runtime.context import Context
 from locc.runtime.machine import Channels
+from locc.runtime.stops import explained
 from locc.runtime.streams import preserved_rng
 
 
 @dataclass
 class Executor(Context):
-    """Runs steps of a plan, or of the programs that it is cut into.
-
-    `misfit` returns a sentence for a target that the method cannot read.
-    """
+    """Runs steps of a plan, or of the programs that it is cut into."""
 
     backend: str = "eager"
-    misfit: Callable[[Any], str | None] = lambda target: None
 
     def run(
         self, plan: Plan, values: Iterable[Any], step: int, channels: Channels | None = None
@@ -41,20 +37,19 @@ class Executor(Context):
             The objectives by name and the loss, 0-d tensors that are not synchronised.
 
         Raises:
-            RunError: an objective is not finite; no parameter of its owner has changed. Or the target, the
-                last value, is none that the method can read; nothing has changed.
+            RunError: an objective is not finite; no parameter of its owner has changed. Or PyTorch refuses
+                the batch. The message says which modules were updated before that.
         """
         self.raise_deferred(step)
-        values = list(values)
-        problem = self.misfit(values[-1])
-        if problem is not None:
-            raise RunError(problem)
         machine = BACKENDS[self.backend](self, plan, values, step, channels)
         try:
             with preserved_rng(self.device):
                 machine.run(plan.instructions)
-        except BaseException:
+        except BaseException as error:
             for learner in self.learners.values():
                 learner.clear()
-            raise
+            told = explained(error, machine.at, plan.instructions, machine.account())
+            if told is error:
+                raise
+            raise told from error
         return machine.objectives, machine.loss

@@ -21,6 +21,7 @@ from locc.runtime.history import Epoch, Evaluation, History
 from locc.runtime.interrupts import Interrupts
 from locc.runtime.program import FEW, Compiled
 from locc.runtime.progress import Pass, Progress, RandomState, Rest, passes
+from locc.runtime.stops import empty
 
 
 def batch_of(batch: Any) -> tuple[Any, Any]:
@@ -349,6 +350,10 @@ def evaluate(program: Compiled, loader: Iterable[Any]) -> Evaluation:
     """Evaluate the inference path in eval mode, and return to the mode of before.
 
     The loss is the mean over the batches, weighted by their number of samples.
+
+    Raises:
+        LoccError: the loader yields nothing.
+        RunError: it yields a batch without samples.
     """
     mode = {module: module.training for module in program.modules()}
     program.eval()
@@ -357,11 +362,13 @@ def evaluate(program: Compiled, loader: Iterable[Any]) -> Evaluation:
     try:
         for batch in loader:
             x, y = batch_of(batch)
-            output, y = program.predict(x), program._move(y)
             size = _size(y, x)
+            if size == 0:
+                raise empty()
+            output, y = program.predict(x), program._move(y)
             loss += float(function(output, y)) * size
             total += size
-            found = correct(output, y)
+            found = correct(function, output, y)
             if found is not None:
                 hits += float(found.sum())
                 asked += found.numel()

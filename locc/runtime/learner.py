@@ -26,11 +26,15 @@ class Learner:
         """Whether the optimizer itself can skip an update on the device, without a synchronisation."""
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
-    def update(self, accumulate: int) -> None:
-        """Count a backward pass; on the last of `accumulate`, step on the mean gradient and clear it."""
+    def update(self, accumulate: int) -> bool:
+        """Count a backward pass; on the last of `accumulate`, step on the mean gradient and clear it.
+
+        Returns:
+            Whether it has made a step.
+        """
         self.pending += 1
         if self.pending < accumulate:
-            return
+            return False
         if self.pending > 1:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             torch._foreach_div_(gradients, float(self.pending))
@@ -38,6 +42,7 @@ class Learner:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.clear()
+        return True
 
     def backup(self) -> Callable[[], None]:
         """Return a function that puts back optimizer state and accumulated gradients as they are now."""

@@ -46,6 +46,7 @@ class Machine:
         plan: what runs.
         values: what is in flight, by name.
         round: number of the round, inside of a repeated region.
+        at: the instruction that runs, or ran last.
     """
 
     drops: ClassVar[bool] = True
@@ -63,6 +64,7 @@ class Machine:
 
     def __init__(self, plan: Plan, values: Iterable[Any] = (), channels: Channels | None = None) -> None:
         self.plan, self.channels, self.round = plan, channels, 0
+        self.at: Instruction | None = None
         self.values: dict[str, Any] = plan.bind(values)
 
     def run(self, instructions: list[Instruction]) -> None:
@@ -72,6 +74,7 @@ class Machine:
             LoccError: an instruction of an unknown kind.
         """
         for instruction in instructions:
+            self.at = instruction
             how = self._HOW.get(type(instruction))
             if how is None:
                 raise unknown(instruction)

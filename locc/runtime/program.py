@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from locc.runtime.executor import Executor
 from locc.runtime.learner import Learner
 from locc.runtime.progress import Progress
 from locc.runtime.settings import Settings
+from locc.runtime.stops import empty
 
 FEW = 4
 """Samples of the first batch on which a program without example inputs is compiled."""
@@ -61,7 +63,10 @@ class StepReport:
 
 @dataclass
 class Built:
-    """What compilation yields once example inputs are known."""
+    """What compilation yields once example inputs are known.
+
+    `misfit` returns a sentence for a target that method or loss cannot read, in a batch of that size.
+    """
 
     ir: TrainingGraph
     certificate: Certificate | None
@@ -69,6 +74,7 @@ class Built:
     schedulers: dict[str, Any]
     executor: Executor
     phases: tuple[Phase, ...]
+    misfit: Callable[[Any, int], str | None]
     plans: dict[str | None, Plan] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
@@ -96,6 +102,7 @@ class Compiled(nn.Module):
         self._built: Built | None = None
         self._folded: fx.GraphModule | None = None
         self._home = id(root)
+        self._turn = threading.Lock()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: a program holds code, which does not travel.
@@ -112,6 +119,7 @@ class Compiled(nn.Module):
         """Copy as any module does; the copy runs, but does not train (see `step`)."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
+        memo[id(self._turn)] = threading.Lock()
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
@@ -206,8 +214,21 @@ class Compiled(nn.Module):
             y: the target, as the loss takes it.
 
         Raises:
-            RunError: an objective is not finite, or the inputs have another shape than compiled for.
+            RunError: an objective is not finite, PyTorch refuses the batch, the inputs have another shape
+                than compiled for, or another step is under way.
         """
+        # Waiting would hang a callback that calls step, and leave the order of the batches to chance.
+        if not self._turn.acquire(blocking=False):
+            raise RunError(
+                "a step of this program is under way, in another thread or around this call, and a second "
+                "one would mix with it; call step from one thread, after the step before has returned"
+            )
+        try:
+            return self._step(x, y)
+        finally:
+            self._turn.release()
+
+    def _step(self, x: Any, y: Any) -> StepReport:
         self.complete(x, FEW)
         built = self.built
         if not (self.training and self.model.training):
@@ -237,12 +258,19 @@ class Compiled(nn.Module):
         """Return the values of a plan's inputs for a batch as `step` takes it, on the model's device.
 
         Raises:
-            RunError: the inputs have another shape than compiled for.
+            RunError: the inputs have another shape than compiled for or no samples, or the target is none
+                that the method or the loss can read; nothing has changed.
         """
         self._follow_device()
         signature = self.ir.captured.signature
         tensors = signature.bind(Inputs.of(self.model, self._move(x)))
-        begin(self.root, signature.batch_of(tensors))
+        batch = signature.batch_of(tensors)
+        if batch == 0:
+            raise empty()
+        problem = self.built.misfit(y, batch)
+        if problem is not None:
+            raise RunError(problem)
+        begin(self.root, batch)
         return [*tensors, self._move(y)]
 
     def plan(self, phase: str | None = None) -> Plan:

@@ -91,7 +91,7 @@ def test_a_constant_of_the_example_batch_is_found(monkeypatch: pytest.MonkeyPatc
         fixed.meta = dict(relu.meta)
 
     only_broken(monkeypatch, damage)
-    with pytest.raises(CaptureError, match=r"fails where the model does not \(batch of 3\)"):
+    with pytest.raises(CaptureError, match=r"fails where the model does not \(a batch of 3\)"):
         take(Two(middle), sample())
 
 

@@ -13,7 +13,7 @@ from locc.capture.batch import Call
 from locc.capture.tree import leaves_of
 from locc.errors import CaptureError
 from locc.ir.captured import Captured, Inputs, Root
-from locc.ir.spec import BatchDim, TensorSpec
+from locc.ir.spec import BatchDim, Point, TensorSpec
 from zoo import CASES, REFUSED, Case
 from zoo.case import BATCH
 
@@ -54,7 +54,7 @@ def test_it_captures_and_runs_as_generated_code(
         assert found.origin == origin
     for batch in (BATCH, BATCH + 3):
         call = Call(found.root.model, inputs)
-        bigger = call.inputs(call.at(batch))
+        bigger = call.inputs(call.at(Point(batch)))
         for training in (True, False):
             found.root.train(training)
             state = {k: v.clone() for k, v in found.root.state_dict().items()}

@@ -17,6 +17,7 @@ from locc.export import exporters, proto
 from locc.export.compare import difference
 from locc.export.names import identifier, unique
 from locc.export.samples import resized
+from locc.ir.spec import Point
 from zoo import CASES, Case, find
 
 QUICK = ("mlp", "two_inputs", "keyword_inputs", "dict_output", "dataclass_output", "running_mean",
@@ -327,7 +328,7 @@ def test_an_incomplete_program_is_refused(tmp_path: Path) -> None:
 
 def test_batches_that_are_made_larger_hold_different_samples() -> None:
     program = compiled(x=torch.randn(2, 6))
-    (x,) = resized(program.ir, [torch.randn(2, 6)], 7)
+    (x,) = resized(program.ir, [torch.randn(2, 6)], Point(7))
     assert x.shape == (7, 6)
     assert len({tuple(row.tolist()) for row in x}) == 7
 

@@ -102,8 +102,8 @@ def test_mlp_sr_is_the_net_of_the_paper():
     head = build_head(spec(B, 8, 10, 10), spec(B, 5), "mlp-sr")
     kinds = [type(m).__name__ for m in head.spatial] + [type(m).__name__ for m in head.dense]
     block, dense = ["Conv2d", "BatchNorm2d", "ReLU"], ["Linear", "BatchNorm1d", "ReLU"]
-    assert kinds == ["AdaptiveAvgPool2d", *block * 3, "AdaptiveAvgPool2d", "Flatten", *dense * 3, "Linear"]
-    assert head.spatial[0].output_size == (3, 3)
+    assert kinds == ["_Quarter", *block * 3, "AdaptiveAvgPool2d", "Flatten", *dense * 3, "Linear"]
+    assert head.spatial[0](torch.zeros(2, 8, 10, 9)).shape == (2, 8, 3, 3)
     assert head.spatial[1].weight.shape == (8, 8, 1, 1)
     assert head.dense[0].weight.shape == (32, 32)
     big = build_head(spec(B, 64, 8, 8, dtype=torch.float32), spec(B, 10), "mlp-sr")

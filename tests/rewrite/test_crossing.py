@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -47,3 +48,41 @@ def test_squared_distance_is_a_sum_over_units_and_a_mean_over_rows() -> None:
     for dim in (0, 1):
         wanted = ((a - b) ** 2).transpose(0, dim).flatten(1).sum(1).mean()
         assert torch.allclose(squared_distance(a, b, dim), wanted)
+
+
+class Tables(nn.Module):
+    """The first module computes a table with rows and without a gradient, as rotary embeddings are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.table = Cosines()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        table = self.table(h)
+        return self.third(torch.tanh(self.second(torch.tanh(h) * table)) * table)
+
+
+class Cosines(nn.Module):
+    @torch.no_grad()
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cos(h)
+
+
+@pytest.mark.parametrize("method", ["dgl", "predsim", "dtp", "dni", "cdni", "fa", "dfa", "altmin"])
+def test_a_value_that_carries_no_gradient_gets_no_head_and_no_target(method: str) -> None:
+    program = compiled(Tables(), method, ["table", "second"], example_inputs=torch.randn(6, 4))
+    crossing = {b.value.name for b in program.ir.boundaries(producer="table")}
+    assert crossing == {"first", "table"}
+    assert [v.name for v in activations(program.ir, "table")] == ["first"]
+    of_table = {name for name in program.root.aux if name.endswith("_table")}
+    assert of_table <= {"feedback_table"}  # that of dfa goes by the module, which the value is named after
+    program.step(torch.randn(6, 4), torch.randint(3, (6,)))
+    assert not program.certificate.warnings
+
+
+def test_a_head_reads_values_with_rows_and_what_nothing_trains_is_a_warning() -> None:
+    program = compiled(Biased(), "dgl", ["first", "second"], example_inputs=torch.randn(6, 4))
+    assert [path for path in program.root.aux if path.startswith("first")] == ["first_head_first"]
+    assert any("no objective reaches 1 trainable parameter(s)" in w for w in program.certificate.warnings)

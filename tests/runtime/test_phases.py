@@ -96,7 +96,7 @@ def test_modes_come_back_also_where_a_step_fails_and_the_users_own_eval_stays():
         raise ValueError("mine")
 
     handle = model.c.register_forward_pre_hook(fail)
-    with pytest.raises(ValueError, match="mine"):
+    with pytest.raises(RunError, match="ValueError: mine"):
         program.step(*batch(6))
     handle.remove()
     program.step(*batch(6))

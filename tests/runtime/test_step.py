@@ -427,20 +427,6 @@ def test_atomic_undoes_the_whole_step_bit_for_bit(earlier, accumulate):
     assert same(runs[0][1], runs[1][1])
 
 
-@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
-def test_the_users_own_exceptions_arrive_and_leave_no_gradient(error):
-    mode: dict[str, Any] = {}
-    program = compiled(mlp(), "bp", ["relu1"], loss=flaky(mode), accumulate=2)
-    program.step(*batch())
-    mode["raise"] = error
-    with pytest.raises(type(error)) as caught:
-        program.step(*batch())
-    assert caught.value is error
-    assert all(p.grad is None for p in program.parameters())
-    mode.clear()
-    program.step(*batch())
-
-
 def test_a_loss_that_is_no_scalar():
     mode: dict[str, Any] = {}
 

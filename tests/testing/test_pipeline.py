@@ -210,6 +210,6 @@ def test_a_failing_model_leaves_the_program_as_it_was() -> None:
     program = program_of(model)
     model.c.limit = model.c.calls + 2
     before = everything(program)
-    with pytest.raises(ValueError, match="too many calls"):  # lock-step training fails as well
+    with pytest.raises(locc.RunError, match="too many calls"):  # lock-step training fails as well
         assert_pipeline_exact(program)
     assert everything(program) == before

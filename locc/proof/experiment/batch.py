@@ -46,8 +46,8 @@ def small_batch(ir: TrainingGraph, inputs: Inputs, target: Any = None) -> Batch:
     if target is not None:
         return Batch(tuple(tensors), target, size, "the given target")
     if any(spec.batch_dim is not None for spec in signature.specs):
-        allowed = [b for b in (2, 3, 4) if b < size and all(guard.holds(b) for guard in signature.guards)]
-        if size == 1 and all(guard.holds(2) for guard in signature.guards):
+        allowed = [b for b in (2, 3, 4) if b < size and signature.allows(b)]
+        if size == 1 and signature.allows(2):
             allowed = [2]  # BatchNorm refuses a batch of one
         size = allowed[0] if allowed else size
         tensors = [_resize(t, spec, size) for t, spec in zip(tensors, signature.specs, strict=True)]

@@ -183,7 +183,7 @@ def _bad_link(ir: TrainingGraph, before: Owner, after: Owner) -> Iterator[str]:
     if len(found) != 1:
         yield f"{len(found)} values pass {pair}, and a component passes on one; split where one value crosses"
         return
-    if not found[0].spec.differentiable or not has_rows(found[0].value):
+    if not found[0].differentiable or not has_rows(found[0].value):
         yield f"{found[0].spec} passes {pair}, which is no activation; split elsewhere, or use tied='copy'"
         return
     try:

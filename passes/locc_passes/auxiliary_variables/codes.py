@@ -150,7 +150,7 @@ def coded(ir: TrainingGraph, producer: str | None = None, consumer: str | None =
     (rotary tables, whose module is handed an activation for its dtype): they enter as they are.
     """
     above = learned(ir, frozen=True)
-    found = [b for b in ir.boundaries(producer, consumer) if b.spec.differentiable and b.value in above]
+    found = [b for b in ir.boundaries(producer, consumer) if b.differentiable and b.value in above]
     return [b for b in found if has_rows(b.value) or not _reads_rows(b.value)]
 
 
