@@ -1,7 +1,7 @@
 """locc: a compiler for local learning, training neural networks without end-to-end backpropagation."""
 
-from locc.catalogue import methods
-from locc.compiler import compile
+from typing import TYPE_CHECKING
+
 from locc.errors import (
     CaptureError,
     CheckpointError,
@@ -13,14 +13,37 @@ from locc.errors import (
     RunError,
     SplitError,
 )
-from locc.examine import Examination, examine
-from locc.markers import split
-from locc.program import Program
-from locc.registry import method
-from locc.rewrite import Method, Pass
-from locc.runtime import StepReport
-from locc.verify import Certificate, verify
+from locc.lazy import lazily
 from locc.version import __version__
+
+if TYPE_CHECKING:
+    from locc.catalogue import methods
+    from locc.compiler import compile
+    from locc.examination import Examination, examine
+    from locc.markers import split
+    from locc.program import Program
+    from locc.proof import Certificate, verify
+    from locc.registry import method
+    from locc.rewrite import Method, Pass
+    from locc.runtime import StepReport
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "Certificate": "locc.proof",
+            "Examination": "locc.examination",
+            "Method": "locc.rewrite",
+            "Pass": "locc.rewrite",
+            "Program": "locc.program",
+            "StepReport": "locc.runtime",
+            "compile": "locc.compiler",
+            "examine": "locc.examination",
+            "method": "locc.registry",
+            "methods": "locc.catalogue",
+            "split": "locc.markers",
+            "verify": "locc.proof",
+        },
+    )
 
 __all__ = [
     "CaptureError",

@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from locc.compiler import compile
-from locc.registry import load, registered
+from locc.registry import broken, load, registered
 from locc.rewrite import options
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What is known of a registered method."""
+    """What is known of a registered method.
+
+    `error` is why it cannot be loaded, or None. Where a whole package cannot be, its methods are not known,
+    and it stands here itself.
+    """
 
     name: str
     family: str
@@ -24,6 +28,7 @@ class MethodInfo:
     summary: str
     options: dict[str, Any]
     package: str
+    error: Exception | None = None
 
     @property
     def modularity(self) -> str:
@@ -47,14 +52,24 @@ def _modularity(name: str) -> str:
 
 
 def methods() -> dict[str, MethodInfo]:
-    """Return every registered method by id: family, reference, summary and options with defaults."""
-    found = {}
-    for name, (_, package) in sorted(registered().items()):
-        cls = load(name)
-        defaults = {
-            key: f.default_factory() if f.default_factory is not MISSING else f.default
-            for key, f in options(cls).items()
-        }
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        found[name] = MethodInfo(name, cls.family, cls.reference, summary, defaults, package)
-    return found
+    """Return every registered method by id: family, reference, summary and options with defaults.
+
+    What cannot be loaded is among them, with its error: nothing of it, but all others, can be used.
+    """
+    found = {name: MethodInfo(name, "", "", "", {}, name, error) for name, error in broken().items()}
+    for name, (_, package) in registered().items():
+        try:
+            found[name] = _info(name, package)
+        except Exception as error:  # code of a third party
+            found[name] = MethodInfo(name, "", "", "", {}, package, error)
+    return dict(sorted(found.items()))
+
+
+def _info(name: str, package: str) -> MethodInfo:
+    cls = load(name)
+    defaults = {
+        key: f.default_factory() if f.default_factory is not MISSING else f.default
+        for key, f in options(cls).items()
+    }
+    summary = (cls.__doc__ or "").strip().partition("\n")[0]
+    return MethodInfo(name, cls.family, cls.reference, summary, defaults, package)

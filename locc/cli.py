@@ -1,5 +1,7 @@
 """The command line: `locc methods | inspect | train | verify | export`.
 
+What imports PyTorch is imported by the commands that need it: help and completion answer at once.
+
 Exit codes: 0 when all went well, 1 when a check failed or locc refused, 2 when the command line itself is
 wrong, 130 after Ctrl-C.
 """
@@ -9,17 +11,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.text import Text
-from torch import nn
 
-from locc.catalogue import methods as catalogue
 from locc.commands.flags import MisuseError
-from locc.commands.loading import Data, data_of, inputs_of, load_model, loss_of, splits_of
-from locc.commands.method_command import MethodCommand, method_options
+from locc.commands.method_command import DEFAULT, MethodCommand, method_options
+from locc.commands.options import (
+    BatchOption,
+    DataOption,
+    DebugOption,
+    DtypeOption,
+    LossOption,
+    MethodOption,
+    ModelArgument,
+    SeedOption,
+    ShapeOption,
+    SplitsOption,
+    TiedOption,
+)
 from locc.commands.show import (
     describe,
     fail,
@@ -29,11 +40,12 @@ from locc.commands.show import (
     show_history,
     show_method,
 )
-from locc.compiler import compile
 from locc.errors import LoccError, nearest
-from locc.examine import examine
-from locc.program import Program
 from locc.version import __version__
+
+if TYPE_CHECKING:
+    from locc.commands.loading import Data
+    from locc.program import Program
 
 HELP = """Train neural networks by local learning: no gradient crosses a module boundary, and that is proved.
 
@@ -49,53 +61,9 @@ app = typer.Typer(
     name="locc",
     help=HELP,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="package.module:factory or path/to/file.py:factory")
-]
-MethodOption = Annotated[
-    str, typer.Option("--method", "-m", help="id of the method; `locc methods` lists them")
-]
-SplitsOption = Annotated[
-    str,
-    typer.Option(
-        "--splits", "-s",
-        help="cut after these submodules: names or globs with commas between them; or the number of modules "
-        "of balanced cost (a submodule called 3 is written '3,')",
-    ),
-]  # fmt: skip
-LossOption = Annotated[
-    str, typer.Option(help="cross_entropy, mse, bce, l1, or package.module:function of (output, target)")
-]
-TiedOption = Annotated[
-    str, typer.Option(help="policy for a parameter that two modules use: error, owner or copy")
-]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        help="digits (scikit-learn's), or package.module:factory of a loader or of (training, validation)"
-    ),
-]
-ShapeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input-shape", help="sizes of one sample, such as 1,8,8; once for each input of the model"
-    ),
-]
-DtypeOption = Annotated[
-    str, typer.Option("--input-dtype", help="dtype of the inputs that --input-shape describes")
-]
-SeedOption = Annotated[
-    int, typer.Option(help="of the initial weights, the auxiliaries, the noise and the shuffling")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-BatchOption = Annotated[
-    int, typer.Option("--batch-size", min=1, help="samples in a batch of digits or example inputs")
-]
 
 
 def _tell_version(asked: bool) -> None:
@@ -147,15 +115,16 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="show everything about this method")] = None,
 ) -> None:
     """List the registered methods, or show one."""
-    try:
-        known = catalogue()
-    except LoccError as error:
-        fail(describe(error)[0])
+    from locc import methods as catalogue
+
+    known = catalogue()
     if name is None:
         out().print(method_table(known.values()))
         return
     if name not in known:
         fail(f"there is no method '{name}'; {nearest(name, known)}", misuse=True)
+    if (error := known[name].error) is not None:
+        fail(f"'{name}' cannot be loaded: {type(error).__name__}: {error}")
     show_method(known[name])
 
 
@@ -164,7 +133,7 @@ def methods(
 def inspect(
     ctx: typer.Context,
     model: ModelArgument,
-    method: MethodOption = "bp",
+    method: MethodOption = DEFAULT,
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
     tied: TiedOption = "error",
@@ -181,6 +150,11 @@ def inspect(
 
     Prints modules, boundaries and objectives, and the training graph with --ir. Trains nothing.
     """
+    import torch
+
+    from locc import examine
+    from locc.commands.loading import data_of, inputs_of, load_model, loss_of, splits_of
+
     torch.manual_seed(seed)
     network, own = load_model(model)
     loaded = data_of(data, batch_size, seed, input_shape)
@@ -205,7 +179,7 @@ def train(
     ctx: typer.Context,
     model: ModelArgument,
     data: DataOption = None,
-    method: MethodOption = "bp",
+    method: MethodOption = DEFAULT,
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
     tied: TiedOption = "error",
@@ -235,6 +209,11 @@ def train(
     Prints the objectives of every module and the final accuracy. Ctrl-C stops after the last whole step;
     with --save, the checkpoint is written then, too.
     """
+    import torch
+
+    from locc import compile
+    from locc.commands.loading import data_of, load_model, loss_of, optimizer_of, placed, splits_of
+
     if data is None:
         raise MisuseError(
             "there is nothing to train on: give --data digits, or --data package.module:factory"
@@ -246,7 +225,7 @@ def train(
     loaders = data_of(data, batch_size, seed, input_shape)
     assert loaders is not None
     program = compile(
-        _placed(load_model(model)[0], device),
+        placed(load_model(model)[0], device),
         method,
         splits_of(splits),
         loss=loss_of(loss),
@@ -284,36 +263,12 @@ def _train(
         console.print(Text(f"exported {program.export_onnx(onnx)}"), soft_wrap=True)
 
 
-def _placed(model: nn.Module, device: str) -> nn.Module:
-    try:
-        return model.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise MisuseError(f"--device {device}: {str(error).splitlines()[0]}") from error
-
-
-def optimizer_of(name: str, lr: float) -> Callable[..., torch.optim.Optimizer]:
-    """Return the factory that --optimizer and --lr describe.
-
-    Raises:
-        MisuseError: the name is unknown.
-    """
-    factories: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adam": lambda parameters: torch.optim.Adam(parameters, lr=lr),
-        "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=lr),
-        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=lr),
-        "momentum": lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-    }
-    if name not in factories:
-        raise MisuseError(f"--optimizer {name}: {nearest(name, factories)}")
-    return factories[name]
-
-
 @app.command(cls=MethodCommand)
 @guarded
 def verify(
     ctx: typer.Context,
     model: ModelArgument,
-    method: MethodOption = "bp",
+    method: MethodOption = DEFAULT,
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
     tied: TiedOption = "error",
@@ -329,6 +284,7 @@ def verify(
         str | None,
         typer.Option(help="weak or strict: fail unless the verdict is weakly, or strictly, modular"),
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="print a block for each module")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Prove that no gradient crosses a boundary.
@@ -338,7 +294,8 @@ def verify(
     batch; otherwise a target is made up. Fails where something crosses, where a check
     could not be completed, and where the verdict is not what --require asks for.
     """
-    from locc.verify import verify as prove
+    from locc import verify as prove
+    from locc.commands.loading import data_of
 
     if require is not None and require not in REQUIRED:
         raise MisuseError(f"--require '{require}' is unknown; {nearest(require, REQUIRED)}")
@@ -348,7 +305,7 @@ def verify(
     )
     certificate = prove(program, *loaded.first()) if loaded is not None else prove(program)
     streamed = json is not None and str(json) == "-"
-    out(stderr=streamed).print(Text(str(certificate)), soft_wrap=True)
+    out(stderr=streamed).print(Text(certificate.text(verbose)), soft_wrap=True)
     if streamed:
         typer.echo(certificate.to_json())
     elif json is not None:
@@ -369,7 +326,7 @@ def export(
         Path | None, typer.Option(help="write one file per module and a manifest to this folder")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="export the weights of this checkpoint")] = None,
-    method: MethodOption = "bp",
+    method: MethodOption = DEFAULT,
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
     tied: TiedOption = "error",
@@ -388,6 +345,8 @@ def export(
 
     With --checkpoint, give the method, splits and options that the checkpoint was trained with.
     """
+    from locc.commands.loading import data_of
+
     if onnx is None and modules is None:
         raise MisuseError("nothing to write: give --onnx model.onnx, --modules folder, or both")
     loaded = data_of(data, batch_size, seed, input_shape)
@@ -408,6 +367,11 @@ def _compiled(
     shapes: list[str] | None, dtype: str, data: Data | None, batch_size: int, seed: int,
 ) -> Program:  # fmt: skip
     """Compile without the proof: `verify` makes its own, and an export needs none."""
+    import torch
+
+    from locc import compile
+    from locc.commands.loading import inputs_of, load_model, loss_of, splits_of
+
     torch.manual_seed(seed)
     network, own = load_model(model)
     example = inputs_of(data, shapes, dtype, batch_size, own)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from locc.losses import MODEL, Loss, own_loss
 from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
 from locc.program import Program
+from locc.proof import prove
+from locc.proof.experiment.batch import accepts, made_up, small_batch
 from locc.quiet import quiet
 from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.local_loss import check_heads
@@ -26,10 +30,11 @@ from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
 from locc.runtime.fingerprint import fingerprint
 from locc.snapshot import undone_on_failure
-from locc.verify import prove
-from locc.verify.experiment.batch import accepts, made_up, small_batch
 
 Splits = int | str | Sequence[str]
+
+_log = logging.getLogger("locc")
+_told: WeakValueDictionary[tuple[int, str], nn.Module] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     with torch.no_grad():
         for parameter, value in ir.initial:
             parameter.copy_(value)
+    _tell(request.root.model, ir.captured.notes)
     executor = Executor(
         request.root,
         learners,
@@ -157,6 +163,17 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     return Built(
         ir, certificate, learners, schedulers, executor, phases, unreadable, fingerprint(request.loss.given)
     )
+
+
+def _tell(model: nn.Module, notes: Sequence[str]) -> None:
+    """Say, once for each model, what capturing did that nobody has asked for.
+
+    It is logged and no warning, for the user's code has nothing to mend.
+    """
+    for note in notes:
+        if _told.get((id(model), note)) is not model:
+            _told[id(model), note] = model
+            _log.warning("locc: %s: %s", type(model).__name__, note)
 
 
 def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:

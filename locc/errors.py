@@ -30,7 +30,7 @@ class MethodError(LoccError):
 class LocalityError(LoccError):
     """A gradient or a state change crosses a module boundary.
 
-    `findings` holds what the checks found, one `locc.verify.findings.Finding` each.
+    `findings` holds what the checks found, one `locc.proof.findings.Finding` each.
     """
 
     findings: tuple[Any, ...] = ()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from locc.runtime import Compiled, checkpoint
-from locc.runtime.fit import Evaluation, History, evaluate, fit
+from locc.runtime.fit import evaluate, fit
+from locc.runtime.history import Evaluation, History
 
 
 class Program(Compiled):

@@ -8,54 +8,79 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from locc.errors import MethodError, nearest
-from locc.rewrite.passes import Method, configure
+
+if TYPE_CHECKING:  # a list of names, and shell completion, need no PyTorch
+    from locc.rewrite.passes import Method
 
 GROUP = "locc.passes"
 
 
-@cache
 def registered() -> dict[str, tuple[str, str]]:
-    """Return, for each method id, where its class is and which package registers it.
+    """Return, for each method id, where its class is and which package registers it."""
+    return _survey()[0]
 
-    Raises:
-        MethodError: two packages register one id.
-    """
+
+def broken() -> dict[str, Exception]:
+    """Return what is wrong with packages that cannot be loaded, and with ids that two of them register."""
+    return _survey()[1]
+
+
+@cache
+def _survey() -> tuple[dict[str, tuple[str, str]], dict[str, Exception]]:
     found: dict[str, tuple[str, str]] = {}
+    wrong: dict[str, Exception] = {}
     for point in entry_points(group=GROUP):
-        for name, location in point.load().items():
+        try:
+            table = {str(name): str(location) for name, location in point.load().items()}
+        except Exception as error:  # code of a third party: the others work without it
+            wrong[point.name] = error
+            continue
+        for name, location in table.items():
             if name in found and found[name][0] != location:
-                raise MethodError(
+                wrong[name] = MethodError(
                     f"two packages register the method '{name}': {found[name][0]} and {location}; "
                     "uninstall one"
                 )
             found[name] = (location, point.name)
-    return found
+    return {name: place for name, place in found.items() if name not in wrong}, wrong
 
 
 def load(name: str) -> type[Method]:
     """Return the class of a registered method.
 
     Raises:
-        MethodError: no package registers the name, or its class cannot be loaded.
+        MethodError: no package registers the name, or it cannot be loaded (the cause is chained).
     """
-    known = registered()
+    from locc.rewrite.passes import Method
+
+    known, wrong = registered(), broken()
     if name not in known:
-        hint = nearest(name, known) if known else "no package registers methods; reinstall locc"
-        raise MethodError(f"there is no method '{name}'; {hint}")
+        raise _unknown(name) from wrong.get(name, next(iter(wrong.values()), None))
     location = known[name][0]
     module, _, attribute = location.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise MethodError(
-            f"method '{name}' is registered as {location}, which cannot be loaded: {error}"
+            f"method '{name}' is registered as {location}, which cannot be loaded: "
+            f"{type(error).__name__}: {error}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise MethodError(f"method '{name}' is registered as {location}, which is not a locc Method class")
     return found
+
+
+def _unknown(name: str) -> MethodError:
+    known, wrong = registered(), broken()
+    reasons = {place: f"{type(error).__name__}: {error}" for place, error in wrong.items()}
+    if name in wrong:
+        return MethodError(f"'{name}' is registered, but cannot be loaded: {reasons[name]}")
+    hint = nearest(name, known) if known else "no package registers methods; reinstall locc"
+    others = "".join(f"; '{place}' cannot be loaded: {reason}" for place, reason in reasons.items())
+    return MethodError(f"there is no method '{name}'; {hint}{others}")
 
 
 def method(name: str, **given: Any) -> Method:
@@ -64,6 +89,8 @@ def method(name: str, **given: Any) -> Method:
     Raises:
         MethodError: the name or an option is unknown.
     """
+    from locc.rewrite.passes import configure
+
     return configure(name, load(name), given)
 
 

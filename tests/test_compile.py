@@ -411,3 +411,21 @@ def test_the_modularity_of_a_method_is_read_off_its_graph():
     assert found["dgl"].modularity == found["al"].modularity == "strictly modular"
     assert found["dni"].modularity == found["dfa"].modularity == "weakly modular"
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_capturing_did_by_itself_is_said_once_for_each_model(caplog: pytest.LogCaptureFixture) -> None:
+    class Remembering(nn.Sequential):
+        hidden: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.hidden = self[0](x)
+            return self[1](self.hidden)
+
+    models = [Remembering(nn.Linear(4, 4), nn.Linear(4, 3)) for _ in range(2)]
+    said = []
+    for model in (*models, *models):
+        locc.compile(model, "dgl", ["0"], example_inputs=torch.randn(2, 4), verify=False)
+        said.append([r.getMessage() for r in caplog.records if r.name == "locc"])
+        caplog.clear()
+    text = "locc: Remembering: the forward sets 'hidden', an attribute; the captured graph does not"
+    assert said == [[text], [text], [], []]

@@ -42,7 +42,9 @@ class Call:
     @property
     def notes(self) -> list[str]:
         """What the user did not ask for in so many words."""
-        return [f"captured with {name}={value}" for name, value in self.constants.items()]
+        return [
+            f"captured with {name}={value}: training keeps no cache" for name, value in self.constants.items()
+        ]
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:

@@ -7,10 +7,12 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass
 from enum import Enum
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from locc.errors import LoccError
-from locc.rewrite import Method, options
+
+if TYPE_CHECKING:
+    from locc.rewrite import Method
 
 
 class MisuseError(LoccError):
@@ -50,6 +52,8 @@ def flags_of(method: type[Method], taken: Iterable[str] = ()) -> dict[str, Flag]
 
     Fields whose type no text can express (callables, networks) have no flag.
     """
+    from locc.rewrite import options
+
     found: dict[str, Flag] = {}
     hints = typing.get_type_hints(method)
     for name, entry in options(method).items():

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from locc.commands.flags import MisuseError
 from locc.compiler import Splits
+from locc.errors import nearest
 from locc.runtime.fit import batch_of
 
 DTYPES = {
@@ -243,3 +244,32 @@ def inputs_of(data: Data | None, shapes: list[str] | None, dtype: str, batch: in
 def data_of(text: str | None, batch_size: int, seed: int, shapes: list[str] | None) -> Data | None:
     """Read the value of --data."""
     return load_data(text, batch_size, seed, shape_of(shapes[0]) if shapes else None) if text else None
+
+
+def placed(model: nn.Module, device: str) -> nn.Module:
+    """Return the model on the device of --device.
+
+    Raises:
+        MisuseError: there is no such device.
+    """
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise MisuseError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def optimizer_of(name: str, lr: float) -> Callable[..., torch.optim.Optimizer]:
+    """Return the factory that --optimizer and --lr describe.
+
+    Raises:
+        MisuseError: the name is unknown.
+    """
+    factories: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adam": lambda parameters: torch.optim.Adam(parameters, lr=lr),
+        "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=lr),
+        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=lr),
+        "momentum": lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    }
+    if name not in factories:
+        raise MisuseError(f"--optimizer {name}: {nearest(name, factories)}")
+    return factories[name]

@@ -13,6 +13,7 @@ from locc.commands.flags import Flag, flags_of, take
 from locc.commands.show import fail, flag_table
 from locc.errors import LoccError
 
+DEFAULT = "bp"
 METHOD_OPTIONS = "locc.method_options"
 _ARGUMENTS = "locc.arguments"
 
@@ -23,9 +24,9 @@ class MethodCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Split off the method's options; `ctx.meta` keeps them for the command."""
         ctx.meta[_ARGUMENTS] = list(args)
-        if "--help" not in args:
+        if "--help" not in args and not ctx.resilient_parsing:
             try:
-                method = _method_in(args)
+                method = _method_in(args) or DEFAULT
                 given, args = take(self._flags(method), self._own(), method, args)
             except LoccError as error:
                 fail(error, misuse=True)
@@ -34,7 +35,9 @@ class MethodCommand(TyperCommand):
 
     def get_help(self, ctx: Any) -> str:
         """Return the help, and after it the options of the chosen method."""
-        method = _method_in(ctx.meta.get(_ARGUMENTS, []))
+        method, text = _method_in(ctx.meta.get(_ARGUMENTS, [])), str(super().get_help(ctx))
+        if method is None:
+            return f"{text}\n\nA method's own options: `locc methods dtp`, or --method dtp before --help."
         try:
             flags = self._flags(method)
         except LoccError as error:
@@ -42,7 +45,7 @@ class MethodCommand(TyperCommand):
         console = Console()
         with console.capture() as captured:
             console.print(flag_table(method, flags))
-        return f"{super().get_help(ctx)}\n\n{captured.get().rstrip()}"
+        return f"{text}\n\n{captured.get().rstrip()}"
 
     def _own(self) -> list[str]:
         spelled = [name for p in self.params for name in (*p.opts, *p.secondary_opts)]
@@ -52,9 +55,9 @@ class MethodCommand(TyperCommand):
         return flags_of(registry.load(method), self._own())
 
 
-def _method_in(args: list[str]) -> str:
+def _method_in(args: list[str]) -> str | None:
     """Return the method that a command line chooses; the last one counts, as for any option."""
-    found = "bp"
+    found = None
     for token, after in zip(args, [*args[1:], ""], strict=True):
         if token in ("--method", "-m"):
             found = after

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 from rich.console import Console
@@ -11,12 +11,14 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from locc.catalogue import MethodInfo
 from locc.commands.flags import Flag, MisuseError, flags_of
 from locc.errors import LoccError
-from locc.examine import Examination
 from locc.registry import load
-from locc.runtime.fit import History
+
+if TYPE_CHECKING:
+    from locc.catalogue import MethodInfo
+    from locc.examination import Examination
+    from locc.runtime.history import History
 
 
 def out(stderr: bool = False) -> Console:
@@ -38,6 +40,10 @@ def method_table(methods: Iterable[MethodInfo]) -> Table:
     for column in ("name", "family", "reference", "options"):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for info in methods:
+        if info.error is not None:
+            what = f"{type(info.error).__name__}: {info.error}"
+            table.add_row(info.name, Text("broken", style="red"), Text(what), "")
+            continue
         options = ", ".join(f"{k}={v}" for k, v in info.options.items())
         table.add_row(info.name, info.family, Text(info.reference), Text(options))
     return table

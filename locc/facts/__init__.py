@@ -1,7 +1,7 @@
 """What follows from a training graph alone, and the certificate that states it.
 
 `derive` finds what each value is made of; `traffic`, `locking` and `critical` read their facts off that.
-Nothing here runs a step: what the checks of `locc.verify` saw is added by them.
+Nothing here runs a step: what the checks of `locc.proof` saw is added by them.
 """
 
 from locc.facts.certificate import Certificate, graph_hash

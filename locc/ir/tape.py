@@ -1,6 +1,6 @@
 """Through which nodes a gradient can flow: the one walk that partition, methods and lowering share.
 
-The proof in `locc.verify` has a walk of its own, so that a mistake here does not hide itself.
+The proof in `locc.proof` has a walk of its own, so that a mistake here does not hide itself.
 """
 
 from __future__ import annotations

@@ -2,70 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import progress as rich
 from torch import Tensor
 
-from locc.errors import LoccError
+from locc.callbacks import Callback, Fit, ProgressBar
+from locc.errors import CheckpointError, LoccError
 from locc.losses import correct
 from locc.runtime.checkpoint import save
+from locc.runtime.history import Epoch, Evaluation, History
 from locc.runtime.interrupts import Interrupts
 from locc.runtime.program import FEW, Compiled
 from locc.runtime.progress import Pass, Progress, RandomState, Rest, passes
 from locc.runtime.stops import empty
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss per sample, accuracy (None where the target has no classes), number of samples."""
-
-    loss: float
-    accuracy: float | None
-    samples: int
-
-    def __str__(self) -> str:
-        accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.2%}"
-        return f"loss {self.loss:.4f}{accuracy}"
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One pass over the data: mean loss and objectives over its steps, and the validation after it.
-
-    `loss` is None in a pass that does not compute the user's loss (one that trains only inverses, say).
-    """
-
-    number: int
-    phase: str | None
-    loss: float | None
-    objectives: dict[str, float]
-    seconds: float
-    validation: Evaluation | None = None
-
-    def __str__(self) -> str:
-        phase = f" [{self.phase}]" if self.phase else ""
-        loss = f"  loss {self.loss:.4f}" if self.loss is not None else ""
-        objectives = "".join(f"  {name} {value:.4g}" for name, value in self.objectives.items())
-        validation = f"  validation: {self.validation}" if self.validation else ""
-        return f"epoch {self.number}{phase}{loss}{objectives}{validation}"
-
-
-@dataclass
-class History:
-    """What `fit` saw, pass by pass."""
-
-    epochs: list[Epoch] = field(default_factory=list)
-    interrupted: bool = False
-
-    def __str__(self) -> str:
-        return "\n".join(str(epoch) for epoch in self.epochs)
 
 
 def batch_of(batch: Any, within: bool = False) -> tuple[Any, Any]:
@@ -99,6 +55,7 @@ def fit(
     *,
     validation: Iterable[Any] | None = None,
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
     scheduler_interval: str = "epoch",
     resume: bool = True,
     checkpoint: str | Path | None = None,
@@ -106,13 +63,13 @@ def fit(
 ) -> History:
     """Train for some epochs, with a progress bar and the objectives of every module.
 
-    A fit that was cut (by Ctrl-C, by an exception from the loader or a step, or in another process whose
-    checkpoint has been loaded) is gone on with by the next one, which takes the same loader or an equal one:
-    the random state at the start of the pass under way is put back (PyTorch's, Python's, NumPy's and that of
-    the loader's own generators), the batches that are done are drawn again and dropped, and training goes on
-    with the next one. It ends with the same bits as a fit that was not cut, except where a step was cut in
-    its midst (see `atomic` of `locc.compile`) and where workers that outlive a pass draw random numbers.
-    An iterator that yields its batches only once goes on with what is left in it.
+    A fit that was cut (by Ctrl-C, by a callback, by an exception from the loader or a step, or in another
+    process whose checkpoint has been loaded) is gone on with by the next one, which takes the same loader or
+    an equal one: the random state at the start of the pass under way is put back (PyTorch's, Python's,
+    NumPy's and that of the loader's own generators), the batches that are done are drawn again and dropped,
+    and training goes on with the next one. It ends with the same bits as a fit that was not cut, except where
+    a step was cut in its midst (see `atomic` of `locc.compile`) and where workers that outlive a pass draw
+    random numbers. An iterator that yields its batches only once goes on with what is left in it.
 
     Args:
         program: the program.
@@ -120,7 +77,9 @@ def fit(
         epochs: number of epochs of this fit; of the whole of it, where it was cut before. Under the
             sequential schedule, of each module's stage.
         validation: evaluated after each epoch.
-        progress: whether to show the progress bar.
+        progress: whether to show the progress bar: that is, to add `locc.callbacks.ProgressBar()`.
+        callbacks: what takes part, in this order; see `locc.callbacks`. What they keep is in the checkpoints,
+            and goes to the callback of the same class when a fit that was cut goes on.
         scheduler_interval: when the learning-rate schedulers advance: after each "epoch" (pass) in which
             their module trains, or after each "step" that updates it (every `accumulate`-th).
         resume: False forgets a fit that was cut and starts a new one.
@@ -131,7 +90,8 @@ def fit(
 
     Returns:
         The history of the passes that this call has ended. After Ctrl-C, which in the main thread waits for
-        the step under way (a second one does not), it is returned as far as it came, with `interrupted` set.
+        the step under way (a second one does not), it is returned as far as it came, with `interrupted` set;
+        after `Fit.stop`, with `stopped` set.
 
     Raises:
         LoccError: an argument is unusable, the loader yields nothing, or less than before it was cut.
@@ -146,27 +106,78 @@ def fit(
         raise LoccError(f"every={every!r}: give a number of steps, at least 1, and the file checkpoint=")
     if not isinstance(loader, Iterable):
         raise LoccError(f"loader must be iterable; found {type(loader).__name__}")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise LoccError(f"callbacks must be instances of locc.callbacks.Callback; found {callback!r}")
     first = _complete(program, loader)
+    resumed = resume and program.progress is not None
     left = _begin(program, loader, epochs, resume)
+    taking_part = [*([ProgressBar()] if progress else []), *callbacks]
+    state = _state(program, loader, validation, resumed, taking_part)
     training = program.training and program.model.training
     if not training:
         program.train()
-    interrupts = Interrupts()
-    with _bar(program, progress) as bar:
-        saved = None if checkpoint is None else Path(checkpoint)
-        run = _Fit(
-            program, loader, first, validation, bar, scheduler_interval == "step", saved, every, interrupts
-        )
+    saved = None if checkpoint is None else Path(checkpoint)
+    run = _Fit(
+        state,
+        loader,
+        first,
+        validation,
+        taking_part,
+        scheduler_interval == "step",
+        saved,
+        every,
+        Interrupts(),
+    )
+    with ExitStack() as ends:
         try:
-            with interrupts.handled():
+            with run.interrupts.handled():
+                _start(state, taking_part, ends)
                 run.passes(left)
             program.progress = None
-        except KeyboardInterrupt:
-            run.history.interrupted = True
+        except KeyboardInterrupt:  # Ctrl-C, or a callback
+            state.history.interrupted = state.history.stopped is None
         finally:
             if not training:
                 program.eval()
-    return run.history
+    return state.history
+
+
+def _state(
+    program: Compiled, loader: Any, validation: Any, resumed: bool, callbacks: Sequence[Callback]
+) -> Fit:
+    """Return what the callbacks see; they receive what a fit that was cut has kept of them."""
+    progress = program.progress
+    assert progress is not None
+    kept = progress.callbacks() if resumed else []
+    for callback in callbacks:
+        found = next((one for one in kept if one[0] == type(callback).__name__), None)
+        if found is not None:
+            kept.remove(found)
+            callback.restore(found[1])
+    progress.callbacks = lambda: [one for callback in callbacks for one in _kept(callback)]
+    return Fit(program, progress, _length(loader), validation is not None, resumed)
+
+
+def _start(state: Fit, callbacks: Sequence[Callback], ends: ExitStack) -> None:
+    """Let each callback start, and be told of the end."""
+    try:
+        for callback in callbacks:
+            callback.on_fit_start(state)
+            ends.callback(callback.on_fit_end, state)
+    except BaseException:
+        if not state.resumed:  # nothing has begun that could go on
+            state.program.progress = None
+        raise
+
+
+def _kept(callback: Callback) -> list[list[Any]]:
+    """Return a callback's name and state, as JSON has them."""
+    name, state = type(callback).__name__, callback.state()
+    try:
+        return [] if state is None else [[name, json.loads(json.dumps(state))]]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"what {name}.state() returns is not JSON: {error}") from error
 
 
 def _complete(program: Compiled, loader: Iterable[Any]) -> Rest | None:
@@ -203,31 +214,37 @@ def _begin(program: Compiled, loader: Iterable[Any], epochs: int, resume: bool) 
 class _Fit:
     """One call of `fit`; `first` yields the batches of its first pass, where not the loader itself does."""
 
-    program: Compiled
+    state: Fit
     loader: Iterable[Any]
     first: Rest | None
     validation: Iterable[Any] | None
-    bar: rich.Progress | None
+    callbacks: Sequence[Callback]
     stepwise: bool
     checkpoint: Path | None
     every: int | None
     interrupts: Interrupts
-    history: History = field(default_factory=History)
+
+    @property
+    def program(self) -> Compiled:
+        return self.state.program
 
     @property
     def progress(self) -> Progress:
-        assert self.program.progress is not None
-        return self.program.progress
+        return self.state.progress
+
+    def leave_if_asked(self) -> None:
+        """Go the way of Ctrl-C where a callback has asked for the end."""
+        if self.state.history.stopped is not None:
+            raise KeyboardInterrupt
 
     def passes(self, left: list[Pass]) -> None:
         """Run the passes that are left, setting the program's phase for each."""
         program = self.program
         try:
             for one in left:
+                self.leave_if_asked()
                 program.phase = one.phase.name if one.phase else None
                 self._pass(one)
-                if self.bar is not None:
-                    self.bar.console.print(str(self.history.epochs[-1]), highlight=False, markup=False)
         finally:
             if program.settings.schedule != "sequential":
                 program.phase = self.progress.outside
@@ -236,6 +253,8 @@ class _Fit:
         program, progress, started = self.program, self.progress, time.perf_counter()
         if progress.at != one.at:
             progress.at, progress.batches, progress.sums = one.at, 0, {}
+        for callback in self.callbacks:
+            callback.on_epoch_start(self.state)
         self._train()
         if progress.batches == 0:
             raise LoccError(
@@ -250,35 +269,24 @@ class _Fit:
             if not self.stepwise:
                 _advance(program, means)
             loss = means.pop("loss", None)
-            self.history.epochs.append(Epoch(one.at[1], program.phase, loss, means, seconds, checked))
+            epoch = Epoch(one.at[1], program.phase, loss, means, seconds, checked)
+            self.state.history.epochs.append(epoch)
             program.epochs += 1
             if one.ends is not None:
                 program.warm.add(one.ends)
             progress.turn(RandomState.now(self.loader, program.device))
+            for callback in self.callbacks:
+                callback.on_epoch_end(self.state, epoch)
             if self.checkpoint is not None:
                 save(program, self.checkpoint)
 
     def _train(self) -> None:
         """Train on the batches of the pass that are not done yet."""
-        program, progress = self.program, self.progress
-        title = f"epoch {progress.at[1]}" + (f" [{program.phase}]" if program.phase else "")
-        total = _length(self.loader)
-        task = None
-        if self.bar is not None:
-            task = self.bar.add_task(title, total=total, completed=progress.batches, losses="")
-        try:
-            for batch in self._left():
-                x, y = batch_of(batch, program.settings.labels_within)
-                with self.interrupts.waiting():
-                    self._step(x, y)
-                if self.bar is not None and task is not None:
-                    # Reading a loss synchronises the device, so the bar shows them now and then.
-                    if progress.batches % 20 == 0 or progress.batches == total:
-                        self.bar.update(task, losses=_text(progress.sums, progress.batches))
-                    self.bar.update(task, advance=1)
-        finally:
-            if self.bar is not None and task is not None:
-                self.bar.remove_task(task)
+        for batch in self._left():
+            x, y = batch_of(batch, self.program.settings.labels_within)
+            with self.interrupts.waiting():
+                self._step(x, y)
+            self.leave_if_asked()
 
     def _left(self) -> Rest:
         """Return what yields the batches of the pass that are not done yet."""
@@ -304,6 +312,11 @@ class _Fit:
         self.progress.count(found)
         if self.stepwise:
             _advance(program, found, waiting=False)
+        updated = [name for name in _trained(program) if not program.built.learners[name].pending]
+        for callback in self.callbacks:
+            for name in updated:
+                callback.on_update(self.state, name, report)
+            callback.on_step_end(self.state, report)
         if self.every is not None and program.steps % self.every == 0:
             assert self.checkpoint is not None
             save(program, self.checkpoint)
@@ -311,7 +324,7 @@ class _Fit:
 
 def _advance(program: Compiled, means: Mapping[str, Any], waiting: bool = True) -> None:
     """Advance the schedulers of what trains; `waiting`: of what accumulates gradients as well."""
-    training = program.plan(program.phase).trains
+    training = _trained(program)
     for name, scheduler in program.schedulers.items():
         if name not in training or (program.built.learners[name].pending and not waiting):
             continue
@@ -322,28 +335,17 @@ def _advance(program: Compiled, means: Mapping[str, Any], waiting: bool = True) 
             scheduler.step()
 
 
+def _trained(program: Compiled) -> list[str]:
+    """Return the owners that train in the program's phase, in order."""
+    trains = program.plan(program.phase).trains
+    return [name for name in program.built.learners if name in trains]
+
+
 def _length(loader: Any) -> int | None:
     try:
         return len(loader)
     except (TypeError, NotImplementedError):  # a DataLoader over an iterable data set has a len that raises
         return None
-
-
-def _text(sums: dict[str, Tensor], steps: int) -> str:
-    return "  ".join(f"{name} {float(value) / steps:.3g}" for name, value in sums.items())
-
-
-def _bar(program: Compiled, wanted: bool) -> Any:
-    if not wanted:
-        return nullcontext()
-    return rich.Progress(
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(bar_width=20),
-        rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
-        rich.TextColumn("{task.fields[losses]}"),
-        transient=True,
-    )
 
 
 @torch.no_grad()

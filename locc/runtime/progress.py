@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,7 @@ class Progress:
         batches: how many batches of it are done.
         sums: of the loss and the objectives over these batches, by name.
         source: what is left of the loader in this pass, where it may yield it only once.
+        callbacks: returns what the callbacks keep, by the names of their classes, as JSON.
     """
 
     epochs: int
@@ -143,6 +144,7 @@ class Progress:
     batches: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     source: Rest | None = None
+    callbacks: Callable[[], list[list[Any]]] = list
 
     def count(self, found: Mapping[str, Tensor]) -> None:
         """Add a batch that is done."""
@@ -165,6 +167,7 @@ class Progress:
             "batches": self.batches,
             "sums": list(self.sums),
             "random": self.random.plain(),
+            "callbacks": self.callbacks(),
         }
         tensors = {f"sum/{i}": value for i, value in enumerate(self.sums.values())}
         return header, tensors | {f"random/{name}": t for name, t in self.random.tensors.items()}
@@ -183,4 +186,5 @@ class Progress:
             (stage, epoch, turn),
             header["batches"],
             {name: tensors[f"sum/{i}"].to(device) for i, name in enumerate(header["sums"])},
+            callbacks=lambda: list(header.get("callbacks", [])),
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from locc.errors import LocalityError
+from locc.proof import Certificate, verify
 from locc.runtime import Compiled
-from locc.verify import Certificate, verify
 
 
 def assert_local(program: Compiled, x: Any = None, y: Any = None) -> Certificate:

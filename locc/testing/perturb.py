@@ -13,7 +13,7 @@ from torch import Tensor
 
 from locc.ir.view import DATA
 from locc.lower import Backward, Instruction, Loop, Plan, Segment
-from locc.verify import Certificate
+from locc.proof import Certificate
 
 FORWARD = frozenset({"activation", "input", "label", "synthetic gradient"})
 """Kinds of flows whose values no objective changes before its owner's update."""

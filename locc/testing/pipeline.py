@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from locc.errors import LoccError
 from locc.ir.view import DATA
 from locc.program import Program
-from locc.verify import Certificate
+from locc.proof import Certificate
 
 from .alone import MissingError, Tape
 from .trial import Holdings, State, Trial, batch_of, certificate_of, difference, first_line, untouched

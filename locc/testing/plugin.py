@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import pytest
-from torch import nn
 
-from locc.compiler import Splits, compile
+import locc
 from locc.errors import LoccError
-from locc.program import Program
-from locc.rewrite import Method
-from locc.runtime import Compiled
-from locc.runtime.program import observers
-from locc.testing.local import assert_local
+
+if TYPE_CHECKING:  # pytest imports this at every start: PyTorch only where the plugin is used
+    from torch import nn
+
+    from locc.compiler import Splits
+    from locc.program import Program
+    from locc.rewrite import Method
+    from locc.runtime import Compiled
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,11 +51,14 @@ class Watch:
         self.held: list[Compiled] = []
         self.proved: WeakKeyDictionary[Compiled, int] = WeakKeyDictionary()
         self.failures: list[str] = []
+        from locc.runtime.program import observers
+
+        self.observers = observers
         observers.append(self.completed)
 
     def pytest_unconfigure(self) -> None:
         """Watch no longer."""
-        observers.remove(self.completed)
+        self.observers.remove(self.completed)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Generator[None, Any, Any]:
@@ -106,6 +111,8 @@ def prove(program: Compiled) -> None:
     Raises:
         AssertionError: the program is not local, or a check could not be completed.
     """
+    from locc.testing.local import assert_local
+
     try:
         assert_local(program)
     except AssertionError as error:
@@ -125,7 +132,7 @@ def locc_program() -> Iterator[Callable[..., Program]]:
     made: list[Program] = []
 
     def build(model: nn.Module, method: str | Method = "bp", splits: Splits = (), **options: Any) -> Program:
-        made.append(compile(model, method, splits, **options | {"verify": True}))
+        made.append(locc.compile(model, method, splits, **options | {"verify": True}))
         return made[-1]
 
     yield build

@@ -19,10 +19,10 @@ from locc.ir.state import begin
 from locc.ir.view import node_parameters
 from locc.lower import Backward, Instruction, Plan, instructions_of
 from locc.program import Program
+from locc.proof import Certificate
+from locc.proof.experiment.batch import small_batch
 from locc.runtime import StepReport, checked
 from locc.snapshot import preserved, same_bits
-from locc.verify import Certificate
-from locc.verify.experiment.batch import small_batch
 
 from .local import assert_local
 

@@ -260,7 +260,7 @@ def test_training_goes_without_the_cache_that_a_model_would_keep() -> None:
     model = gpt2_with_cache()
     x = find("hf_gpt2").inputs()
     found = capture(Root(model), Inputs.of(model, x), OPENED)
-    assert "captured with use_cache=False" in found.notes
+    assert "captured with use_cache=False: training keeps no cache" in found.notes
     assert model.config.use_cache is True  # type: ignore[union-attr]
     tensors = found.signature.bind(Inputs.of(model, x))  # the call is still the user's
     output = found.output(*fx.GraphModule(found.root, found.training)(*tensors))

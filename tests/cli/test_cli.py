@@ -46,7 +46,8 @@ def test_the_package_runs_as_a_module() -> None:
 
 def test_help_of_a_command_lists_the_options_of_its_method() -> None:
     assert "--sigma" in run("train", "--help", "--method", "dtp").output
-    assert "takes no options of its own" in run("train", "--help").output
+    assert "takes no options of its own" in run("train", "--help", "--method", "bp").output
+    assert "`locc methods dtp`" in run("train", "--help").output
 
 
 def test_methods() -> None:
@@ -113,7 +114,7 @@ def test_method_options_reach_the_method(monkeypatch: pytest.MonkeyPatch) -> Non
         seen.update(options)
         return locc.Examination("M", "dtp", complete=True)
 
-    monkeypatch.setattr("locc.cli.examine", examine)
+    monkeypatch.setattr("locc.examine", examine)
     run("inspect", "--sigma", "0.25", *MLP, *DIGITS, "--method", "dtp", "--lr-scale=2")
     assert (seen["sigma"], seen["lr_scale"]) == (0.25, 2.0)
 

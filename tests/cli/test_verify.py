@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import locc
-from locc.verify import sentinel
+from locc.proof import sentinel
 
 from .test_cli import MLP, MODEL, run
 
@@ -24,6 +24,8 @@ def test_it_prints_the_certificate_and_saves_it(tmp_path: Path) -> None:
     assert certificate.verdict == "strictly modular"
     assert certificate.graph_hash in text
     assert "optimizer storage" in text
+    assert len(text.splitlines()) <= 20
+    assert "module 0: 2" in run("verify", *MLP, *SHAPE, "--method", "dgl", "--verbose").output
 
 
 def test_a_dash_is_standard_output_and_the_rest_goes_to_standard_error(

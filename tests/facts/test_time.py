@@ -139,8 +139,8 @@ def test_what_is_late_is_not_waited_for() -> None:
     assert late.owner("0").backward_waits_for == late.owner("0").update_waits_for == ()
     assert now.table.forward_pass
     assert not late.table.forward_pass
-    assert "(down), through 3 modules, 2 steps old" in str(late)
-    assert "trains on values of earlier steps of 1, 2, 3" in str(late)
+    assert "(down), through 3 modules, 2 steps old" in late.text(verbose=True)
+    assert "trains on values of earlier steps of 1, 2, 3" in late.text(verbose=True)
     assert locc.Certificate.from_json(late.to_json()) == late
 
 

@@ -16,10 +16,10 @@ import locc
 from locc.errors import GraphError
 from locc.ir import Inputs, TrainingGraph, invariants
 from locc.ir.captured import strip
+from locc.proof import Certificate, sentinel, static, storage, walk
+from locc.proof.experiment.batch import small_batch
+from locc.proof.findings import Finding
 from locc.runtime import Learner
-from locc.verify import Certificate, sentinel, static, storage, walk
-from locc.verify.experiment.batch import small_batch
-from locc.verify.findings import Finding
 
 from . import edges, labels, scalars, tensors  # noqa: F401  # they register their operators
 from .oracle import SEEDS, Holding, Move, Seen, Truth, classify, foreign_moves, run

@@ -1,6 +1,6 @@
 """What a training graph really does: a small interpreter in plain PyTorch, and who owns what it moves.
 
-Shares nothing with `locc.verify` and `locc.lower`. Each objective is differentiated with respect to every
+Shares nothing with `locc.proof` and `locc.lower`. Each objective is differentiated with respect to every
 parameter there is, in float64, at several random points: parameters are moved off their initial values,
 so that a network that starts at zero hides nothing.
 """

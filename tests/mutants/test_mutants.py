@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import locc
 from locc.ir import Inputs, TrainingGraph
 from locc.lower import Backward
-from locc.verify import Finding, sentinel, static, storage, walk
+from locc.proof import Finding, sentinel, static, storage, walk
 from mutants import oracle, run
 from mutants.edges import _between
 from mutants.judge import ACCEPTED, KILLED, OPERATORS, Judge, _holdings

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import locc
 from locc import Program
-from locc.runtime.fit import History
+from locc.runtime.history import History
 from runtime.turns import Probing, norms
 from support import batch
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from locc import LoccError, Program
-from locc.runtime.fit import History
+from locc.runtime.history import History
 from locc.runtime.progress import RandomState
 from runtime.cut import SCENES, SIGNALS, Augmented, Cut, file_of, killed, seed_everything, validation
 from support import batch, compiled, everything, mlp, same, sgd

@@ -58,9 +58,9 @@ def test_the_rule_catches_a_look_inside(tmp_path: Path) -> None:
 def test_the_rule_catches_a_stray_import(tmp_path: Path) -> None:
     stray = tmp_path / "stray.py"
     stray.write_text(
-        "import torch\nfrom locc.testing import cases\nfrom locc.verify import prove\nimport support\n"
+        "import torch\nfrom locc.testing import cases\nfrom locc.proof import prove\nimport support\n"
     )
-    assert {name for name in imported(stray) if not allowed(name)} == {"locc.verify", "support"}
+    assert {name for name in imported(stray) if not allowed(name)} == {"locc.proof", "support"}
 
 
 @pytest.mark.parametrize(("package", "home"), [("hypothesis", "strategies.py"), ("pytest", "plugin.py")])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from locc.verify.findings import SENTINEL, WALK
+from locc.proof.findings import SENTINEL, WALK
 
 Act = Callable[[Any, Tensor], Tensor]
 

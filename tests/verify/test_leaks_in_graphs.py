@@ -10,9 +10,9 @@ from torch import fx
 
 import locc
 from locc.ir import TrainingGraph, ops
-from locc.verify import sentinel, static, walk
-from locc.verify.experiment.batch import small_batch
-from locc.verify.findings import REACHABILITY, SENTINEL, WALK
+from locc.proof import sentinel, static, walk
+from locc.proof.experiment.batch import small_batch
+from locc.proof.findings import REACHABILITY, SENTINEL, WALK
 
 from .leaks import HARMLESS, LEAKS, OWN, Act, Chain, plain
 from .plants import ThirdParty, bare_program

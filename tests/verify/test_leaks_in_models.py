@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import locc
-from locc.verify import sentinel, static, storage, walk
-from locc.verify.experiment.batch import small_batch
-from locc.verify.findings import SENTINEL, WALK
+from locc.proof import sentinel, static, storage, walk
+from locc.proof.experiment.batch import small_batch
+from locc.proof.findings import SENTINEL, WALK
 
 from . import leaks
 from .leaks import HARMLESS, LEAKS, Act, Chain, Planted

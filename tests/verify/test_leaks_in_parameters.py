@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import locc
+from locc.proof import prove, static, storage
+from locc.proof.findings import STORAGE
 from locc.runtime import Learner
-from locc.verify import prove, static, storage
-from locc.verify.findings import STORAGE
 
 from .plants import PLANTS, bare_program
 

@@ -98,7 +98,7 @@ def test_every_owner_has_its_share_and_the_page_shows_it() -> None:
     assert memory.peak == max(size for _, size in memory.owners) == memory.of(memory.at)
     assert all(o.peak_memory == memory.of(o.name) for o in certificate.owners)
     assert all(o.peak_memory for o in certificate.owners)
-    page = str(certificate)
+    page = certificate.text(verbose=True)
     assert f"at a batch of {memory.batch}, in '{memory.at}'" in page
     assert page.count("at most while its code runs") == len(certificate.owners)
     assert memory.of("nobody") is None
@@ -119,5 +119,5 @@ def test_a_model_that_needs_data_has_no_estimate_and_the_certificate_says_so() -
     assert certificate.complete
     assert certificate.memory is None
     assert any("peak memory could not be estimated" in w for w in certificate.warnings)
-    assert "memory estimate           none" in str(certificate)
+    assert "memory estimate           none" in certificate.text(verbose=True)
     assert locc.Certificate.from_json(certificate.to_json()) == certificate

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import locc
 from locc.facts import NOT, STRICT, WEAK
 from locc.ir import TrainingGraph, inner, stop_gradient
+from locc.proof import Certificate
 from locc.rewrite import Method, Pass
-from locc.verify import Certificate
 
 METHODS = sorted(locc.methods())
 WIDTH = 6

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import locc
-from locc.verify import sentinel
-from locc.verify.experiment.batch import small_batch
-from locc.verify.experiment.dispatch import Kernels
-from locc.verify.experiment.shapes import RealTensorError, Shapes
-from locc.verify.experiment.worlds import Meta
+from locc.proof import sentinel
+from locc.proof.experiment.batch import small_batch
+from locc.proof.experiment.dispatch import Kernels
+from locc.proof.experiment.shapes import RealTensorError, Shapes
+from locc.proof.experiment.worlds import Meta
 
 from .leaks import LEAKS, Chain, plain
 from .shapes import SHAPES

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from locc.verify.experiment.dispatch import memory_of, written_by
+from locc.proof.experiment.dispatch import memory_of, written_by
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 

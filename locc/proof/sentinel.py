@@ -26,16 +26,16 @@ from locc.ir.captured import strip
 from locc.ir.state import begin
 from locc.ir.view import DATA
 from locc.lower import Assign, Backward, Instruction, Plan, Segment, Update
+from locc.proof.experiment.batch import Batch, standing_in
+from locc.proof.experiment.dispatch import Writes, memory_of
+from locc.proof.experiment.runner import Trainer, plans_of
+from locc.proof.experiment.worlds import Meta, Real
+from locc.proof.findings import SENTINEL, Finding
+from locc.proof.slots import Place, Slots
+from locc.proof.storage import fingerprint
+from locc.proof.tape import Record, Tape, sequence_number
+from locc.proof.walk import findings_of
 from locc.snapshot import preserved, same_bits
-from locc.verify.experiment.batch import Batch, standing_in
-from locc.verify.experiment.dispatch import Writes, memory_of
-from locc.verify.experiment.runner import Trainer, plans_of
-from locc.verify.experiment.worlds import Meta, Real
-from locc.verify.findings import SENTINEL, Finding
-from locc.verify.slots import Place, Slots
-from locc.verify.storage import fingerprint
-from locc.verify.tape import Record, Tape, sequence_number
-from locc.verify.walk import findings_of
 
 STEPS = 2
 _HANDS_OFF = "hooks, custom functions and checkpoints may touch their module's parameters only"

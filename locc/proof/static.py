@@ -13,7 +13,7 @@ from locc.ir import ops
 from locc.ir.captured import owned_tensor, strip
 from locc.ir.graph import TrainingGraph
 from locc.ir.view import DATA, node_parameters
-from locc.verify.findings import REACHABILITY, Finding
+from locc.proof.findings import REACHABILITY, Finding
 
 _CUT = "cut the edge with ir.stop_gradient(owner, value), or give the objective to the module that it trains"
 

@@ -11,16 +11,16 @@ from locc.errors import LoccError
 from locc.facts import Certificate
 from locc.ir import Inputs, TrainingGraph
 from locc.lower import Plan
+from locc.proof import sentinel, static, storage, walk
+from locc.proof.account import Evidence, certificate
+from locc.proof.experiment.batch import Batch, small_batch, standing_in, whole_batch
+from locc.proof.experiment.runner import plans_of
+from locc.proof.experiment.worlds import reason
+from locc.proof.findings import REACHABILITY, SENTINEL, STORAGE, WALK, refuse
+from locc.proof.memory import estimate
 from locc.quiet import quiet
 from locc.runtime import Compiled, Learner, checked
 from locc.snapshot import preserved
-from locc.verify import sentinel, static, storage, walk
-from locc.verify.account import Evidence, certificate
-from locc.verify.experiment.batch import Batch, small_batch, standing_in, whole_batch
-from locc.verify.experiment.runner import plans_of
-from locc.verify.experiment.worlds import reason
-from locc.verify.findings import REACHABILITY, SENTINEL, STORAGE, WALK, refuse
-from locc.verify.memory import estimate
 
 _FEW_PARAMETERS = 1 << 24
 _FEW_OPERATIONS = 1e10

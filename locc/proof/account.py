@@ -29,9 +29,9 @@ from locc.facts.traffic import auxiliaries, couplings, flows, pipeline_exact
 from locc.ir import TrainingGraph, assign
 from locc.ir.captured import strip
 from locc.losses import Loss
-from locc.verify import sentinel, static, walk
-from locc.verify.experiment.batch import Batch
-from locc.verify.findings import REACHABILITY, SENTINEL, WALK
+from locc.proof import sentinel, static, walk
+from locc.proof.experiment.batch import Batch
+from locc.proof.findings import REACHABILITY, SENTINEL, WALK
 
 
 @dataclass

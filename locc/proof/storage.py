@@ -9,9 +9,9 @@ from torch import Tensor, optim
 
 from locc.facts.names import Names
 from locc.ir import TrainingGraph
+from locc.proof.findings import STORAGE, Finding
+from locc.proof.static import overlapping
 from locc.runtime.learner import Learner
-from locc.verify.findings import STORAGE, Finding
-from locc.verify.static import overlapping
 
 
 def check(ir: TrainingGraph, learners: Mapping[str, Learner]) -> list[Finding]:

@@ -11,8 +11,8 @@ from locc.errors import GraphError
 from locc.ir import TrainingGraph
 from locc.ir.captured import owned_tensor
 from locc.lower import Backward, Loop, Plan, Segment, Update, lower
+from locc.proof.experiment.worlds import Real
 from locc.runtime import Machine
-from locc.verify.experiment.worlds import Real
 
 ROUNDS = 2
 """A repeated region runs this often in a check: once fresh, once on what it carries."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from locc.ir import TrainingGraph
-from locc.verify.experiment.dispatch import Kernel, evaluate, memory_of
-from locc.verify.experiment.shapes import Shapes
+from locc.proof.experiment.dispatch import Kernel, evaluate, memory_of
+from locc.proof.experiment.shapes import Shapes
 
 
 class Real:

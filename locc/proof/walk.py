@@ -21,13 +21,13 @@ from locc.facts.names import Names
 from locc.ir import TrainingGraph
 from locc.ir.state import begin
 from locc.lower import Backward, Plan, Segment
+from locc.proof.experiment.batch import Batch, standing_in
+from locc.proof.experiment.dispatch import Kernels
+from locc.proof.experiment.runner import Runner, plans_of
+from locc.proof.experiment.worlds import Fake, Meta, Real, reason
+from locc.proof.findings import WALK, Finding
+from locc.proof.tape import Record, Tape, sequence_number
 from locc.snapshot import preserved
-from locc.verify.experiment.batch import Batch, standing_in
-from locc.verify.experiment.dispatch import Kernels
-from locc.verify.experiment.runner import Runner, plans_of
-from locc.verify.experiment.worlds import Fake, Meta, Real, reason
-from locc.verify.findings import WALK, Finding
-from locc.verify.tape import Record, Tape, sequence_number
 
 STEPS = 2
 

@@ -12,11 +12,11 @@ from locc.facts import Memory
 from locc.ir import TrainingGraph
 from locc.ir.state import begin
 from locc.lower import Instruction, Plan, Update
+from locc.proof.experiment.batch import Batch, standing_in
+from locc.proof.experiment.dispatch import Meter, memory_of
+from locc.proof.experiment.runner import Trainer, plans_of
+from locc.proof.experiment.worlds import Meta
 from locc.snapshot import preserved
-from locc.verify.experiment.batch import Batch, standing_in
-from locc.verify.experiment.dispatch import Meter, memory_of
-from locc.verify.experiment.runner import Trainer, plans_of
-from locc.verify.experiment.worlds import Meta
 
 
 def estimate(
