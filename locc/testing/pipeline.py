@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_map
 from locc.errors import LoccError
 from locc.ir.view import DATA
 from locc.program import Program
+from locc.runtime.untouched import untouched
 from locc.verify import Certificate
 
 from .alone import MissingError, Tape
-from .trial import Holdings, State, Trial, batch_of, certificate_of, difference, first_line, untouched
+from .trial import Holdings, State, Trial, batch_of, certificate_of, difference, first_line
 
 FEWEST = 4
 """Batches that are made up where none are given, or one more than there are stages."""
