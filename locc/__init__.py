@@ -9,6 +9,7 @@ from locc.errors import (
     GraphError,
     LocalityError,
     LoccError,
+    LoccWarning,
     MethodError,
     RunError,
     SplitError,
@@ -16,6 +17,7 @@ from locc.errors import (
 from locc.examine import Examination, examine
 from locc.markers import split
 from locc.program import Program
+from locc.recipes import OptimizerSpec, Recipe
 from locc.registry import method
 from locc.rewrite import Method, Pass
 from locc.runtime import StepReport
@@ -31,10 +33,13 @@ __all__ = [
     "GraphError",
     "LocalityError",
     "LoccError",
+    "LoccWarning",
     "Method",
     "MethodError",
+    "OptimizerSpec",
     "Pass",
     "Program",
+    "Recipe",
     "RunError",
     "SplitError",
     "StepReport",

@@ -7,6 +7,7 @@ wrong, 130 after Ctrl-C.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from torch import nn
 
 from locc.catalogue import methods as catalogue
 from locc.commands.flags import MisuseError
-from locc.commands.loading import Data, data_of, inputs_of, load_model, loss_of, splits_of
+from locc.commands.loading import Data, data_of, inputs_of, load_model, loss_of, recipe_of, splits_of
 from locc.commands.method_command import MethodCommand, method_options
 from locc.commands.show import (
     describe,
@@ -28,9 +29,10 @@ from locc.commands.show import (
     show_examination,
     show_history,
     show_method,
+    show_warning,
 )
 from locc.compiler import compile
-from locc.errors import LoccError, nearest
+from locc.errors import LoccError, LoccWarning, nearest
 from locc.examine import examine
 from locc.program import Program
 from locc.version import __version__
@@ -127,7 +129,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", LoccWarning)
+                warnings.showwarning = show_warning
+                command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
@@ -213,10 +218,16 @@ def train(
         int, typer.Option(min=0, help="epochs to train now (after --resume: further ones)")
     ] = 10,
     batch_size: BatchOption = 64,
-    lr: Annotated[float, typer.Option(min=0.0, help="learning rate of every module")] = 1e-3,
+    lr: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="learning rate of every module; default: the method's own, or 0.001"),
+    ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="adam, adamw, sgd or momentum (sgd with momentum 0.9)")
-    ] = "adam",
+        str | None,
+        typer.Option(
+            help="adam, adamw, sgd, rmsprop or momentum (sgd with momentum 0.9); default: the method's own"
+        ),
+    ] = None,
     schedule: Annotated[
         str, typer.Option(help="lockstep, or sequential (one module after the other)")
     ] = "lockstep",
@@ -252,12 +263,13 @@ def train(
         loss=loss_of(loss),
         tied=tied,
         example_inputs=loaders.example(),
-        optimizer=optimizer_of(optimizer, lr),
+        optimizer=recipe_of(method, optimizer, lr),
         schedule=schedule,
         clip=clip,
         seed=seed,
         **method_options(ctx),
     )
+    out().print(Text(f"trains with {program.built.training}"), soft_wrap=True)
     if resume is not None:
         program.load(resume)
     _train(program, loaders, epochs, progress, save, onnx)
@@ -289,23 +301,6 @@ def _placed(model: nn.Module, device: str) -> nn.Module:
         return model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise MisuseError(f"--device {device}: {str(error).splitlines()[0]}") from error
-
-
-def optimizer_of(name: str, lr: float) -> Callable[..., torch.optim.Optimizer]:
-    """Return the factory that --optimizer and --lr describe.
-
-    Raises:
-        MisuseError: the name is unknown.
-    """
-    factories: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adam": lambda parameters: torch.optim.Adam(parameters, lr=lr),
-        "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=lr),
-        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=lr),
-        "momentum": lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-    }
-    if name not in factories:
-        raise MisuseError(f"--optimizer {name}: {nearest(name, factories)}")
-    return factories[name]
 
 
 @app.command(cls=MethodCommand)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +16,22 @@ from torch import Tensor, nn
 
 from locc import registry
 from locc.capture import capture, marker_ancestors
-from locc.errors import CaptureError, LoccError, MethodError
+from locc.errors import CaptureError, LoccError, LoccWarning, MethodError
 from locc.ir import Inputs, Root, TrainingGraph
 from locc.losses import Loss
 from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
 from locc.program import Program
+from locc.recipes import Recipe
 from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
 from locc.snapshot import undone_on_failure
 from locc.verify import prove
 from locc.verify.experiment.batch import accepts, small_batch
+
+_LOG = logging.getLogger("locc")
+_HOME = os.path.dirname(__file__) + os.sep
 
 Splits = int | str | Sequence[str]
 
@@ -50,7 +57,7 @@ def compile(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
-    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] | Recipe | None = None,
     schedule: str = "lockstep",
     backend: str = "eager",
     tied: str = "error",
@@ -74,7 +81,8 @@ def compile(
         loss: "cross_entropy", "mse", "bce", "l1", or a callable(output, target) that returns a 0-d tensor.
         example_inputs: a batch as `step` takes it; two samples are enough, and compiling runs the whole
             model on them. Without one, the first step compiles on the first few samples of its batch.
-        optimizer: callable(params) -> Optimizer, called for each owner; the default is Adam(lr=1e-3).
+        optimizer: callable(params) -> Optimizer, called for each owner; or a `locc.Recipe`, such as
+            `locc.methods()["dni"].recipe.at(lr=1e-4)`. None: the method's own recipe, published with it.
         schedule: "lockstep", or "sequential" (each module is trained to the end, then frozen).
         backend: "eager".
         tied: policy for a parameter that two modules use: "error", "owner" or "copy".
@@ -101,7 +109,8 @@ def compile(
         raise LoccError("this is a program already; pass program.model to compile its model anew")
     _refuse_lazy(model)
     chosen, name = _method(method, method_options)
-    settings = Settings(optimizer, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic)
+    trained = chosen.recipe if optimizer is None else optimizer
+    settings = Settings(trained, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic)
     request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify)
     TiedPolicy(tied)
     program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
@@ -120,8 +129,14 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         program.root.aux.to(program.device)
         phases = stages(ir, request.name, request.settings.schedule == "sequential")
         learners = request.settings.learners(ir)
-        certificate = prove(ir, request.name, learners, inputs) if request.verify else None
+        training = request.settings.training(learners)
+        rates = {name: learner.rate for name, learner in learners.items()}
+        advice = tuple(request.method.advise(ir, rates))
+        certificate = None
+        if request.verify:
+            certificate = prove(ir, request.name, learners, inputs, training=training, advice=advice)
         schedulers = request.settings.schedulers(learners)
+        _tell(request.name, training, advice)
     with torch.no_grad():
         for parameter, value in ir.initial:
             parameter.copy_(value)
@@ -137,7 +152,17 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         backend=request.settings.backend,
         misfit=lambda target: misfit(request.name, request.method.target, output, target),
     )
-    return Built(ir, certificate, learners, schedulers, executor, phases)
+    return Built(ir, certificate, learners, schedulers, executor, phases, training, advice)
+
+
+def _tell(name: str, training: str, advice: Sequence[str]) -> None:
+    """Log by what a program trains, and warn, at the caller's line, where it may do so badly."""
+    _LOG.info("method '%s' trains with %s", name, training)
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_HOME):
+        level, frame = level + 1, frame.f_back
+    for text in advice:
+        warnings.warn(f"method '{name}' may train badly: {text}", LoccWarning, stacklevel=level)
 
 
 def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:

@@ -19,7 +19,7 @@ from locc.facts.traffic import Flow
 from locc.ir import Coupling, TrainingGraph
 from locc.ir.captured import strip
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class Certificate:
     """What was proved of a program, and what follows from its graph.
 
     Everything in it is derived from the training graph and from what the checks saw; the method's
-    name is a title and nothing else.
+    name is a title, `training` (the optimizers and where they come from) a remark, and neither is proved.
     """
 
     method: str
+    training: str
     verdict: str
     reasons: tuple[str, ...]
     owners: tuple[OwnerFacts, ...]
@@ -202,6 +203,7 @@ def _checks(certificate: Certificate) -> Iterator[str]:
 def _program(certificate: Certificate) -> Iterator[str]:
     table = certificate.table
     yield "program"
+    yield f"  trains with               {certificate.training or 'optimizers that nobody has named'}"
     yield f"  auxiliary model needed    {_yes(table.auxiliary_model)}"
     yield f"  whole forward pass needed {_yes(table.forward_pass)}"
     yield f"  backward pass needed      {table.backward_pass}"

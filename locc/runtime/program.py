@@ -61,7 +61,10 @@ class StepReport:
 
 @dataclass
 class Built:
-    """What compilation yields once example inputs are known."""
+    """What compilation yields once example inputs are known.
+
+    `training` says by which optimizers it trains, `advice` why it may do so badly.
+    """
 
     ir: TrainingGraph
     certificate: Certificate | None
@@ -69,6 +72,8 @@ class Built:
     schedulers: dict[str, Any]
     executor: Executor
     phases: tuple[Phase, ...]
+    training: str = ""
+    advice: tuple[str, ...] = ()
     plans: dict[str | None, Plan] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
