@@ -76,7 +76,13 @@ def compiled(workload: Workload, model: Chain, x: Tensor, y: Tensor, modules: in
         return workload.head(boundary.shape[workload.feature_axis])
 
     program = locc.compile(
-        model, method="dgl", splits=splits(modules), loss=workload.loss, example_inputs=x, head=head
+        model,
+        method="dgl",
+        splits=splits(modules),
+        loss=workload.loss,
+        example_inputs=x,
+        optimizer=locc.Recipe(),  # Adam, as the references have
+        head=head,
     )
     return Contestant(modules, LOCC, lambda: program.step(x, y), gradients_of(program))
 

@@ -9,6 +9,7 @@ from locc.errors import (
     GraphError,
     LocalityError,
     LoccError,
+    LoccWarning,
     MethodError,
     RunError,
     SplitError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from locc.markers import split
     from locc.program import Program
     from locc.proof import Certificate, verify
+    from locc.recipes import OptimizerSpec, Recipe
     from locc.registry import method
     from locc.rewrite import Method, Pass
     from locc.runtime import StepReport
@@ -33,8 +35,10 @@ else:
             "Certificate": "locc.proof",
             "Examination": "locc.examination",
             "Method": "locc.rewrite",
+            "OptimizerSpec": "locc.recipes",
             "Pass": "locc.rewrite",
             "Program": "locc.program",
+            "Recipe": "locc.recipes",
             "StepReport": "locc.runtime",
             "compile": "locc.compiler",
             "examine": "locc.examination",
@@ -54,10 +58,13 @@ __all__ = [
     "GraphError",
     "LocalityError",
     "LoccError",
+    "LoccWarning",
     "Method",
     "MethodError",
+    "OptimizerSpec",
     "Pass",
     "Program",
+    "Recipe",
     "RunError",
     "SplitError",
     "StepReport",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, Field, dataclass
 from functools import cache
 from typing import Any
 
@@ -10,23 +10,63 @@ import torch
 from torch import nn
 
 from locc.compiler import compile
+from locc.recipes import Recipe
 from locc.registry import broken, load, registered
-from locc.rewrite import options
+from locc.rewrite import Method, options
+
+
+@dataclass(frozen=True)
+class Option:
+    """A hyper-parameter of a method, and where to search for a good value of it.
+
+    Attributes:
+        name: the keyword of `locc.compile`.
+        default: what it is unless given.
+        help: what it means.
+        range: the lowest and the highest value worth trying, whole numbers where it is one; None if it has
+            no such range.
+        log: whether values are equally likely in their logarithm.
+        choices: the values worth trying of one that is no number.
+    """
+
+    name: str
+    default: Any
+    help: str = ""
+    range: tuple[float, float] | None = None
+    log: bool = False
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def searchable(self) -> bool:
+        """Whether it declares where to search."""
+        return self.range is not None or bool(self.choices)
+
+    @classmethod
+    def of(cls, field: Field[Any]) -> Option:
+        """Read the option that a field of a method declares."""
+        given = field.metadata
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        choices = (False, True) if isinstance(default, bool) else tuple(given.get("choices", ()))
+        log = given.get("scale") == "log"
+        return cls(field.name, default, str(given.get("help", "")), given.get("range"), log, choices)
 
 
 @dataclass(frozen=True)
 class MethodInfo:
     """What is known of a registered method.
 
-    `error` is why it cannot be loaded, or None. Where a whole package cannot be, its methods are not known,
-    and it stands here itself.
+    `recipe` is what `optimizer=None` means; `published` is the one that it was published with, the same
+    unless that fails on common networks. `error` is why it cannot be loaded, or None. Where a whole package
+    cannot be, its methods are not known, and it stands here itself.
     """
 
     name: str
     family: str
     reference: str
     summary: str
-    options: dict[str, Any]
+    options: dict[str, Option]
+    recipe: Recipe
+    published: Recipe
     package: str
     error: Exception | None = None
 
@@ -52,24 +92,27 @@ def _modularity(name: str) -> str:
 
 
 def methods() -> dict[str, MethodInfo]:
-    """Return every registered method by id: family, reference, summary and options with defaults.
+    """Return every registered method by id: family, reference, summary, recipe, options with their ranges.
 
     What cannot be loaded is among them, with its error: nothing of it, but all others, can be used.
     """
-    found = {name: MethodInfo(name, "", "", "", {}, name, error) for name, error in broken().items()}
+    found = {name: _broken(name, name, error) for name, error in broken().items()}
     for name, (_, package) in registered().items():
         try:
             found[name] = _info(name, package)
         except Exception as error:  # code of a third party
-            found[name] = MethodInfo(name, "", "", "", {}, package, error)
+            found[name] = _broken(name, package, error)
     return dict(sorted(found.items()))
+
+
+def _broken(name: str, package: str, error: Exception) -> MethodInfo:
+    return MethodInfo(name, "", "", "", {}, Method.recipe, Method.recipe, package, error)
 
 
 def _info(name: str, package: str) -> MethodInfo:
     cls = load(name)
-    defaults = {
-        key: f.default_factory() if f.default_factory is not MISSING else f.default
-        for key, f in options(cls).items()
-    }
+    known = {key: Option.of(field) for key, field in options(cls).items()}
     summary = (cls.__doc__ or "").strip().partition("\n")[0]
-    return MethodInfo(name, cls.family, cls.reference, summary, defaults, package)
+    return MethodInfo(
+        name, cls.family, cls.reference, summary, known, cls.recipe, cls.published or cls.recipe, package
+    )

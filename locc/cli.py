@@ -9,6 +9,7 @@ wrong, 130 after Ctrl-C.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,8 +40,9 @@ from locc.commands.show import (
     show_examination,
     show_history,
     show_method,
+    show_warning,
 )
-from locc.errors import LoccError, nearest
+from locc.errors import LoccError, LoccWarning, nearest
 from locc.version import __version__
 
 if TYPE_CHECKING:
@@ -95,7 +97,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", LoccWarning)
+                warnings.showwarning = show_warning
+                command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
@@ -187,10 +192,16 @@ def train(
         int, typer.Option(min=0, help="epochs to train now (after --resume: further ones)")
     ] = 10,
     batch_size: BatchOption = 64,
-    lr: Annotated[float, typer.Option(min=0.0, help="learning rate of every module")] = 1e-3,
+    lr: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="learning rate of every module; default: the method's own, or 0.001"),
+    ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="adam, adamw, sgd or momentum (sgd with momentum 0.9)")
-    ] = "adam",
+        str | None,
+        typer.Option(
+            help="adam, adamw, sgd, rmsprop or momentum (sgd with momentum 0.9); default: the method's own"
+        ),
+    ] = None,
     schedule: Annotated[
         str, typer.Option(help="lockstep, or sequential (one module after the other)")
     ] = "lockstep",
@@ -212,7 +223,7 @@ def train(
     import torch
 
     from locc import compile
-    from locc.commands.loading import data_of, load_model, loss_of, optimizer_of, placed, splits_of
+    from locc.commands.loading import data_of, load_model, loss_of, placed, recipe_of, splits_of
 
     if data is None:
         raise MisuseError(
@@ -231,12 +242,13 @@ def train(
         loss=loss_of(loss),
         tied=tied,
         example_inputs=loaders.example(),
-        optimizer=optimizer_of(optimizer, lr),
+        optimizer=recipe_of(method, optimizer, lr),
         schedule=schedule,
         clip=clip,
         seed=seed,
         **method_options(ctx),
     )
+    out().print(Text(f"trains with {program.built.training}"), soft_wrap=True)
     if resume is not None:
         program.load(resume)
     _train(program, loaders, epochs, progress, save, onnx)

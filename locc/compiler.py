@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from locc import registry
 from locc.capture import Dynamic, capture, marker_ancestors
-from locc.errors import CaptureError, LoccError, MethodError
+from locc.errors import CaptureError, LoccError, LoccWarning, MethodError
 from locc.ir import Inputs, Root, TrainingGraph
 from locc.losses import MODEL, Loss, own_loss
 from locc.lower import stages
@@ -24,12 +26,15 @@ from locc.program import Program
 from locc.proof import prove
 from locc.proof.experiment.batch import accepts, made_up, small_batch
 from locc.quiet import quiet
+from locc.recipes import Recipe
 from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.local_loss import check_heads
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
 from locc.runtime.fingerprint import fingerprint
 from locc.snapshot import undone_on_failure
+
+_HOME = os.path.dirname(__file__) + os.sep
 
 Splits = int | str | Sequence[str]
 
@@ -60,7 +65,7 @@ def compile(
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
     dynamic: Dynamic = None,
-    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] | Recipe | None = None,
     schedule: str = "lockstep",
     backend: str = "eager",
     tied: str = "error",
@@ -90,7 +95,8 @@ def compile(
             images, numbers of points): "auto" for every one that the model's code leaves open, or by the
             input's name in `forward`, {"x": {2: "H", 3: "W"}} or {"x": [2, 3]}. Dimensions of one name have
             one size. Each is tried at a second size while compiling.
-        optimizer: callable(params) -> Optimizer, called for each owner; the default is Adam(lr=1e-3).
+        optimizer: callable(params) -> Optimizer, called for each owner; or a `locc.Recipe`, such as
+            `locc.methods()["dni"].recipe.at(lr=1e-4)`. None: the method's own recipe, published with it.
         schedule: "lockstep", or "sequential" (each module is trained to the end, then frozen).
         backend: "eager".
         tied: policy for a parameter that two modules use: "error", "owner" or "copy".
@@ -117,8 +123,9 @@ def compile(
         raise LoccError("this is a program already; pass program.model to compile its model anew")
     _refuse_lazy(model)
     chosen, name = _method(method, method_options)
+    trained = chosen.recipe if optimizer is None else optimizer
     settings = Settings(
-        optimizer, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic, loss == MODEL
+        trained, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic, loss == MODEL
     )
     request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify, dynamic)
     TiedPolicy(tied)
@@ -138,12 +145,18 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         program.root.aux.to(program.device)
         phases = stages(ir, request.name, request.settings.schedule == "sequential")
         learners = request.settings.learners(ir)
-        certificate = prove(ir, request.name, learners, inputs) if request.verify else None
+        training = request.settings.training(learners)
+        rates = {name: learner.rate for name, learner in learners.items()}
+        advice = tuple(request.method.advise(ir, rates))
+        certificate = None
+        if request.verify:
+            certificate = prove(ir, request.name, learners, inputs, training=training, advice=advice)
         schedulers = request.settings.schedulers(learners)
+        _tell(request.name, training, advice)
     with torch.no_grad():
         for parameter, value in ir.initial:
             parameter.copy_(value)
-    _tell(request.root.model, ir.captured.notes)
+    _note(request.root.model, ir.captured.notes)
     executor = Executor(
         request.root,
         learners,
@@ -160,12 +173,11 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         of_method = misfit(request.name, request.method.target, output, target)
         return of_method or Loss.of(ir.loss_function).misfit(target, batch)
 
-    return Built(
-        ir, certificate, learners, schedulers, executor, phases, unreadable, fingerprint(request.loss.given)
-    )
+    given = fingerprint(request.loss.given)
+    return Built(ir, certificate, learners, schedulers, executor, phases, unreadable, given, training, advice)
 
 
-def _tell(model: nn.Module, notes: Sequence[str]) -> None:
+def _note(model: nn.Module, notes: Sequence[str]) -> None:
     """Say, once for each model, what capturing did that nobody has asked for.
 
     It is logged and no warning, for the user's code has nothing to mend.
@@ -174,6 +186,16 @@ def _tell(model: nn.Module, notes: Sequence[str]) -> None:
         if _told.get((id(model), note)) is not model:
             _told[id(model), note] = model
             _log.warning("locc: %s: %s", type(model).__name__, note)
+
+
+def _tell(name: str, training: str, advice: Sequence[str]) -> None:
+    """Log by what a program trains, and warn, at the caller's line, where it may do so badly."""
+    _log.info("method '%s' trains with %s", name, training)
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_HOME):
+        level, frame = level + 1, frame.f_back
+    for text in advice:
+        warnings.warn(f"method '{name}' may train badly: {text}", LoccWarning, stacklevel=level)
 
 
 def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:

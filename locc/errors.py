@@ -15,6 +15,10 @@ class LoccError(Exception):
     """Base class of all errors that locc raises on purpose."""
 
 
+class LoccWarning(UserWarning):
+    """What locc says of a program that compiles and may still train badly; the certificate says it, too."""
+
+
 class CaptureError(LoccError):
     """The model could not be turned into a graph that computes what the model computes."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from locc.diagnosis import Diagnosis, diagnose
 from locc.runtime import Compiled, checkpoint
 from locc.runtime.fit import evaluate, fit
 from locc.runtime.history import Evaluation, History
@@ -25,6 +26,10 @@ class Program(Compiled):
     def evaluate(self, loader: Iterable[Any]) -> Evaluation:
         """Return loss and accuracy of the inference path; see `locc.runtime.fit.evaluate`."""
         return evaluate(self, loader)
+
+    def diagnose(self, loader: Iterable[Any], steps: int = 10) -> Diagnosis:
+        """Train for some steps, look at every module, and undo it all; see `locc.diagnosis.diagnose`."""
+        return diagnose(self, loader, steps)
 
     def save(self, path: str | Path) -> None:
         """Write everything that training needs to go on bit for bit; see `locc.runtime.checkpoint`."""

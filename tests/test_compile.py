@@ -159,7 +159,6 @@ def test_the_three_lines_are_a_complete_call():
     assert report.loss.dim() == 0
     assert [name.rpartition(".")[0] for name in report.objectives] == ["relu1", "relu2", "third"]
     assert not same(before, snapshot(model))
-    assert all(isinstance(o, torch.optim.Adam) for o in program.optimizers.values())
 
 
 def test_the_representation_names_method_and_modules():

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from locc import registry
 from locc.commands.flags import MisuseError
 from locc.compiler import Splits
 from locc.errors import nearest
+from locc.recipes import OPTIMIZERS, OptimizerSpec, Recipe
 from locc.runtime.fit import batch_of
 
 DTYPES = {
@@ -221,6 +223,22 @@ def splits_of(text: str) -> Splits:
 def loss_of(text: str) -> Any:
     """Read the value of --loss."""
     return named_object(text, "loss") if ":" in text else text
+
+
+def recipe_of(method: str, optimizer: str | None, lr: float | None) -> Recipe:
+    """Return the recipe that --optimizer and --lr describe; without the former, the method's own at the rate.
+
+    Raises:
+        MisuseError: there is no such optimizer.
+    """
+    if optimizer is None:
+        own = registry.load(method).recipe
+        return own if lr is None else own.at(lr)
+    known = (*OPTIMIZERS, "momentum")
+    if optimizer not in known:
+        raise MisuseError(f"--optimizer {optimizer}: {nearest(optimizer, known)}")
+    name, arguments = ("sgd", {"momentum": 0.9}) if optimizer == "momentum" else (optimizer, {})
+    return Recipe(OptimizerSpec(name, 1e-3 if lr is None else lr, arguments), source="--optimizer")
 
 
 def inputs_of(data: Data | None, shapes: list[str] | None, dtype: str, batch: int, own: Any = None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from locc.commands.flags import Flag, MisuseError, flags_of
-from locc.errors import LoccError
+from locc.errors import LoccError, LoccWarning
 from locc.registry import load
 
 if TYPE_CHECKING:
@@ -34,18 +34,32 @@ def fail(error: BaseException | str, misuse: bool = False, kind: str = "") -> No
     raise typer.Exit(2 if misuse or isinstance(error, MisuseError) else 1)
 
 
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning, in the place of `warnings.showwarning`; of locc's own, without the line of code."""
+    place = "" if issubclass(category, LoccWarning) else f"{filename}:{lineno}: {category.__name__}: "
+    out(stderr=True).print(Text(f"warning: {place}{message}"), soft_wrap=True)
+
+
 def method_table(methods: Iterable[MethodInfo]) -> Table:
     """Return the registered methods, one a row."""
     table = Table(title="methods", title_justify="left")
-    for column in ("name", "family", "reference", "options"):
+    for column in ("name", "family", "reference", "options", "trains with"):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for info in methods:
         if info.error is not None:
             what = f"{type(info.error).__name__}: {info.error}"
-            table.add_row(info.name, Text("broken", style="red"), Text(what), "")
+            table.add_row(info.name, Text("broken", style="red"), Text(what), "", "")
             continue
-        options = ", ".join(f"{k}={v}" for k, v in info.options.items())
-        table.add_row(info.name, info.family, Text(info.reference), Text(options))
+        options = ", ".join(f"{k}={o.default}" for k, o in info.options.items())
+        spec = str(info.recipe.modules)
+        table.add_row(info.name, info.family, Text(info.reference), Text(options), Text(spec))
     return table
 
 
@@ -60,6 +74,12 @@ def show_method(info: MethodInfo) -> None:
     console.print()
     for line in (cls.__doc__ or "").strip().splitlines():
         console.print(Text(line.removeprefix("    ")))
+    console.print()
+    console.print(Text(f"trains with {info.recipe}"), soft_wrap=True)
+    if info.published != info.recipe:
+        console.print(Text(f"published with {info.published}"), soft_wrap=True)
+    if info.published.network:
+        console.print(Text(f"for networks with {info.published.network}"), soft_wrap=True)
     console.print()
     console.print(flag_table(info.name, flags_of(cls)))
 

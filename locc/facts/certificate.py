@@ -25,7 +25,7 @@ class Certificate(Statement):
     """What was proved of a program, and what follows from its graph.
 
     Everything in it is derived from the training graph and from what the checks saw; the method's
-    name is a title and nothing else.
+    name is a title, `training` (the optimizers and where they come from) a remark, and neither is proved.
     """
 
     def __str__(self) -> str:

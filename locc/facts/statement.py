@@ -18,6 +18,7 @@ class Statement:
 
     method: str
     loss: str
+    training: str
     verdict: str
     reasons: tuple[str, ...]
     owners: tuple[OwnerFacts, ...]

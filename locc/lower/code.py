@@ -45,7 +45,7 @@ def compile_nodes(
         if draws(ir.root, node):
             graph.call_function(start, (streams, node.name))
         copies[node] = _copy(graph, node, copies, node in found.leaves)
-    kept = [n for n in nodes if _used_outside(n, inside, ir, found.needed)]
+    kept = [n for n in nodes if n in found.watched or _used_outside(n, inside, ir, found.needed)]
     graph.output(tuple(copies[n] for n in kept))
     source_code = graph.python_code("self")
     space: dict[str, Any] = dict(source_code.globals)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from torch import fx
 
 from locc.ir import ops
@@ -30,9 +33,12 @@ from locc.lower.tasks import (
 )
 
 
-def lower(ir: TrainingGraph, active: frozenset[str] | None = None) -> Plan:
-    """Turn the training graph into a plan for a step in which the owners `active` train (None: all)."""
-    found = analyse(ir, active)
+def lower(ir: TrainingGraph, active: frozenset[str] | None = None, watched: Iterable[fx.Node] = ()) -> Plan:
+    """Turn the training graph into a plan for a step in which the owners `active` train (None: all).
+
+    The values of nodes in `watched` are in flight after the instruction that computes them, if one does.
+    """
+    found = replace(analyse(ir, active), watched=frozenset(watched))
     loss = ir.loss.name if ir.loss is not None and ir.loss in found.needed else None
     instructions = _Emitter(ir, found).emit(order(ir, found, found.needed))
     inputs = tuple(n.name for n in (*ir.inputs, ir.target))

@@ -56,7 +56,7 @@ class Analysis:
     """What a phase needs: its nodes, which of them carry a tape, and its backward passes.
 
     `before` is the graph "u runs before v" over the needed nodes, and `readers` maps each memory of the root
-    to those that read it.
+    to those that read it. The values of `watched` nodes are there to be looked at when they are computed.
     """
 
     needed: set[fx.Node]
@@ -67,6 +67,7 @@ class Analysis:
     trains: tuple[str, ...]
     before: nx.DiGraph[fx.Node]
     readers: dict[int, set[fx.Node]]
+    watched: frozenset[fx.Node] = frozenset()
 
 
 def needed_nodes(ir: TrainingGraph, active: frozenset[str] | None) -> set[fx.Node]:

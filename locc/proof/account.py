@@ -39,6 +39,7 @@ class Evidence:
     """What the checks have seen so far."""
 
     checks: list[CheckRun] = field(default_factory=list)
+    training: str = ""
     warnings: list[str] = field(default_factory=list)
     walk: walk.Walk | None = None
     sentinel: sentinel.Sentinel | None = None
@@ -79,6 +80,7 @@ def certificate(ir: TrainingGraph, name: str, batch: Batch, seen: Evidence) -> C
     return Certificate(
         method=name,
         loss=Loss.of(ir.loss_function).reading(),
+        training=seen.training,
         verdict=verdict,
         reasons=reasons,
         owners=tuple(

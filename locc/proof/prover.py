@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import optim
@@ -34,6 +34,8 @@ def prove(
     inputs: Inputs,
     target: Any = None,
     real: bool | None = None,
+    training: str = "",
+    advice: Iterable[str] = (),
 ) -> Certificate:
     """Run every check on a training graph and return the certificate.
 
@@ -44,12 +46,14 @@ def prove(
         inputs: example inputs; a small batch is cut from them.
         target: the target of these inputs; without one, a target that the loss accepts is made up.
         real: whether the sentinel runs on real tensors; None: where two small steps cost little.
+        training: by which optimizers the program trains, to be stated.
+        advice: why it may train badly, to be listed among the warnings.
 
     Raises:
         LocalityError: a gradient or a state change crosses a module boundary.
     """
     optimizers = {owner: learner.optimizer for owner, learner in learners.items()}
-    seen = Evidence()
+    seen = Evidence(training=training, warnings=list(advice))
     _static(ir, name, learners, seen)
     with preserved(ir.root, values=False), quiet():
         if not ir.root.model.training:
@@ -96,8 +100,9 @@ def verify(program: Compiled, x: Any = None, y: Any = None, *, real: bool | None
     inputs = Inputs.of(program.model, x) if x is not None else ir.captured.example
     if inputs is None:
         raise LoccError("the program keeps no example inputs; call locc.verify(program, x) with a batch")
-    proved = prove(ir, program.method, program.built.learners, inputs, y, real)
-    program.built.certificate = proved
+    built = program.built
+    proved = prove(ir, program.method, built.learners, inputs, y, real, built.training, built.advice)
+    built.certificate = proved
     return proved
 
 

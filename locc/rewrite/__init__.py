@@ -2,10 +2,11 @@
 
 One subject a file: `chain` (gradients handed down), `crossing` (what modules send), `reach` (what learns),
 `output` (the loss, and its error), `heads`, `inverses`, `objectives` (sums of terms), `noise`, `dropout`,
-`layouts` (specs), `building` (networks), `targets` (what a method reads). A pass emits nodes with the verbs
-of `locc.ir.TrainingGraph`.
+`layouts` (specs), `building` (networks), `targets` (what a method reads), `traits` (what a network has).
+A pass emits nodes with the verbs of `locc.ir.TrainingGraph`.
 """
 
+from locc.recipes import OptimizerSpec, Recipe
 from locc.rewrite.building import build, build_custom
 from locc.rewrite.chain import GradientChain, handed_down, returning
 from locc.rewrite.crossing import LentGradients, activations, has_rows, read_by, rows, unreached
@@ -15,11 +16,12 @@ from locc.rewrite.inverses import Activation, InverseMaker, range_of
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
 from locc.rewrite.local_loss import LossLike, head_loss
 from locc.rewrite.noise import disturb
-from locc.rewrite.objectives import add_all, squared_distance, weigh
+from locc.rewrite.objectives import add_all, judged, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
 from locc.rewrite.passes import Method, Pass, apply, configure, options
 from locc.rewrite.reach import learned
 from locc.rewrite.targets import CLASS_IDS, NUMBERS
+from locc.rewrite.traits import ending, has_norms, has_rectifiers, is_rectified
 
 __all__ = [
     "CLASS_IDS",
@@ -32,8 +34,10 @@ __all__ = [
     "LocalLoss",
     "LossLike",
     "Method",
+    "OptimizerSpec",
     "OutputLoss",
     "Pass",
+    "Recipe",
     "activations",
     "add_all",
     "apply",
@@ -42,10 +46,15 @@ __all__ = [
     "build_custom",
     "configure",
     "disturb",
+    "ending",
     "handed_down",
+    "has_norms",
+    "has_rectifiers",
     "has_rows",
     "head_loss",
     "is_dropout",
+    "is_rectified",
+    "judged",
     "layout_at",
     "learned",
     "local_modules",

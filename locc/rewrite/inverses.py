@@ -13,6 +13,7 @@ from locc.ir import Boundary, TensorSpec, TrainingGraph
 from locc.nn import ACTIVATIONS, Factory, build_inverse
 from locc.rewrite.building import build, build_custom
 from locc.rewrite.layouts import layout_at, spec_of
+from locc.rewrite.traits import ending
 
 Activation = str | Callable[[Tensor], Tensor]
 """What ends an inverse: a name of `locc.nn.ACTIVATIONS`, or a function of one tensor."""
@@ -98,9 +99,4 @@ def range_of(value: fx.Node, root: nn.Module) -> str:
 
     A ReLU counts as linear: target propagation with ReLU inverses diverges.
     """
-    if value.op != "call_module":
-        return _RANGES.get(value.target, "linear")
-    layer: nn.Module = root.get_submodule(str(value.target))
-    while type(layer) is nn.Sequential and len(layer):
-        layer = layer[-1]
-    return _RANGES.get(type(layer), "linear")
+    return _RANGES.get(ending(value, root), "linear")

@@ -24,6 +24,16 @@ def weigh(ir: TrainingGraph, term: fx.Node, weight: float) -> fx.Node:
     return ir.emit(str(term.meta["owner"]), operator.mul, term, weight, role="weighted")
 
 
+def judged(node: fx.Node, fails: str, remedy: str) -> fx.Node:
+    """Mark a distance of what an auxiliary gives to what it should, and return it.
+
+    `Program.diagnose` reports the distance of the node's first argument to its second, in units of the
+    second's spread, and where it is too large, that the auxiliary `fails` and what the `remedy` is.
+    """
+    node.meta["judged"] = (fails, remedy)
+    return node
+
+
 def squared_distance(a: Tensor, b: Tensor, dim: int = 0) -> Tensor:
     """Return ||a - b||^2 summed over units, mean over the rows along `dim` (shape [])."""
     return (a - b).square().sum() / a.shape[dim]

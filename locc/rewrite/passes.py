@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from torch import nn
 from locc.errors import GraphError, MethodError, nearest, once
 from locc.ir.graph import TrainingGraph
 from locc.ir.invariants import check
+from locc.recipes import Recipe
 from locc.rewrite.targets import specs
 
 
@@ -46,12 +47,17 @@ class Method(ABC):
     """A local-learning method: a declared sequence of passes.
 
     The fields of the dataclass are the method's hyper-parameters, and its options on the command
-    line; `field(metadata={"help": ...})` documents one. A field that holds a callable or a network is
-    left out of the command line.
+    line. `field(metadata={"help": ..., "range": (0.01, 1.0), "scale": "log"})` documents one, and says where
+    to search for a good value (`choices` for one that is no number); `locc.methods()` passes this on. A field
+    that holds a callable or a network is left out of the command line.
     """
 
     family: ClassVar[str]
     reference: ClassVar[str]
+    recipe: ClassVar[Recipe] = Recipe()
+    """How it trains where the user gives no optimizer: as published, unless that fails on common networks."""
+    published: ClassVar[Recipe | None] = None
+    """The recipe that it was published with, where `recipe` is another."""
     opens: ClassVar[tuple[type[nn.Module], ...]] = ()
     """Layers that the method rewrites one by one: capture opens every module around them."""
     target: ClassVar[tuple[str, ...]] = ()
@@ -72,6 +78,15 @@ class Method(ABC):
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Yield a sentence for each reason why the method is undefined on this partition."""
+        yield from ()
+
+    def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
+        """Yield a sentence, remedy included, for each reason why the method may train badly on this model.
+
+        Args:
+            ir: the graph after all passes.
+            rates: the learning rate of each owner that trains.
+        """
         yield from ()
 
 

@@ -26,6 +26,11 @@ class Learner:
         """Whether the optimizer itself can skip an update on the device, without a synchronisation."""
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
+    @property
+    def rate(self) -> float:
+        """The largest learning rate of its parameters."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
     def update(self, accumulate: int) -> bool:
         """Count a backward pass; on the last of `accumulate`, step on the mean gradient and clear it.
 

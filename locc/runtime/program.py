@@ -67,7 +67,8 @@ class Built:
     """What compilation yields once example inputs are known.
 
     `misfit` returns a sentence for a target that method or loss cannot read, in a batch of that size;
-    `loss` tells the user's loss from others.
+    `loss` tells the user's loss from others; `training` says by which optimizers it trains, `advice` why it
+    may do so badly.
     """
 
     ir: TrainingGraph
@@ -78,6 +79,8 @@ class Built:
     phases: tuple[Phase, ...]
     misfit: Callable[[Any, int], str | None]
     loss: Fingerprint
+    training: str = ""
+    advice: tuple[str, ...] = ()
     plans: dict[str | None, Plan] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 

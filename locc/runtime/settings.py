@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from locc.errors import LoccError, MethodError, nearest
-from locc.ir import TrainingGraph
+from locc.ir import Owner, TrainingGraph
 from locc.ir.captured import strip
+from locc.recipes import Recipe
 from locc.runtime.backends import BACKENDS
 from locc.runtime.learner import Learner
 
@@ -27,7 +28,7 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class Settings:
     """Training settings that do not change the graph."""
 
-    optimizer: OptimizerFactory | None = None
+    optimizer: OptimizerFactory | Recipe = field(default_factory=Recipe)
     schedule: str = "lockstep"
     backend: str = "eager"
     clip: float | None = None
@@ -57,10 +58,11 @@ class Settings:
         if self.seed is not None and type(self.seed) is not int:
             raise LoccError(f"seed={self.seed!r}: give a whole number, or None for torch.initial_seed()")
         self._check_autocast()
-        if self.optimizer is not None and not callable(self.optimizer):
+        if not isinstance(self.optimizer, Recipe) and not callable(self.optimizer):
             raise LoccError(
                 "optimizer must be a callable that builds one from parameters, such as "
-                "lambda params: torch.optim.SGD(params, lr=0.1); found " + type(self.optimizer).__name__
+                "lambda params: torch.optim.SGD(params, lr=0.1), or a locc.Recipe; found "
+                + type(self.optimizer).__name__
             )
         factories = self.scheduler.values() if isinstance(self.scheduler, Mapping) else [self.scheduler]
         for factory in factories:
@@ -97,19 +99,25 @@ class Settings:
         for name, owner in ir.owners.items():
             parameters = [p for p in ir.parameters(name).values() if p.requires_grad]
             if ir.objectives(name) and parameters:
-                optimizer = self._optimizer(name, parameters, paths)
+                optimizer = self._optimizer(owner, parameters, paths)
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"] * owner.lr_scale
                 found[name] = Learner(name, parameters, optimizer, self.clip)
         return found
 
+    def training(self, learners: Mapping[str, Learner]) -> str:
+        """Say in one line by which optimizers a program trains, and where these come from."""
+        if isinstance(self.optimizer, Recipe):
+            return str(self.optimizer)
+        kinds = dict.fromkeys(type(learner.optimizer).__name__ for learner in learners.values())
+        return f"{', '.join(kinds) or 'no optimizer'} (the caller's own)"
+
     def _optimizer(
-        self, owner: str, parameters: list[nn.Parameter], paths: dict[int, str]
+        self, of: Owner, parameters: list[nn.Parameter], paths: dict[int, str]
     ) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            # Only the fused one skips an update on the device, so that a step needs no synchronisation.
-            fused = all(p.is_cuda and p.is_floating_point() for p in parameters)
-            return torch.optim.Adam(parameters, lr=1e-3, fused=fused or None)
+        if isinstance(self.optimizer, Recipe):
+            return self.optimizer.of(of.name, of.auxiliary).build(parameters)
+        owner = of.name
         try:
             optimizer = self.optimizer(parameters)
         except Exception as error:

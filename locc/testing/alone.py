@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_map
 
 from locc.lower import Instruction, Loop, Plan, Segment, instructions_of
 from locc.program import Program
+from locc.runtime.untouched import untouched
 from locc.snapshot import preserved, same_bits
 
-from .trial import Holdings, State, Trial, twin, unit, untouched
+from .trial import Holdings, State, Trial, twin, unit
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from torch import Tensor
 from locc.errors import LoccError, nearest
 from locc.lower import Backward, Plan
 from locc.program import Program
+from locc.runtime.untouched import untouched
 
 from .alone import Whole
 from .perturb import DISTURBANCES, disturbed, reached_at_once, reached_later
-from .trial import State, Trial, batch_of, certificate_of, difference, first_line, objectives_of, untouched
+from .trial import State, Trial, batch_of, certificate_of, difference, first_line, objectives_of
 
 
 def assert_isolated(program: Program, x: Any, y: Any = None, *, owners: Iterable[str] | None = None) -> None:

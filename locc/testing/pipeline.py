@@ -14,9 +14,10 @@ from locc.errors import LoccError
 from locc.ir.view import DATA
 from locc.program import Program
 from locc.proof import Certificate
+from locc.runtime.untouched import untouched
 
 from .alone import MissingError, Tape
-from .trial import Holdings, State, Trial, batch_of, certificate_of, difference, first_line, untouched
+from .trial import Holdings, State, Trial, batch_of, certificate_of, difference, first_line
 
 FEWEST = 4
 """Batches that are made up where none are given, or one more than there are stages."""

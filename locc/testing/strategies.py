@@ -224,7 +224,8 @@ def _programs_of(
 
 def _options(method: str) -> st.SearchStrategy[dict[str, Any]]:
     """Draw the method's switches: the options that are on or off."""
-    switches = {key: value for key, value in registered()[method].options.items() if isinstance(value, bool)}
+    known = registered()[method].options.values()
+    switches = {option.name: option.default for option in known if isinstance(option.default, bool)}
     return st.fixed_dictionaries({}, optional={key: st.just(not on) for key, on in switches.items()})
 
 

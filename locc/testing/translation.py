@@ -14,10 +14,11 @@ from locc.lower import Backward, ModuleProgram, Plan, Segment, instructions_of
 from locc.program import Program
 from locc.runtime import StepReport, checked
 from locc.runtime.streams import of_backward
+from locc.runtime.untouched import untouched
 
 from .beside import run_beside
 from .reference import reference_values
-from .trial import Holdings, State, Trial, batch_of, difference, first_line, twin, unit, untouched
+from .trial import Holdings, State, Trial, batch_of, difference, first_line, twin, unit
 
 TOLERANCE = 1e-12
 """Largest difference of a float64 value, in units of the largest entry of its tensor."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,34 +21,12 @@ from locc.program import Program
 from locc.proof import Certificate
 from locc.proof.experiment.batch import small_batch
 from locc.runtime import StepReport, checked
-from locc.snapshot import preserved, same_bits
+from locc.runtime.untouched import untouched
+from locc.snapshot import same_bits
 
 from .local import assert_local
 
 Observer = Callable[[Instruction, dict[str, Any]], None]
-
-
-@contextmanager
-def untouched(program: Program) -> Iterator[None]:
-    """Leave a program bit for bit as it was; inside, it is ready for steps that continue its training.
-
-    What user code keeps outside of the program (a global, a closure) is out of reach.
-    """
-    built = program.built
-    certificate = built.certificate
-    gradients = [(p, p.grad) for p in program.parameters() if p.grad is not None]
-    waiting = [(learner, learner.pending, learner.skip) for learner in built.learners.values()]
-    with preserved(program, program.optimizers.values()):
-        for parameter, gradient in gradients:  # half-accumulated ones are part of the state
-            parameter.grad = gradient.detach().clone()
-        if not (program.training and program.model.training):
-            program.train()
-        try:
-            yield
-        finally:
-            built.certificate = certificate
-            for learner, pending, skip in waiting:
-                learner.pending, learner.skip = pending, skip
 
 
 def certificate_of(program: Program) -> Certificate:

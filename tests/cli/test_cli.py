@@ -83,18 +83,35 @@ def test_train_learns_the_digits(tmp_path: Path) -> None:
     onnx = tmp_path / "m.onnx"
     saved = tmp_path / "m.safetensors"
     result = run(
-        "train", *MLP, *DIGITS, "--method", "dgl", "--epochs", "8", "--lr", "0.01", *QUIET,
+        "train", *MLP, *DIGITS, "--method", "dgl", "--epochs", "8", *QUIET,
         "--save", str(saved), "--onnx", str(onnx),
     )  # fmt: skip
     line = next(text for text in result.output.splitlines() if text.startswith("validation:"))
     assert float(line.rpartition(" ")[2].rstrip("%")) > 90.0
     assert "objectives, mean of epoch 8" in result.output
+    assert (
+        "trains with SGD(lr=0.1, momentum=0.9, weight_decay=0.0005) (Belilovsky et al. 2020" in result.output
+    )
     assert onnx.is_file()
     assert saved.is_file()
 
     exported = tmp_path / "again.onnx"
     run("export", *MLP, *DIGITS, "--method", "dgl", "--checkpoint", str(saved), "--onnx", str(exported))
     assert exported.is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--lr", "0.0003"], "trains with RMSprop(lr=0.0003) (Nøkland 2016, "),
+        (["--optimizer", "momentum"], "trains with SGD(lr=0.001, momentum=0.9) (--optimizer)"),
+        (["--optimizer", "adamw", "--lr", "0.01"], "trains with AdamW(lr=0.01) (--optimizer)"),
+    ],
+)
+def test_the_flags_override_the_recipe(flags: list[str], told: str) -> None:
+    result = run("train", *MLP, *DIGITS, "--method", "dfa", "--epochs", "0", *QUIET, *flags)
+    assert told in result.output
+    assert "warning: method 'dfa' may train badly: the network has ReLUs" in result.stderr
 
 
 def test_the_seed_decides_the_run() -> None:

@@ -104,6 +104,14 @@ def test_the_method_of_the_guide_is_dgl_with_a_bare_projection() -> None:
     )
 
 
+def test_the_recipe_and_the_advice_of_the_guide_are_taken() -> None:
+    careful = method("careful", "Careful")
+    with pytest.warns(locc.LoccWarning, match="'Careful' may train badly: the network has no normalisation"):
+        program = locc.compile(support.mlp(), careful, ["relu1"], example_inputs=torch.randn(5, 4))
+    groups = [g for o in program.optimizers.values() for g in o.param_groups]
+    assert {(g["lr"], g["momentum"]) for g in groups} == {(0.1, 0.9)}
+
+
 def test_a_model_that_the_method_does_not_fit_is_refused() -> None:
     x = torch.zeros(2, 4, dtype=torch.long)
     with pytest.raises(locc.MethodError, match=r"it predicts f32\[B,4,11\], not one row of class scores"):

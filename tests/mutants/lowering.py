@@ -27,9 +27,10 @@ from locc.ir import TrainingGraph, ops
 from locc.ir.view import draws
 from locc.lower import Backward, Instruction, Loop, Plan, Segment, Send, code, tasks
 from locc.runtime.backends import Eager
+from locc.runtime.untouched import untouched
 from locc.testing import Case, ModelSpec, assert_lowered, assert_side_by_side
 from locc.testing.beside import run_beside
-from locc.testing.trial import Trial, untouched
+from locc.testing.trial import Trial
 from testing import two_weights
 
 from .subjects import SHAPES, Subject, subject

@@ -14,8 +14,9 @@ from locc import Program
 from locc.errors import LoccError
 from locc.ir import TrainingGraph, inner
 from locc.lower import Assign, Backward, Instruction, Plan, Segment, Send, Update
+from locc.runtime.untouched import untouched
 from locc.testing import Case, ModelSpec, assert_lowered, assert_side_by_side
-from locc.testing.trial import Trial, batch_of, untouched
+from locc.testing.trial import Trial, batch_of
 
 from .two_weights import Rewrite, X, Y, chained, hidden, kept, model, program, rounds, three, weights
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from locc.nn import Factory
-from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass
+from locc.rewrite import CLASS_IDS, NUMBERS, Method, OptimizerSpec, Pass, Recipe
 from locc_passes.associated.fold import Bridges, LabelStream, MergeMiddle
 
 
@@ -24,14 +24,28 @@ class AL(Method):
 
     family: ClassVar[str] = "associated"
     reference: ClassVar[str] = "Kao & Chen 2021"
+    recipe: ClassVar[Recipe] = Recipe(
+        OptimizerSpec("adam", 1e-4),
+        source="Kao & Chen 2021, released code: label encoders and decoders at twice the rate (label_lr)",
+        network="ELUs, without BatchNorm but in residual networks",
+    )
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
 
     label_lr: float = field(
         default=2.0,
-        metadata={"help": "learning rate of label encoders and decoders, in units of the others'"},
+        metadata={
+            "help": "learning rate of label encoders and decoders, in units of the others'",
+            "range": (0.2, 20.0),
+            "scale": "log",
+        },
     )
     expansion: float = field(
-        default=5.0, metadata={"help": "width of a bridge's hidden layer, in units of its output"}
+        default=5.0,
+        metadata={
+            "help": "width of a bridge's hidden layer, in units of its output",
+            "range": (0.5, 10.0),
+            "scale": "log",
+        },
     )
     bridge: Factory | None = field(
         default=None, metadata={"help": "(activation's spec, label encoding's spec) -> bridge"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from torch import fx
 from torch.nn import functional
 
 from locc.ir import TrainingGraph
-from locc.rewrite import Method, Pass, add_all
+from locc.rewrite import Method, OptimizerSpec, Pass, Recipe, add_all, has_norms
 from locc_passes.auxiliary_variables.codes import InnerSteps, code_of, coded, mean_abs
 
 
@@ -74,25 +74,56 @@ class AltMin(Method):
 
     The codes are the modules' outputs, so cut after linear (and normalisation) layers, before the
     nonlinearity; the last module has none. They are made anew for every batch. The settings are those of
-    the released code, tuned with BatchNorm and Adam at 0.008.
+    the released code, tuned with BatchNorm.
     """
 
     family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Choromanska et al. 2019"
+    recipe: ClassVar[Recipe] = Recipe(
+        OptimizerSpec("adam", 0.008),
+        source="Choromanska et al. 2019, released code; batches of 200, halved every 8 epochs",
+        network="BatchNorm after each linear layer, and no bias there",
+    )
 
-    steps: int = field(default=5, metadata={"help": "inner steps on the codes of a module"})
-    rate: float = field(default=0.3, metadata={"help": "learning rate of the inner steps"})
-    momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of the inner steps"})
-    mu: float = field(default=0.003, metadata={"help": "weight of the codes' constraint against the loss"})
-    mu_step: float = field(default=0.0, metadata={"help": "growth of mu with each batch, up to 10 x mu"})
-    lambda_c: float = field(default=0.0, metadata={"help": "weight of the mean size of the codes"})
-    lambda_w: float = field(default=0.0, metadata={"help": "weight of the mean size of the weights"})
+    steps: int = field(default=5, metadata={"help": "inner steps on the codes of a module", "range": (1, 20)})
+    rate: float = field(
+        default=0.3,
+        metadata={"help": "learning rate of the inner steps", "range": (0.01, 1.0), "scale": "log"},
+    )
+    momentum: float = field(
+        default=0.9, metadata={"help": "Nesterov momentum of the inner steps", "range": (0.0, 0.99)}
+    )
+    mu: float = field(
+        default=0.003,
+        metadata={
+            "help": "weight of the codes' constraint against the loss",
+            "range": (0.0001, 1.0),
+            "scale": "log",
+        },
+    )
+    mu_step: float = field(
+        default=0.0, metadata={"help": "growth of mu with each batch, up to 10 x mu", "range": (0.0, 0.0001)}
+    )
+    lambda_c: float = field(
+        default=0.0, metadata={"help": "weight of the mean size of the codes", "range": (0.0, 0.1)}
+    )
+    lambda_w: float = field(
+        default=0.0, metadata={"help": "weight of the mean size of the weights", "range": (0.0, 0.1)}
+    )
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: at least one inner step is needed")
         if not self.mu > 0:
             raise ValueError(f"mu={self.mu}: the loss is divided by it, so it must be above 0")
+
+    def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
+        """Warn of networks unlike those for which the settings are."""
+        if len(ir.modules) > 1 and not has_norms(ir):
+            yield (
+                "the network has no normalisation, with which its settings were found; put an nn.BatchNorm "
+                "after each linear layer, or lower the learning rate"
+            )
 
     def passes(self) -> Sequence[Pass]:
         """Return the inner steps and the objectives."""

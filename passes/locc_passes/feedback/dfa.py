@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,7 +11,18 @@ from torch import fx
 from locc.errors import MethodError
 from locc.ir import TrainingGraph, inner
 from locc.nn import BroadcastFeedback, plan_readout
-from locc.rewrite import LentGradients, Method, OutputLoss, Pass, add_all, has_rows, output_error, unreached
+from locc.rewrite import (
+    LentGradients,
+    Method,
+    OutputLoss,
+    Pass,
+    Recipe,
+    add_all,
+    has_rows,
+    output_error,
+    unreached,
+)
+from locc_passes.feedback.published import RECIPE, advice
 from locc_passes.feedback.zero import ZeroWeights
 
 
@@ -69,6 +80,7 @@ class DFA(Method):
 
     family: ClassVar[str] = "feedback"
     reference: ClassVar[str] = "Nøkland 2016"
+    recipe: ClassVar[Recipe] = RECIPE
 
     zero_init: bool = field(
         default=False,
@@ -79,3 +91,7 @@ class DFA(Method):
         """Return the loss of the last module and the direct feedback of the others."""
         start = (ZeroWeights(),) if self.zero_init else ()
         return (*start, OutputLoss(), DirectFeedback(), LentGradients())
+
+    def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
+        """Warn of ReLUs without normalisation."""
+        yield from advice(ir)

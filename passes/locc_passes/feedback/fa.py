@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
 
-from locc.rewrite import GradientChain, Method, OutputLoss, Pass
+from locc.ir import TrainingGraph
+from locc.rewrite import GradientChain, Method, OutputLoss, Pass, Recipe
 from locc_passes.feedback.layers import LAYERS, FeedbackLayers
+from locc_passes.feedback.published import RECIPE, advice
 from locc_passes.feedback.zero import ZeroWeights
 
 
@@ -23,11 +25,15 @@ class FA(Method):
 
     family: ClassVar[str] = "feedback"
     reference: ClassVar[str] = "Lillicrap, Cownden, Tweed & Akerman 2016"
+    recipe: ClassVar[Recipe] = RECIPE
     opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
     init: str = field(
         default="kaiming_uniform",
-        metadata={"help": "law of the feedback matrices: kaiming_ or xavier_, uniform or normal"},
+        metadata={
+            "help": "law of the feedback matrices: kaiming_ or xavier_, uniform or normal",
+            "choices": ("kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"),
+        },
     )
     zero_init: bool = field(
         default=False,
@@ -38,3 +44,7 @@ class FA(Method):
         """Return the feedback layers, the loss and the chain."""
         start = (ZeroWeights(),) if self.zero_init else ()
         return (*start, FeedbackLayers(self.init), OutputLoss(), GradientChain())
+
+    def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
+        """Warn of ReLUs without normalisation."""
+        yield from advice(ir)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from locc.nn import Factory
-from locc.rewrite import AttachHeads, LocalLoss, LossLike, Method, OutputLoss, Pass
+from locc.rewrite import AttachHeads, LocalLoss, LossLike, Method, OptimizerSpec, OutputLoss, Pass, Recipe
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,19 @@ class DGL(Method):
     family: ClassVar[str] = "proxy"
     reference: ClassVar[str] = "Belilovsky, Eickenberg & Oyallon 2020, Decoupled greedy learning of CNNs"
 
+    recipe: ClassVar[Recipe] = Recipe(
+        OptimizerSpec("sgd", 0.1, {"momentum": 0.9, "weight_decay": 5e-4}),
+        source="Belilovsky et al. 2020, released code for CIFAR-10; batches of 128, a fifth every 15 epochs",
+        network="BatchNorm in every module",
+    )
+
     head: str | Factory = field(
         default="auto",
         metadata={
             "help": "mlp-sr, mlp or linear; each adapts to flat, sequence and image boundaries. auto: mlp-sr "
             "on images, as in the paper, and linear elsewhere. From Python also a factory (boundary spec, "
-            "output spec) -> module"
+            "output spec) -> module",
+            "choices": ("auto", "mlp-sr", "mlp", "linear"),
         },
     )
     layout: str | None = field(

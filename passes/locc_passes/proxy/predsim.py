@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from locc.nn import Factory
-from locc.rewrite import CLASS_IDS, NUMBERS, AttachHeads, LossLike, Method, Pass
+from locc.rewrite import CLASS_IDS, NUMBERS, AttachHeads, LossLike, Method, OptimizerSpec, Pass, Recipe
 from locc_passes.proxy.similarity import AttachSimilarityHeads, LocalErrors, OutputError, complement
 
 
@@ -30,19 +30,33 @@ class PredSim(Method):
 
     family: ClassVar[str] = "proxy"
     reference: ClassVar[str] = "Nokland & Eidnes 2019, Training neural networks with local error signals"
+    recipe: ClassVar[Recipe] = Recipe(
+        OptimizerSpec("adam", 5e-4),
+        source="Nokland & Eidnes 2019, released code; batches of 128, 400 epochs, quartered late",
+        network="BatchNorm before each ReLU, and dropout after it",
+    )
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
     label: ClassVar[str] = "predsim"
 
-    beta: float = field(default=0.99, metadata={"help": "weight of sim; 1 - beta is that of pred"})
+    beta: float = field(
+        default=0.99, metadata={"help": "weight of sim; 1 - beta is that of pred", "range": (0.0, 1.0)}
+    )
     output_weight: float | None = field(
         default=None,
         metadata={
             "help": "weight of the last module's loss; unless given, 1 - beta, and 1 where beta is 0 or 1. A "
-            "single module always counts in full"
+            "single module always counts in full",
+            "range": (0.001, 1.0),
+            "scale": "log",
         },
     )
     dim_in_decoder: int = field(
-        default=4096, metadata={"help": "largest number of features that the classifiers of pred read"}
+        default=4096,
+        metadata={
+            "help": "largest number of features that the classifiers of pred read",
+            "range": (64, 8192),
+            "scale": "log",
+        },
     )
     undropped: bool = field(
         default=True, metadata={"help": "take h before the dropout that ends a module, as published"}

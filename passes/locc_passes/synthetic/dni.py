@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from locc.errors import MethodError, nearest
 from locc.ir import TrainingGraph
 from locc.nn import Factory
-from locc.rewrite import LentGradients, Method, OutputLoss, Pass, unreached
+from locc.rewrite import (
+    LentGradients,
+    Method,
+    OptimizerSpec,
+    OutputLoss,
+    Pass,
+    Recipe,
+    has_norms,
+    unreached,
+)
 from locc_passes.synthetic.passes import Bootstrap, SyntheticGradients
 
 REDUCTIONS = ("mean", "sum")
+
+FAST = 1e-4
+"""The rate above which modules without normalisation run away."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +44,28 @@ class DNI(Method):
     reference: ClassVar[str] = (
         "Jaderberg et al. 2017, Decoupled neural interfaces using synthetic gradients; Czarnecki et al. 2017"
     )
+    recipe: ClassVar[Recipe] = Recipe(
+        OptimizerSpec("adam", 3e-5),
+        source="Jaderberg et al. 2017: modules and synthesisers at one rate; batches of 256, long runs",
+        network="BatchNorm in every module",
+    )
     labelled: ClassVar[bool] = False
 
     width: int | None = field(
         default=None,
-        metadata={"help": "hidden width of a synthesiser (default 1024, or 128 channels for images)"},
+        metadata={
+            "help": "hidden width of a synthesiser (default 1024, or 128 channels for images)",
+            "range": (32, 2048),
+            "scale": "log",
+        },
     )
     lr_scale: float = field(
-        default=1.0, metadata={"help": "learning rate of the synthesisers, in units of the modules'"}
+        default=1.0,
+        metadata={
+            "help": "multiplies the learning rate of the synthesisers, the recipe's or your optimizer's",
+            "range": (0.1, 100.0),
+            "scale": "log",
+        },
     )
     reduction: str = field(
         default="mean", metadata={"help": "'mean' or 'sum': how the loss joins the samples of a batch"}
@@ -60,6 +86,17 @@ class DNI(Method):
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Refuse modules to which nothing comes back."""
         yield from unreached(ir)
+
+    def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
+        """Warn of modules that move faster than synthesisers can follow."""
+        fast = [module.name for module in ir.modules[:-1] if rates.get(module.name, 0) > FAST]
+        if fast and not has_norms(ir):
+            yield (
+                f"module '{fast[0]}' has a learning rate of {rates[fast[0]]:g} and the network no "
+                "normalisation, so that activations and the gradients predicted for them drive each other "
+                f"up; lower the rate (published: {self.recipe.modules.lr:g}, which optimizer=None takes), or "
+                "put an nn.BatchNorm into each module"
+            )
 
     def passes(self) -> Sequence[Pass]:
         """Return the loss, the predictions, and what the synthesisers learn from."""

@@ -19,6 +19,7 @@ from locc.rewrite import (
     add_all,
     build,
     build_custom,
+    judged,
     layout_at,
     output_layout,
     prediction_spec,
@@ -26,6 +27,11 @@ from locc.rewrite import (
     rows,
     spec_of,
     squared_distance,
+)
+
+FAILS = "predicts {how} of the gradient"
+REMEDY = (
+    "lower the modules' learning rate against its own (lr_scale), show it the labels (cdni), or normalise"
 )
 
 
@@ -115,7 +121,9 @@ class Bootstrap(Pass):
                 target = reduce(lambda a, b: ir.emit(helper, operator.add, a, b, role="target"), found)
                 if self.mean:
                     target = ir.emit(helper, of_sample, target, dim, role="target")
-            error = ir.emit(helper, squared_distance, predicted, target, dim, role="regression")
+            error = judged(
+                ir.emit(helper, squared_distance, predicted, target, dim, role="regression"), FAILS, REMEDY
+            )
             alone = sum("predicts" in n.meta for n in ir.nodes(helper)) == 1
             ir.objective(helper, error, "regression" if alone else f"regression_{value.name}")
 

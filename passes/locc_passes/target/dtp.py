@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from locc.errors import MethodError, nearest
 from locc.ir import TrainingGraph
 from locc.nn import ACTIVATIONS, Factory
-from locc.rewrite import Activation, InverseMaker, LentGradients, Method, OutputLoss, Pass, unreached
+from locc.rewrite import (
+    Activation,
+    InverseMaker,
+    LentGradients,
+    Method,
+    OptimizerSpec,
+    OutputLoss,
+    Pass,
+    Recipe,
+    is_rectified,
+    unreached,
+)
 from locc_passes.target.passes import ORDERS, Inverses, Targets, Turns
 
 INITS = ("orthogonal", "pytorch")
+
+_RMSPROP = {"alpha": 0.95, "eps": 0.0316, "momentum": 0.9, "centered": True}
 
 
 @dataclass(frozen=True)
@@ -27,34 +40,63 @@ class DTP(Method):
     (`order="batch"`: both in every batch). `step` outside of `fit` trains both. `sigma` is in units of the
     activations: lower it for activations far below 1. The objective's gradient is about 2 eta / B of
     backpropagation's for a batch of B: Adam, the default, rescales it; plain SGD needs a larger rate.
-    Defaults are the paper's, but for the inverses' learning rate (there 0.34 of the modules', under RMSProp)
-    and their activation (there tanh, as in its networks). A parameter lent to a later module (`tied="owner"`)
-    gets the gradient of the borrower's own objective.
+    Defaults are the paper's, but for the optimizers (`published` has the paper's, under which networks of
+    ReLUs diverge) and the inverses' activation (there tanh, as in its networks). A parameter lent to a later
+    module (`tied="owner"`) gets the gradient of the borrower's own objective.
     """
 
     family: ClassVar[str] = "target"
     reference: ClassVar[str] = "Lee, Zhang, Fischer & Bengio 2015, Difference target propagation"
+    recipe: ClassVar[Recipe] = Recipe(source="locc's own, which trains networks of ReLUs as well")
+    published: ClassVar[Recipe | None] = Recipe(
+        OptimizerSpec("rmsprop", 0.0149, _RMSPROP),
+        {"inverse": OptimizerSpec("rmsprop", 0.00501, _RMSPROP)},
+        source="Lee et al. 2015, released code, whose stabiliser 0.001 is inside of the root; batches of 100",
+        network="tanh units that start from orthogonal weights (locc_passes.target.initial.orthogonal_init)",
+    )
     difference: ClassVar[bool] = True
 
     eta: float = field(
         default=0.3277,
-        metadata={"help": "step from the last hidden output to its target, along the mean loss's gradient"},
+        metadata={
+            "help": "step from the last hidden output to its target, along the mean loss's gradient",
+            "range": (0.01, 300.0),
+            "scale": "log",
+        },
     )
     sigma: float = field(
-        default=0.3598, metadata={"help": "standard deviation of the noise that trains the inverses"}
+        default=0.3598,
+        metadata={
+            "help": "standard deviation of the noise that trains the inverses",
+            "range": (0.001, 1.0),
+            "scale": "log",
+        },
     )
     order: str = field(
-        default="epoch", metadata={"help": "'epoch': inverses and modules train in turns; 'batch': together"}
+        default="epoch",
+        metadata={
+            "help": "'epoch': inverses and modules train in turns; 'batch': together",
+            "choices": ORDERS,
+        },
     )
     activation: Activation = field(
         default="auto",
         metadata={
-            "help": "of the inverses: tanh, sigmoid, relu, elu, linear; 'auto': the range of what they give"
+            "help": "of the inverses: tanh, sigmoid, relu, elu, linear; 'auto': the range of what they give",
+            "choices": ("auto", *ACTIVATIONS),
         },
     )
-    init: str = field(default="orthogonal", metadata={"help": "of the inverses: 'orthogonal' or 'pytorch'"})
+    init: str = field(
+        default="orthogonal",
+        metadata={"help": "of the inverses: 'orthogonal' or 'pytorch'", "choices": INITS},
+    )
     lr_scale: float = field(
-        default=1.0, metadata={"help": "learning rate of the inverses, in units of the modules'"}
+        default=1.0,
+        metadata={
+            "help": "multiplies the learning rate of the inverses, the recipe's or your optimizer's",
+            "range": (0.1, 10.0),
+            "scale": "log",
+        },
     )
     factory: Factory | None = field(
         default=None, metadata={"help": "(module's output, value it reads) -> inverse network"}
@@ -80,6 +122,16 @@ class DTP(Method):
         """Refuse modules to which nothing comes back."""
         yield from unreached(ir)
 
+    def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
+        """Warn of inverses whose result would have to end in a ReLU."""
+        entries = [b for b in ir.boundaries() if "inverse" in b.entry.meta and is_rectified(b.value, ir.root)]
+        if entries and self.factory is None:
+            names = ", ".join(dict.fromkeys(f"'{b.consumer}'" for b in entries))
+            yield (
+                f"the inverses of {names} have to give what a ReLU gave, and a ReLU has no inverse; use tanh "
+                "in the place of the ReLU, or put an nn.BatchNorm before it"
+            )
+
     def passes(self) -> Sequence[Pass]:
         """Return the loss, the inverses, the targets and the turns."""
         return (
@@ -96,10 +148,22 @@ class TP(DTP):
     """Target propagation without the difference correction: a baseline, whose inverses' errors accumulate.
 
     As `dtp`, but the target of what a module reads is its inverse of its own target; where several modules
-    read a value, the mean of what they propose.
+    read a value, the mean of what they propose. A target differs from the output by the inverse's error as
+    well, so the step `eta` has to be larger than that error: the default is locc's own; under that of `dtp`
+    modules learn the errors alone.
     """
 
     reference: ClassVar[str] = (
         "Bengio 2014, How auto-encoders could provide credit assignment in deep networks"
     )
+    published: ClassVar[Recipe | None] = None
     difference: ClassVar[bool] = False
+
+    eta: float = field(
+        default=1000.0,
+        metadata={
+            "help": "step from the last hidden output to its target, along the mean loss's gradient",
+            "range": (1.0, 10000.0),
+            "scale": "log",
+        },
+    )

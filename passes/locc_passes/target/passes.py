@@ -9,9 +9,22 @@ import torch
 from torch import fx
 
 from locc.ir import Owner, Phase, TrainingGraph, stop_gradient
-from locc.rewrite import InverseMaker, Pass, activations, add_all, disturb, read_by, rows, squared_distance
+from locc.rewrite import (
+    InverseMaker,
+    Pass,
+    activations,
+    add_all,
+    disturb,
+    judged,
+    read_by,
+    rows,
+    squared_distance,
+)
 
 ORDERS = ("epoch", "batch")
+
+FAILS = "reconstructs {how} of what the module reads"
+REMEDY = "train inverses longer (order='epoch', a larger lr_scale), or lower sigma"
 
 
 @dataclass(frozen=True)
@@ -51,9 +64,8 @@ class Inverses(Pass):
             wanted = ir.stop_gradient(helper, noisy[entry])
             path = entry.meta["inverse"][1]
             found = ir.call(helper, path, *inputs, role="inverse")
-            errors.append(
-                ir.emit(helper, squared_distance, found, wanted, rows(entry), role="reconstruction")
-            )
+            error = ir.emit(helper, squared_distance, found, wanted, rows(entry), role="reconstruction")
+            errors.append(judged(error, FAILS, REMEDY))
         ir.objective(helper, add_all(ir, helper, errors), "reconstruction")
 
 

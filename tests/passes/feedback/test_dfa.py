@@ -212,7 +212,9 @@ def test_a_module_without_an_activation_to_teach_is_refused():
 def test_zero_weights_learn_digits():
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
     model = nn.Sequential(nn.Flatten(), *model)
-    program = locc.compile(model, "dfa", ["2", "4"], example_inputs=digits().train_x[:4], zero_init=True)
+    program = locc.compile(
+        model, "dfa", ["2", "4"], example_inputs=digits().train_x[:4], zero_init=True, optimizer=locc.Recipe()
+    )
     assert all(p.abs().max() == 0 for p in model.parameters())
     train, validation = loaders()
     program.fit(train, epochs=12, progress=False)
@@ -224,7 +226,9 @@ def test_it_learns_digits():
         nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
     )
     train, validation = loaders()
-    program = locc.compile(model, "dfa", ["2", "4"], example_inputs=digits().train_x[:4])
+    program = locc.compile(
+        model, "dfa", ["2", "4"], example_inputs=digits().train_x[:4], optimizer=locc.Recipe()
+    )
     program.fit(train, epochs=12, progress=False)
     assert program.evaluate(validation).accuracy > 0.88
 

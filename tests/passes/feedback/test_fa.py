@@ -399,7 +399,7 @@ def test_it_learns_digits():
         nn.Linear(128, 10),
     )
     train, validation = loaders()
-    program = locc.compile(model, "fa", ["3"], example_inputs=digits().train_x[:4])
+    program = locc.compile(model, "fa", ["3"], example_inputs=digits().train_x[:4], optimizer=locc.Recipe())
     program.fit(train, epochs=6, progress=False)
     assert program.evaluate(validation).accuracy > 0.9
 

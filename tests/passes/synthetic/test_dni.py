@@ -261,7 +261,7 @@ def test_the_first_hidden_update_is_zero_and_the_second_is_not() -> None:
 
 def test_every_parameter_trains() -> None:
     x, y = batch(16)
-    program = compiled(mlp(), "dni", SPLITS, example_inputs=x, width=16)
+    program = compiled(mlp(), "dni", SPLITS, example_inputs=x, width=16, optimizer=locc.Recipe())
     before = snapshot(program.root)
     for _ in range(6):
         program.step(x, y)
@@ -360,7 +360,7 @@ def test_one_module_is_bp() -> None:
     x, y = batch()
     a = mlp()
     b = copy.deepcopy(a)
-    one, two = compiled(a, "dni"), compiled(b, "bp")
+    one, two = compiled(a, "dni", optimizer=locc.Recipe()), compiled(b, "bp")
     for _ in range(3):
         one.step(x, y)
         two.step(x, y)
@@ -442,7 +442,9 @@ def test_it_learns_digits() -> None:
     for frozen in (False, True):
         torch.manual_seed(0)
         example = digits().train_x[:64]
-        program = compiled(SmallCNN(8), "dni", stages, example_inputs=example, width=16, seed=0)
+        program = compiled(
+            SmallCNN(8), "dni", stages, example_inputs=example, width=16, seed=0, optimizer=locc.Recipe()
+        )
         for name in stages if frozen else []:
             program.optimizers[name].param_groups[0]["lr"] = 0.0
         program.fit(training, epochs=4, progress=False)

@@ -359,9 +359,9 @@ def test_exact_inverses_make_dtp_and_tp_equal() -> None:
     model = linear_net()
     x, y = data(features=6)
     a = moves(model, "dtp", x, y, factory=matched(model, exact))
-    b = moves(model, "tp", x, y, factory=matched(model, exact))
+    b = moves(model, "tp", x, y, factory=matched(model, exact), eta=ETA)
     assert all(torch.allclose(p, q, rtol=0, atol=1e-10) for p, q in zip(a, b, strict=True))
-    c = moves(model, "tp", x, y, factory=matched(model, transposed))
+    c = moves(model, "tp", x, y, factory=matched(model, transposed), eta=ETA)
     assert not torch.allclose(a[0], c[0], atol=1e-3)
 
 

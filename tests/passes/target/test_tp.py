@@ -87,7 +87,7 @@ def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_printed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCC_DUMP", str(tmp_path))
-    program = compiled(mlp(), "tp", ["relu1", "relu2"], order="batch")
+    program = compiled(mlp(), "tp", ["relu1", "relu2"], order="batch", eta=ETA)
     assert (tmp_path / "000_partition.py").read_text() == BEFORE
     assert str(program.ir) == AFTER
 
@@ -96,7 +96,7 @@ def test_a_step_equals_the_formulas_with_two_readers() -> None:
     """`inp` is read by the last module and by `blocks.0`: its target is the mean of what they propose."""
     model = Residual(blocks=2).double()
     x, y = batch(dtype=torch.float64)
-    program = compiled(model, "tp", ["inp", "blocks.0"], optimizer=sgd(1.0))
+    program = compiled(model, "tp", ["inp", "blocks.0"], optimizer=sgd(1.0), eta=ETA)
     before, g = copy.deepcopy(model), copy.deepcopy(program.root.aux["blocks_0_inverse"])
     h = before.inp(x)
     block = before.blocks[0](h.detach())

@@ -1,0 +1,188 @@
+"""What `optimizer=None` means, and what a method says of a network that it does not suit."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import locc
+from locc import LoccError, LoccWarning, OptimizerSpec, Recipe
+from support import batch, compiled, same, sgd, snapshot
+
+X, Y = batch()
+NAMES = sorted(locc.methods())
+
+
+def chain(activation: type[nn.Module] = nn.Tanh, norm: bool = False) -> nn.Sequential:
+    """Three hidden modules and a linear head."""
+    torch.manual_seed(0)
+    widths = ((4, 8), (8, 8), (8, 8))
+    hidden = (
+        nn.Sequential(nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation())
+        for a, b in widths
+    )
+    return nn.Sequential(*hidden, nn.Linear(8, 3))
+
+
+SPLITS = ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_without_an_optimizer_each_owner_has_that_of_the_recipe(method):
+    program = compiled(chain(), method, SPLITS)
+    recipe = locc.methods()[method].recipe
+    for name, optimizer in program.optimizers.items():
+        owner = program.ir.owners[name]
+        spec = recipe.of(name, owner.auxiliary)
+        assert type(optimizer).__name__.lower() == spec.name
+        assert {g["lr"] for g in optimizer.param_groups} == {spec.lr * owner.lr_scale}
+        assert all(g[k] == v for g in optimizer.param_groups for k, v in spec.arguments.items())
+
+
+RECIPE = Recipe(
+    OptimizerSpec("sgd", 0.1, {"momentum": 0.9}), {"inverse": OptimizerSpec("adam", 0.01)}, "a test"
+)
+
+
+@pytest.mark.parametrize(("given", "rate"), [(RECIPE, 0.1), (RECIPE.at(0.2), 0.2)])
+def test_auxiliaries_have_an_optimizer_of_their_own_in_proportion(given, rate):
+    program = compiled(chain(), "dtp", SPLITS, optimizer=given, lr_scale=3.0)
+    found = {name: (type(o), o.param_groups[0]["lr"]) for name, o in program.optimizers.items()}
+    assert found["0"] == (torch.optim.SGD, rate)
+    assert found["1.inverse"] == (torch.optim.Adam, pytest.approx(0.3 * rate))
+
+
+def test_the_callers_own_optimizer_wins():
+    program = compiled(chain(), "dfa", SPLITS, optimizer=sgd(0.5))
+    assert {type(o) for o in program.optimizers.values()} == {torch.optim.SGD}
+    assert program.certificate.training == "SGD (the caller's own)"
+
+
+def test_the_recipe_and_its_source_are_told(caplog):
+    with caplog.at_level(logging.INFO, logger="locc"):
+        program = compiled(chain(), "dni", SPLITS)
+    assert [r.getMessage() for r in caplog.records] == [f"method 'dni' trains with {program.built.training}"]
+    assert "Adam(lr=3e-05)" in program.built.training
+    assert "Jaderberg" in program.built.training
+    assert program.built.training in str(program.certificate)
+    assert locc.verify(program).training == program.built.training
+
+
+def test_a_recipe_at_another_rate_says_so():
+    assert str(RECIPE.at(0.2)) == (
+        "SGD(lr=0.2, momentum=0.9); each inverse Adam(lr=0.02) (a test; at 2 times its rate)"
+    )
+    assert RECIPE.at(0.1) == RECIPE
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizerSpec("adan"), "there is no optimizer 'adan'; nearest: 'adam'"),
+        (lambda: OptimizerSpec("sgd", 0.0), "learning rate 0.0 of sgd: give a number above 0"),
+        (lambda: RECIPE.at(-1.0), "learning rate -1.0 of sgd"),
+        (lambda: compiled(chain(), "bp", SPLITS, optimizer="adam"), "or a locc.Recipe; found str"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(make, message):
+    with pytest.raises(LoccError, match=message):
+        make()
+
+
+class Functional(nn.Module):
+    """ReLU and normalisation as functions between the layers."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(4, 8), nn.Linear(8, 3), norm
+
+    def forward(self, x):
+        h = self.a(x)
+        if self.norm:
+            h = torch.nn.functional.layer_norm(h, (8,))
+        return self.b(torch.relu(h))
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "options", "message"),
+    [
+        ("dfa", chain(nn.ReLU), {}, "put an nn.BatchNorm before each ReLU"),
+        ("fa", chain(nn.ReLU), {}, "put an nn.BatchNorm before each ReLU"),
+        ("dfa", Functional(False), {"splits": ["a"]}, "put an nn.BatchNorm before each ReLU"),
+        ("dfa", Functional(True), {"splits": ["a"]}, None),
+        ("dfa", chain(nn.ReLU, norm=True), {}, None),
+        ("dfa", chain(nn.ReLU), {"splits": []}, None),
+        ("fa", chain(nn.Tanh), {}, None),
+        ("dtp", chain(nn.ReLU), {}, "the inverses of '1', '2' have to give what a ReLU gave"),
+        ("tp", chain(nn.ReLU), {}, "the inverses of '1', '2' have to give what a ReLU gave"),
+        ("dtp", chain(nn.Tanh), {}, None),
+        ("dni", chain(), {"optimizer": sgd(0.01)}, "module '0' has a learning rate of 0.01"),
+        ("dni", chain(norm=True), {"optimizer": sgd(0.01)}, None),
+        ("dni", chain(), {}, None),
+    ],
+)
+def test_what_a_method_misses_is_a_warning_with_its_remedy(method, model, options, message):
+    arguments = {"splits": SPLITS, **options}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program = locc.compile(model, method, example_inputs=X, **arguments)
+    told = [w for w in caught if issubclass(w.category, LoccWarning)]
+    assert len(told) == (message is not None)
+    assert [str(w.message).partition(": ")[2] for w in told] == list(program.built.advice)
+    for certificate in (program.certificate, locc.verify(program)):
+        assert set(program.built.advice) <= set(certificate.warnings)
+    for warning in told:
+        assert message in str(warning.message)
+        assert warning.filename == __file__
+
+
+def test_a_warning_made_an_error_leaves_the_model_as_it_was():
+    model = chain(nn.ReLU)
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoccWarning)
+        with pytest.raises(LoccWarning):
+            compiled(model, "dfa", SPLITS, zero_init=True)
+    assert same(before, snapshot(model))
+
+
+# ---- where to search ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_each_end_of_each_range_is_a_value_that_the_method_takes(method):
+    for option in locc.methods()[method].options.values():
+        for value in option.choices or option.range or ():
+            locc.method(method, **{option.name: value})
+        if isinstance(option.default, (int, float, bool)):
+            assert option.searchable, f"{option.name} declares no range"
+            low, high = option.range or (0, 1)
+            assert low <= option.default <= high
+
+
+class FirstOrLast:
+    """A trial of a search that suggests the lowest or the highest value, or the first or last choice."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def suggest_float(self, name, low, high, log=False):
+        assert low < high
+        assert low > 0 or not log
+        return (low, high)[self.place]
+
+    suggest_int = suggest_float
+
+    def suggest_categorical(self, name, choices):
+        return choices[-self.place]
+
+
+@pytest.mark.parametrize(("method", "place"), [("dtp", 0), ("dni", 0), ("altmin", 1)])
+def test_the_example_points_a_search_at_any_method(method, place):
+    from examples.search import accuracy
+
+    assert 0.0 <= accuracy(FirstOrLast(place), method, epochs=1) < 1.0
