@@ -13,6 +13,9 @@ from locc.lower.instructions import instructions_of
 MOST = 4
 """So many modules are named; of the others, the number is."""
 
+OF_PYTORCH = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+"""What PyTorch raises for a batch that it cannot take."""
+
 
 def non_finite(name: str, value: float, account: str) -> RunError:
     """Return the error for an objective that is not finite; `account` says what had moved by then."""
@@ -46,11 +49,11 @@ def explained(
 ) -> BaseException:
     """Return what to raise for an error inside of a step: a RunError that names the module for PyTorch's own.
 
-    PyTorch raises Python's built-in errors. A class of the user's, of ours, and what asks for another batch
-    size (out of memory) is somebody's to catch, so it arrives as it is, with a note.
+    Any other (a class of the user's or of ours, an operating system's error) is somebody's to catch, as is
+    what asks for a smaller batch (out of memory): it arrives as it is, with a note.
     """
     home = type(error).__module__.partition(".")[0]
-    foreign = not isinstance(error, Exception) or home not in ("builtins", "torch")
+    foreign = not isinstance(error, OF_PYTORCH) or home not in ("builtins", "torch")
     if foreign or at is None or isinstance(error, (LoccError, torch.OutOfMemoryError)):
         if not isinstance(error, RunError):
             error.add_note(f"locc: the step stopped. {told}")

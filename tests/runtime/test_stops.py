@@ -83,7 +83,9 @@ class Mine(Exception):
     """Somebody's own exception."""
 
 
-@pytest.mark.parametrize("error", [Mine("stop"), KeyboardInterrupt(), torch.OutOfMemoryError("smaller")])
+@pytest.mark.parametrize(
+    "error", [Mine("stop"), OSError(), KeyboardInterrupt(), torch.OutOfMemoryError("smaller")]
+)
 def test_what_somebody_waits_for_arrives_as_it_is_with_a_note(error):
     program = told()
     program.model.error = error
