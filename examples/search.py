@@ -1,7 +1,7 @@
 """Search the options and the learning rate of a method with Optuna, which is not installed with locc.
 
     pip install optuna
-    python -m examples.search dni --trials 20
+    python -m examples.search dtp --trials 20
 
 Where to search is declared by each method (`locc.methods()[id].options`), so nothing here knows one of them.
 """
@@ -48,7 +48,7 @@ def main() -> None:
     import optuna
 
     parser = argparse.ArgumentParser(prog="python -m examples.search")
-    parser.add_argument("method", nargs="?", default="dni", choices=sorted(locc.methods()))
+    parser.add_argument("method", nargs="?", default="dtp", choices=sorted(locc.methods()))
     parser.add_argument("--trials", type=int, default=20)
     given = parser.parse_args()
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))

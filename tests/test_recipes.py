@@ -123,6 +123,9 @@ class Functional(nn.Module):
         ("dni", chain(), {"optimizer": sgd(0.01)}, "module '0' has a learning rate of 0.01"),
         ("dni", chain(norm=True), {"optimizer": sgd(0.01)}, None),
         ("dni", chain(), {}, None),
+        ("altmin", chain(nn.ReLU), {}, "modules '0', '1', '2' end in a nonlinearity"),
+        ("altmin", chain(nn.Tanh), {"splits": ["0", "1.0"]}, "modules '0' end in a nonlinearity"),
+        ("altmin", chain(nn.ReLU), {"splits": ["0.0", "1.0"]}, None),
     ],
 )
 def test_what_a_method_misses_is_a_warning_with_its_remedy(method, model, options, message):

@@ -11,7 +11,7 @@ from torch import fx
 from torch.nn import functional
 
 from locc.ir import TrainingGraph
-from locc.rewrite import Method, OptimizerSpec, Pass, Recipe, add_all, has_norms
+from locc.rewrite import Method, OptimizerSpec, Pass, Recipe, add_all, is_rectified, range_of
 from locc_passes.auxiliary_variables.codes import InnerSteps, code_of, coded, mean_abs
 
 
@@ -118,11 +118,14 @@ class AltMin(Method):
             raise ValueError(f"mu={self.mu}: the loss is divided by it, so it must be above 0")
 
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
-        """Warn of networks unlike those for which the settings are."""
-        if len(ir.modules) > 1 and not has_norms(ir):
+        """Warn of cuts after a nonlinearity."""
+        values = dict.fromkeys(b.value for b in coded(ir))
+        bent = [v for v in values if is_rectified(v, ir.root) or range_of(v, ir.root) != "linear"]
+        if bent:
+            names = ", ".join(dict.fromkeys(f"'{v.meta['owner']}'" for v in bent))
             yield (
-                "the network has no normalisation, with which its settings were found; put an nn.BatchNorm "
-                "after each linear layer, or lower the learning rate"
+                f"modules {names} end in a nonlinearity, and a code stands for what enters one; split after "
+                "the linear layers (or their normalisation), before the nonlinearity"
             )
 
     def passes(self) -> Sequence[Pass]:
