@@ -24,6 +24,7 @@ from locc.commands.options import (
     DataOption,
     DebugOption,
     DtypeOption,
+    DynamicOption,
     LossOption,
     MethodOption,
     ModelArgument,
@@ -142,6 +143,7 @@ def inspect(
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
     tied: TiedOption = "error",
+    dynamic: DynamicOption = False,
     input_shape: ShapeOption = None,
     input_dtype: DtypeOption = "float32",
     data: DataOption = None,
@@ -170,6 +172,7 @@ def inspect(
         splits_of(splits),
         loss=loss_of(loss),
         tied=tied,
+        dynamic=_free(dynamic),
         example_inputs=example,
         **method_options(ctx),
     )
@@ -188,6 +191,7 @@ def train(
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
     tied: TiedOption = "error",
+    dynamic: DynamicOption = False,
     epochs: Annotated[
         int, typer.Option(min=0, help="epochs to train now (after --resume: further ones)")
     ] = 10,
@@ -241,6 +245,7 @@ def train(
         splits_of(splits),
         loss=loss_of(loss),
         tied=tied,
+        dynamic=_free(dynamic),
         example_inputs=loaders.example(),
         optimizer=recipe_of(method, optimizer, lr),
         schedule=schedule,
@@ -284,6 +289,7 @@ def verify(
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
     tied: TiedOption = "error",
+    dynamic: DynamicOption = False,
     input_shape: ShapeOption = None,
     input_dtype: DtypeOption = "float32",
     data: DataOption = None,
@@ -313,7 +319,7 @@ def verify(
         raise MisuseError(f"--require '{require}' is unknown; {nearest(require, REQUIRED)}")
     loaded = data_of(data, batch_size, seed, input_shape)
     program = _compiled(
-        ctx, model, method, splits, loss, tied, input_shape, input_dtype, loaded, batch_size, seed
+        ctx, model, method, splits, loss, tied, dynamic, input_shape, input_dtype, loaded, batch_size, seed
     )
     certificate = prove(program, *loaded.first()) if loaded is not None else prove(program)
     streamed = json is not None and str(json) == "-"
@@ -342,6 +348,7 @@ def export(
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
     tied: TiedOption = "error",
+    dynamic: DynamicOption = False,
     input_shape: ShapeOption = None,
     input_dtype: DtypeOption = "float32",
     data: DataOption = None,
@@ -363,7 +370,7 @@ def export(
         raise MisuseError("nothing to write: give --onnx model.onnx, --modules folder, or both")
     loaded = data_of(data, batch_size, seed, input_shape)
     program = _compiled(
-        ctx, model, method, splits, loss, tied, input_shape, input_dtype, loaded, batch_size, seed
+        ctx, model, method, splits, loss, tied, dynamic, input_shape, input_dtype, loaded, batch_size, seed
     )
     if checkpoint is not None:
         program.load(checkpoint)
@@ -375,7 +382,7 @@ def export(
 
 
 def _compiled(
-    ctx: typer.Context, model: str, method: str, splits: str, loss: str, tied: str,
+    ctx: typer.Context, model: str, method: str, splits: str, loss: str, tied: str, dynamic: bool,
     shapes: list[str] | None, dtype: str, data: Data | None, batch_size: int, seed: int,
 ) -> Program:  # fmt: skip
     """Compile without the proof: `verify` makes its own, and an export needs none."""
@@ -389,8 +396,12 @@ def _compiled(
     example = inputs_of(data, shapes, dtype, batch_size, own)
     return compile(
         network, method, splits_of(splits), loss=loss_of(loss), tied=tied, seed=seed, verify=False,
-        example_inputs=example, **method_options(ctx),
+        dynamic=_free(dynamic), example_inputs=example, **method_options(ctx),
     )  # fmt: skip
+
+
+def _free(dynamic: bool) -> str | None:
+    return "auto" if dynamic else None
 
 
 def _write(path: Path, text: str) -> None:

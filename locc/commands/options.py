@@ -32,10 +32,20 @@ SplitsOption = Annotated[
     ),
 ]  # fmt: skip
 LossOption = Annotated[
-    str, typer.Option(help="cross_entropy, mse, bce, l1, or package.module:function of (output, target)")
+    str,
+    typer.Option(
+        help="cross_entropy, mse, bce, l1, model (its own), or package.module:function of (output, target)"
+    ),
 ]
 TiedOption = Annotated[
     str, typer.Option(help="policy for a parameter that two modules use: error, owner or copy")
+]
+DynamicOption = Annotated[
+    bool,
+    typer.Option(
+        "--dynamic",
+        help="let lengths, sizes of images and the like vary beside the batch, where the model does",
+    ),
 ]
 DataOption = Annotated[
     str | None,

@@ -13,6 +13,10 @@ def mlp() -> nn.Module:
     )
 
 
+def steps() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
 class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -79,6 +79,12 @@ def test_inspect_with_several_inputs() -> None:
     assert "compiles" in text
 
 
+def test_inspect_with_dimensions_that_vary() -> None:
+    asked = ["inspect", f"{MODEL}:steps", "-s", "1", "--input-shape", "5,4"]
+    assert "f32[B,5,6]" in run(*asked).output
+    assert "f32[B,T,6]" in run(*asked, "--dynamic").output
+
+
 def test_train_learns_the_digits(tmp_path: Path) -> None:
     onnx = tmp_path / "m.onnx"
     saved = tmp_path / "m.safetensors"
