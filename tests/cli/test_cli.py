@@ -80,7 +80,7 @@ def test_inspect_with_several_inputs() -> None:
 
 
 def test_inspect_with_dimensions_that_vary() -> None:
-    asked = ["inspect", f"{MODEL}:steps", "-s", "1", "--input-shape", "5,4"]
+    asked = ["inspect", f"{MODEL}:steps", "-s", "1,", "--input-shape", "5,4"]
     assert "f32[B,5,6]" in run(*asked).output
     assert "f32[B,T,6]" in run(*asked, "--dynamic").output
 
