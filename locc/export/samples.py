@@ -111,7 +111,7 @@ def batches(ir: TrainingGraph, run: Callable[[list[Tensor]], Any]) -> Batches:
     checked = tuple(sorted({small, own, middle, large}))
     # An exporter takes a batch of one for a dimension that is broadcast.
     trace = next((b for b in (own, *checked) if b > 1), own)
-    points = [Point(own), *(Point(b) for b in checked if b != own), *probes]
+    points = [*(Point(b) for b in checked), *(Point(checked[0], 1) for _ in probes)]
     return Batches(Point(trace), tuple(points), dynamic=len(points) > 1)
 
 

@@ -20,8 +20,7 @@ def summary(certificate: Statement) -> list[str]:
     tail = [
         *_said("couplings", [str(c) for c in certificate.couplings]),
         *_said("warnings", list(certificate.warnings)),
-        _line("graph", f"sha256 {certificate.graph_hash}"),
-        "  text(verbose=True), or `locc verify --verbose`, has everything about each module",
+        _line("graph", f"sha256 {certificate.graph_hash}; more: text(verbose=True)"),
     ]
     return [*head, *_modules(certificate, LINES - len(head) - len(tail)), *tail]
 
@@ -67,9 +66,6 @@ def _program(certificate: Statement) -> Iterator[str]:
     if certificate.gradients:
         ways = {_way(how) for _, how in certificate.gradients}
         yield _line("gradients", f"{len(certificate.gradients)} taken as values: {'; '.join(sorted(ways))}")
-    frozen = [o.name for o in certificate.owners if o.frozen]
-    if frozen:
-        yield _line("frozen", f"{len(frozen)} run and pass on their value: {', '.join(frozen)}")
     memory = certificate.memory
     if memory is None:
         yield _line("memory", "no estimate")
@@ -134,7 +130,8 @@ def _cut(name: str, room: int) -> str:
 
 
 def _objectives(owner: OwnerFacts) -> str:
-    return " and ".join(o.name.removeprefix(f"{owner.name}.") for o in owner.objectives) or "no objective"
+    named = " and ".join(o.name.removeprefix(f"{owner.name}.") for o in owner.objectives)
+    return f"frozen; {named}".removesuffix("; ") if owner.frozen else named or "no objective"
 
 
 def _entering(certificate: Statement, owner: OwnerFacts) -> str:

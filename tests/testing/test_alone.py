@@ -20,7 +20,7 @@ from .planted import Chain, Residual, batch, program_of
 @pytest.mark.parametrize("method", ["bp", "dgl", "dtp"])
 def test_a_state_compares_all_that_a_module_learns(method: str) -> None:
     """Parameters, buffers, optimizer state and objectives are in it, under the user's names."""
-    program = program_of(Chain(), method)
+    program = program_of(Chain(), method, optimizer=torch.optim.Adam)
     whole = Whole(program, batch_of(program, *batch()))
     names = list(whole.states["b"])
     loss = [str(n.meta["objective"]) for n in program.ir.objectives("b")]

@@ -6,7 +6,7 @@ What is expected of a changed method follows from the definitions of `locc.facts
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,7 +28,8 @@ def _certificate(method: str | Method) -> Certificate:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)]
     model = nn.Sequential(*layers, nn.Linear(WIDTH, 3))
-    return locc.compile(model, method, ["0", "1", "2"], example_inputs=torch.randn(4, WIDTH)).certificate
+    options = {"example_inputs": torch.randn(4, WIDTH), "optimizer": torch.optim.Adam}
+    return locc.compile(model, method, ["0", "1", "2"], **options).certificate
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Changed(Method):
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         yield from self.method.requires(ir)
+
+    def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
+        yield from self.method.advise(ir, rates)
 
     def passes(self) -> Sequence[Pass]:
         return (*self.method.passes(), *self.more, Unnamed())
