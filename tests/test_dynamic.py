@@ -85,18 +85,25 @@ def step(program: locc.Program, x: Tensor) -> None:
     program.step(x, labels(program.model, x))
 
 
-ALIKE = [
-    *((Language, m, tokens(4, 8), tokens(3, 13)) for m in
-      ("bp", "dgl", "predsim", "dtp", "dni", "cdni", "dfa", "altmin")),
-    *((Segmenter, m, images(4, 16, 16), images(3, 32, 24)) for m in
-      ("bp", "dgl", "dtp", "dni", "fa", "dfa", "altmin")),
-    *((Classifier, m, images(4, 16, 16), images(2, 24, 16)) for m in ("bp", "dgl", "cdni", "fa", "dtp")),
-]  # fmt: skip
+ALIKE = {
+    Language: (
+        tokens(4, 8),
+        tokens(3, 13),
+        ("dgl", "dtp", "cdni"),
+        ("bp", "predsim", "dni", "dfa", "altmin"),
+    ),
+    Segmenter: (images(4, 16, 16), images(3, 32, 24), ("dgl", "dtp", "dfa"), ("bp", "dni", "fa", "altmin")),
+    Classifier: (images(4, 16, 16), images(2, 24, 16), ("dgl", "fa"), ("bp", "cdni", "dtp")),
+}
+CASES = [
+    pytest.param(build, method, example, other, id=f"{build.__name__}-{method}", marks=marks)
+    for build, (example, other, few, more) in ALIKE.items()
+    for methods, marks in ((few, ()), (more, (pytest.mark.slow,)))
+    for method in methods
+]
 
 
-@pytest.mark.parametrize(
-    ("build", "method", "example", "other"), ALIKE, ids=[f"{c[0].__name__}-{c[1]}" for c in ALIKE]
-)
+@pytest.mark.parametrize(("build", "method", "example", "other"), CASES)
 def test_a_step_at_another_size_is_that_of_a_program_compiled_for_it(build, method, example, other):
     torch.manual_seed(0)
     model = build().double()
