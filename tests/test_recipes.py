@@ -118,6 +118,7 @@ class Functional(nn.Module):
         ("dfa", chain(nn.ReLU), {"splits": []}, None),
         ("fa", chain(nn.Tanh), {}, None),
         ("dtp", chain(nn.ReLU), {}, "the inverses of '1', '2' have to give what a ReLU gave"),
+        ("dtp", chain(nn.ReLU, norm=True), {}, None),
         ("tp", chain(nn.ReLU), {}, "the inverses of '1', '2' have to give what a ReLU gave"),
         ("dtp", chain(nn.Tanh), {}, None),
         ("dni", chain(), {"optimizer": sgd(0.01)}, "module '0' has a learning rate of 0.01"),

@@ -18,6 +18,7 @@ from locc.rewrite import (
     OutputLoss,
     Pass,
     Recipe,
+    has_norms,
     is_rectified,
     unreached,
 )
@@ -125,7 +126,7 @@ class DTP(Method):
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
         """Warn of inverses whose result would have to end in a ReLU."""
         entries = [b for b in ir.boundaries() if "inverse" in b.entry.meta and is_rectified(b.value, ir.root)]
-        if entries and self.factory is None:
+        if entries and self.factory is None and not has_norms(ir):
             names = ", ".join(dict.fromkeys(f"'{b.consumer}'" for b in entries))
             yield (
                 f"the inverses of {names} have to give what a ReLU gave, and a ReLU has no inverse; use tanh "
