@@ -164,7 +164,7 @@ def inspect(
 
     torch.manual_seed(seed)
     network, own = load_model(model)
-    loaded = data_of(data, batch_size, seed, input_shape)
+    loaded = data_of(data, batch_size, seed, input_shape, loss)
     example = inputs_of(loaded, input_shape, input_dtype, batch_size, own)
     found = examine(
         network,
@@ -237,7 +237,7 @@ def train(
         if path is not None and not path.parent.is_dir():
             raise MisuseError(f"the folder '{path.parent}' of '{path}' does not exist; create it first")
     torch.manual_seed(seed)
-    loaders = data_of(data, batch_size, seed, input_shape)
+    loaders = data_of(data, batch_size, seed, input_shape, loss)
     assert loaders is not None
     program = compile(
         placed(load_model(model)[0], device),
@@ -317,7 +317,7 @@ def verify(
 
     if require is not None and require not in REQUIRED:
         raise MisuseError(f"--require '{require}' is unknown; {nearest(require, REQUIRED)}")
-    loaded = data_of(data, batch_size, seed, input_shape)
+    loaded = data_of(data, batch_size, seed, input_shape, loss)
     program = _compiled(
         ctx, model, method, splits, loss, tied, dynamic, input_shape, input_dtype, loaded, batch_size, seed
     )
@@ -368,7 +368,7 @@ def export(
 
     if onnx is None and modules is None:
         raise MisuseError("nothing to write: give --onnx model.onnx, --modules folder, or both")
-    loaded = data_of(data, batch_size, seed, input_shape)
+    loaded = data_of(data, batch_size, seed, input_shape, loss)
     program = _compiled(
         ctx, model, method, splits, loss, tied, dynamic, input_shape, input_dtype, loaded, batch_size, seed
     )

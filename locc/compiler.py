@@ -251,7 +251,8 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     ir = partition(captured, cuts, request.loss, policy)
     if request.loss.name == MODEL:
         own_loss(ir.output_structure())
-    ir.loss_function = request.loss.on(ir.prediction.meta["spec"], _gives_tokens(ir))
+    reads = ir.prediction.name if ir.output is not ir.prediction else ""
+    ir.loss_function = request.loss.on(ir.prediction.meta["spec"], _gives_tokens(ir), reads)
     return ir
 
 

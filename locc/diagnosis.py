@@ -109,7 +109,8 @@ def diagnose(program: Compiled, loader: Iterable[Any], steps: int = 10) -> Diagn
         raise LoccError(f"steps={steps!r}: give a number of at least 1")
     random = RandomState.now(loader, program.device)
     try:
-        batches = [batch_of(batch) for batch in itertools.islice(loader, steps)]
+        within = program.settings.labels_within
+        batches = [batch_of(batch, within) for batch in itertools.islice(loader, steps)]
     finally:
         random.restore(loader, program.device)
     if not batches:

@@ -94,6 +94,7 @@ class Loss:
         name: of a loss of ours, else None.
         spec: of the tensor that it reads, once the model is captured.
         dims: the dimensions of that which may hold the classes, the preferred one first.
+        reads: what that is called among several outputs of the model.
     """
 
     def __init__(self, given: str | Callable[[Any, Any], Tensor]) -> None:
@@ -111,6 +112,7 @@ class Loss:
         self.given = given
         self.spec: TensorSpec | None = None
         self.dims: Dims = ANY
+        self.reads = ""
         self.__name__ = self.name or getattr(given, "__name__", type(given).__name__).replace(
             "<lambda>", "loss"
         )
@@ -122,8 +124,13 @@ class Loss:
         """Return the loss that a graph's loss function is."""
         return function if isinstance(function, cls) else cls(function)
 
-    def on(self, spec: TensorSpec, tokens: bool = False) -> Loss:
-        """Return the loss on an output: of a spec, and `tokens` where three dimensions are [B, T, V].
+    def on(self, spec: TensorSpec, tokens: bool = False, reads: str = "") -> Loss:
+        """Return the loss on an output.
+
+        Args:
+            spec: of the prediction.
+            tokens: its three dimensions are [B, T, V].
+            reads: what the prediction is called among several outputs.
 
         A dimension that may vary holds no classes, so that a size which happens to equal another changes
         nothing.
@@ -131,7 +138,7 @@ class Loss:
         rank = len(spec.shape)
         dims = (2,) if tokens and rank == 3 else tuple(dict.fromkeys((min(1, rank - 1), rank - 1)))
         found = copy.copy(self)
-        found.spec = spec
+        found.spec, found.reads = spec, reads
         found.dims = tuple(d for d in dims if d >= 0 and isinstance(spec.shape[d], int)) or ANY
         return found
 
@@ -157,10 +164,11 @@ class Loss:
 
     def reading(self) -> str:
         """Return how the loss reads output and target, for the certificate."""
+        heads = f"; a head trains on the part of it that reads '{self.reads}'" if self.reads else ""
         if self.name == MODEL:
-            return "the model's own, its output 'loss'"
+            return f"the model's own, its output 'loss'{heads}"
         if self.name is None or self.spec is None:
-            return f"{self.__name__}, a callable of (output, target)"
+            return f"{self.__name__}, a callable of (output, target){heads}"
         one = len(self.dims) == 1
         if one or (self._lacking(self.dims[0]) == self._lacking(self.dims[1])):
             return (

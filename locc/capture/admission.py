@@ -19,7 +19,7 @@ from locc.capture.state import random_state, same_state
 from locc.capture.tree import flatten, leaves_of, spell
 from locc.errors import CaptureError
 from locc.ir.captured import Root, strip
-from locc.ir.spec import BatchDim, FreeDim, Point, TensorSpec, fit
+from locc.ir.spec import BatchDim, Point, TensorSpec, fit
 
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -112,7 +112,7 @@ def admit(root: Root, trace: Trace, eager: Eager, training: bool, points: list[P
     seen = {point: compare(root, trace, eager, training, point) for point in points}
     if pure:
         _require_pure(seen[points[0]])
-    _annotate(trace.graph, seen, eager.call.dims)
+    _annotate(trace.graph, seen, eager)
     if training:
         _mark_constants(trace.graph, seen[points[0]])
 
@@ -140,8 +140,7 @@ def _run(watching: _Watching, eager: Eager, training: bool, point: Point) -> Run
     except Exception as error:
         raise CaptureError(
             f"the captured graph fails where the model does not ({eager.call.text(point)}): "
-            f"{type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}"
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
 
 
@@ -226,12 +225,12 @@ def _holds_no_tensor(value: Any) -> bool:
     return not isinstance(value, _Look)
 
 
-def _annotate(graph: fx.Graph, seen: dict[Point, _Seen], known: list[FreeDim]) -> None:
+def _annotate(graph: fx.Graph, seen: dict[Point, _Seen], eager: Eager) -> None:
     first = next(iter(seen.values()))
     for node in graph.nodes:
         looks = {point: run.values[node] for point, run in seen.items()}
         node.meta.setdefault("stack", ())
-        node.meta["spec"] = _spec(looks, node, known)
+        node.meta["spec"] = _spec(looks, node, eager)
         if node in first.mutates:
             node.meta["mutates"] = first.mutates[node]
         if node in first.stateless:
@@ -248,21 +247,21 @@ def _mark_constants(graph: fx.Graph, seen: _Seen) -> None:
             node.meta["constant"] = True
 
 
-def _spec(looks: dict[Point, Any], node: fx.Node, known: list[FreeDim]) -> Any:
+def _spec(looks: dict[Point, Any], node: fx.Node, eager: Eager) -> Any:
     point, first = next(iter(looks.items()))
     if isinstance(first, dict):
-        return {key: _spec({p: v[key] for p, v in looks.items()}, node, known) for key in first}
+        return {key: _spec({p: v[key] for p, v in looks.items()}, node, eager) for key in first}
     if isinstance(first, tuple):
-        return tuple(_spec({p: v[i] for p, v in looks.items()}, node, known) for i in range(len(first)))
+        return tuple(_spec({p: v[i] for p, v in looks.items()}, node, eager) for i in range(len(first)))
     if not isinstance(first, _Look):
         return None
-    dims = fit({p: look.shape for p, look in looks.items()}, known)
+    dims = fit({p: look.shape for p, look in looks.items()}, eager.call.dims)
     if dims is None:
         shapes = " and ".join(str(list(look.shape)) for look in looks.values())
-        batches = " and ".join(str(p.batch) for p in looks)
+        points = " and ".join(eager.call.text(p) for p in looks)
         raise CaptureError(
-            f"the value '{node.name}' has shapes {shapes} for batches of {batches}, which is no fixed "
-            "multiple of the batch size"
+            f"the value '{node.name}' has shapes {shapes} for {points}, which is no fixed multiple of the "
+            "batch size"
         )
     single = all(p.batch == point.batch for p in looks) and node.op != "get_attr"
     if single and dims and dims[0] == point.batch:

@@ -103,16 +103,20 @@ class Choice:
         self._join_or_drop(group, text, alone=len(names) == 1)
 
     def _alone(self, eager: Eager, group: _Group) -> bool:
-        used = {g.other for g in self.groups if g.size == group.size}
-        for size in group.candidates():
-            if size not in used and _takes(eager, self._sizes([group], size)):
+        for size in self._untaken(group):
+            if _takes(eager, self._sizes([group], size)):
                 group.other = size
                 return True
         return self.auto and (other := self._like(group)) is not None and self._join(eager, group, other)
 
+    def _untaken(self, group: _Group) -> list[int]:
+        """Return second sizes by which the group differs from every other one of its size."""
+        used = {g.other for g in self.groups if g.size == group.size}
+        return [size for size in group.candidates() if size not in used]
+
     def _join(self, eager: Eager, group: _Group, other: _Group) -> bool:
         joined = _Group(group.name, group.size, [*group.places, *other.places])
-        for size in joined.candidates():
+        for size in self._untaken(joined):
             if _takes(eager, self._sizes([joined], size)):
                 joined.other = size
                 self.groups = [joined if g is group else g for g in self.groups if g is not other]

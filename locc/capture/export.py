@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -140,7 +139,7 @@ class _Copy:
 def _guards(module: fx.GraphModule, call: Call, order: list[int | None]) -> list[SizeGuard]:
     check: Callable[..., Any] | None = getattr(module, "_guards_fn", None)
     specs = call.specs
-    names = frozenset({"B", *(dim.name for dim in call.dims)})
+    names = frozenset([*(["B"] if any(call.batched) else []), *(dim.name for dim in call.dims)])
 
     def holds(sizes: Mapping[str, int]) -> bool:
         if any(sizes[name] < 2 for name in names):
@@ -152,33 +151,31 @@ def _guards(module: fx.GraphModule, call: Call, order: list[int | None]) -> list
             return False
         return True
 
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    fixed = {}
-    for node, i in zip(placeholders, order, strict=True):
-        shape = node.meta["val"].shape if i is not None else ()
-        for size, dim in zip(shape, specs[i].shape if i is not None else (), strict=True):
-            if isinstance(size, int) and not isinstance(dim, int):
-                fixed["B" if isinstance(dim, BatchDim) else dim.name] = size
-    return [
-        *(
-            SizeGuard(
-                f"{name} == {size}, by torch.export", functools.partial(_is, name, size), frozenset({name})
-            )
-            for name, size in fixed.items()
-        ),
-        *([SizeGuard("the conditions of torch.export", holds, names)] if not fixed else []),
-    ]
-
-
-def _is(name: str, size: int, sizes: Mapping[str, int]) -> bool:
-    return sizes[name] == size
+    fixed = _fixed(module, specs, order)
+    if not fixed:
+        return [SizeGuard("the conditions of torch.export", holds, names)]
+    return [_pinned(name, size) for name, size in fixed.items()]
 
 
 def _meta(spec: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
-    shape = [
-        d if isinstance(d, int) else sizes["B" if isinstance(d, BatchDim) else d.name] for d in spec.shape
-    ]
-    return torch.empty(shape, dtype=spec.dtype, device="meta")
+    return torch.empty(spec.named(sizes), dtype=spec.dtype, device="meta")
+
+
+def _pinned(name: str, size: int) -> SizeGuard:
+    text = f"{name} == {size}, by torch.export"
+    return SizeGuard(text, lambda sizes: sizes[name] == size, frozenset({name}))
+
+
+def _fixed(module: fx.GraphModule, specs: tuple[TensorSpec, ...], order: list[int | None]) -> dict[str, int]:
+    """Return the dimensions that the export has made constants, by name."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    found = {}
+    for node, i in zip(placeholders, order, strict=True):
+        pairs = zip(node.meta["val"].shape, specs[i].shape, strict=True) if i is not None else ()
+        for size, dim in pairs:
+            if isinstance(size, int) and not isinstance(dim, int):
+                found["B" if isinstance(dim, BatchDim) else dim.name] = size
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -164,9 +164,8 @@ class Sizes:
         """Return every condition on the sizes of the inputs under which this trace was taken."""
         found: dict[Any, str] = {}
         for guard in self.env.guards:
-            if (
-                sympy.sympify(guard.expr).free_symbols <= self.inputs
-            ):  # of others the operation itself sees to
+            # a condition on what a closed module makes of a size, the operation itself sees to
+            if sympy.sympify(guard.expr).free_symbols <= self.inputs:
                 found.setdefault(guard.expr, "")
         for expression, place in self.conditions:
             found[expression] = f", at {place}"

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from locc import registry
 from locc.commands.flags import MisuseError
 from locc.compiler import Splits
 from locc.errors import nearest
+from locc.losses import MODEL
 from locc.recipes import OPTIMIZERS, OptimizerSpec, Recipe
 from locc.runtime.fit import batch_of
 
@@ -113,10 +114,14 @@ def load_model(text: str) -> tuple[nn.Module, Any]:
 
 @dataclass(frozen=True)
 class Data:
-    """Loaders for training and, if there is one, for validation."""
+    """Loaders for training and, if there is one, for validation.
+
+    `labels_within` says that the model reads the labels among its inputs: it computes its own loss.
+    """
 
     training: Iterable[Any]
     validation: Iterable[Any] | None = None
+    labels_within: bool = False
 
     def example(self) -> Any:
         """Return the inputs of the first batch."""
@@ -125,7 +130,7 @@ class Data:
     def first(self) -> tuple[Any, Any]:
         """Return inputs and target of the first batch."""
         for batch in self.training:
-            return batch_of(batch)
+            return batch_of(batch, self.labels_within)
         raise MisuseError("the data hold no batch")
 
 
@@ -259,9 +264,12 @@ def inputs_of(data: Data | None, shapes: list[str] | None, dtype: str, batch: in
     )
 
 
-def data_of(text: str | None, batch_size: int, seed: int, shapes: list[str] | None) -> Data | None:
-    """Read the value of --data."""
-    return load_data(text, batch_size, seed, shape_of(shapes[0]) if shapes else None) if text else None
+def data_of(text: str | None, batch_size: int, seed: int, shapes: list[str] | None, loss: str) -> Data | None:
+    """Read the value of --data, for the value of --loss."""
+    if not text:
+        return None
+    data = load_data(text, batch_size, seed, shape_of(shapes[0]) if shapes else None)
+    return replace(data, labels_within=loss == MODEL)
 
 
 def placed(model: nn.Module, device: str) -> nn.Module:

@@ -110,7 +110,7 @@ class Signature:
             raise RunError(f"the inputs differ from the example inputs: {error}") from error
         sizes = self._sizes(tensors)
         for name, spec, tensor in zip(self.names, self.specs, tensors, strict=True):
-            if tuple(tensor.shape) != _shape(spec, sizes) or tensor.dtype != spec.dtype:
+            if tuple(tensor.shape) != spec.named(sizes) or tensor.dtype != spec.dtype:
                 raise RunError(self._misfit(name, spec, tensor, sizes))
         for guard in self.guards:
             if not guard.holds(sizes):
@@ -148,13 +148,6 @@ class Signature:
             f"all inputs alike (here {given}). Compile with dynamic='auto', or with "
             "example_inputs of the new shape"
         )
-
-
-def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(
-        dim if isinstance(dim, int) else sizes.get("B" if isinstance(dim, BatchDim) else dim.name, -1)
-        for dim in spec.shape
-    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class FreeDim:
     all free dimensions of the inputs at other sizes.
 
     Attributes:
-        name: how it follows from the free dimensions of the inputs, for the reader: `T`, `H//2`.
+        name: how it follows from the free dimensions of the inputs, for the reader: `T`, `H/2` (rounded up).
         size: in the example.
         other: in that second call.
     """
@@ -166,9 +166,16 @@ class TensorSpec:
             for d in self.shape
         )
 
-    def empty(self, batch: int, device: str | torch.device = "meta", probe: int = 0) -> torch.Tensor:
+    def named(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape of an input: the batch size is called `B`, free dimensions go by their names."""
+        return tuple(
+            d if isinstance(d, int) else sizes.get("B" if isinstance(d, BatchDim) else d.name, -1)
+            for d in self.shape
+        )
+
+    def empty(self, batch: int, device: str | torch.device = "meta") -> torch.Tensor:
         """Return an uninitialised tensor of this spec."""
-        return torch.empty(self.concrete(batch, probe), dtype=self.dtype, device=device)
+        return torch.empty(self.concrete(batch), dtype=self.dtype, device=device)
 
     @property
     def free(self) -> list[FreeDim]:

@@ -155,9 +155,8 @@ class View:
 
     def output_structure(self) -> Any:
         """Return what the user's forward returns, with nodes in the place of tensors."""
-        if self.output.target is None or not isinstance(self.output.target, ops.Rebuild):
-            return self.output
-        return self.output.target.build(list(self.output.args))
+        rebuild = self.output.target
+        return rebuild.build(list(self.output.args)) if isinstance(rebuild, ops.Rebuild) else self.output
 
     @property
     def scalar(self) -> TensorSpec:

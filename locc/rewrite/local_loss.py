@@ -15,13 +15,13 @@ from torch import Tensor, fx
 
 from locc.errors import MethodError
 from locc.ir import Rebuild, TrainingGraph, node_parameters
-from locc.losses import Loss, own_loss
+from locc.losses import MODEL, Loss, own_loss
 
 LossLike = str | Callable[[Any, Any], Tensor]
 """A loss: a name of `locc.losses`, or a callable (output, target) -> 0-d tensor."""
 
 _SUMS = {"add", "add_", "iadd", "__add__", "__radd__", "__iadd__"}
-_DIFFERENCES = {"sub", "rsub", "__sub__", "__rsub__"}
+_DIFFERENCES = {"sub", "__sub__"}
 
 
 def head_loss(ir: TrainingGraph, head: fx.Node, loss: LossLike | None = None) -> fx.Node:
@@ -36,7 +36,7 @@ def head_loss(ir: TrainingGraph, head: fx.Node, loss: LossLike | None = None) ->
     if loss is not None:
         return _emitted(ir, owner, Loss.of(ir.loss_function).like(loss), head)
     name = Loss.of(ir.loss_function).name
-    if name == "model":
+    if name == MODEL:
         return _Again(ir, owner, head).made(_own_loss(ir))
     value = head
     if name is None and isinstance(ir.output.target, Rebuild):
@@ -63,7 +63,7 @@ class Imitated:
         return self.rebuild(*[head if i in self.places else v for i, v in enumerate(self.values)])
 
 
-def _named(function: Any) -> Any:
+def _named(function: Any) -> str:
     return str(getattr(function, "__name__", function)).partition(".")[0]
 
 
@@ -73,12 +73,12 @@ class Absent:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return what is left of a sum, and nothing of anything else."""
-        if _named(func) not in _SUMS | _DIFFERENCES:
+        if kwargs or _named(func) not in _SUMS | _DIFFERENCES:  # with alpha=, a weighted sum
             return Absent()
         one, other = args[:2]
         if not isinstance(one, Absent):
             return one
-        return -other if _named(func) in ("sub", "__sub__") and not isinstance(other, Absent) else other
+        return -other if _named(func) in _DIFFERENCES and not isinstance(other, Absent) else other
 
     def __getattr__(self, name: str) -> Absent:
         if name.startswith("__"):
@@ -144,7 +144,7 @@ def _own_loss(ir: TrainingGraph) -> fx.Node:
     """Return the node of the model's own loss."""
     found = own_loss(ir.output_structure())
     if not isinstance(found, fx.Node):
-        raise unread("model", "its 'loss' is no tensor")
+        raise unread(MODEL, "its 'loss' is no tensor")
     return found
 
 
@@ -162,9 +162,9 @@ class _Again:
         if not foreign and reads:
             return self.copy(node)
         within = [n for n in node.all_input_nodes if self.kind(n)[0]]
-        if _named(node.target) in _SUMS and len(within) == 1:
+        if _named(node.target) in _SUMS and not node.kwargs and len(within) == 1:
             return self.made(within[0])
-        raise unread("model", f"'{node.name}' reads something else that the model computes")
+        raise unread(MODEL, f"'{node.name}' reads something else that the model computes")
 
     def kind(self, node: fx.Node) -> tuple[bool, bool]:
         """Return whether a node depends on the prediction, and whether on anything but it and the batch."""

@@ -37,6 +37,7 @@ LOSSES: list[Callable[[Any, Tensor], Tensor]] = [
     lambda o, y: 0.4 * F.cross_entropy(o["aux"], y) + ce(o, y),
     lambda o, y: sum([ce(o, y), o["features"].square().mean() / 2]),
     lambda o, y: ce(o, y) - o["features"].mean() * 3,
+    lambda o, y: -(o["features"].mean() - ce(o, y)),
     lambda o, y: torch.add(ce(o, y), -F.kl_div(o["aux"].log_softmax(1), o["features"][:, :3].softmax(1))),
 ]
 
@@ -52,6 +53,14 @@ def test_terms_that_read_another_output_are_left_out(number: int) -> None:
     report = program.step(x, y)
     torch.testing.assert_close(report.objectives["body.loss"], wanted, atol=1e-12, rtol=0)
     torch.testing.assert_close(report.loss, whole, atol=1e-12, rtol=0)
+
+
+def test_a_weighted_sum_with_an_output_that_a_head_does_not_give_is_refused() -> None:
+    def weighted(output: dict[str, Tensor], y: Tensor) -> Tensor:
+        return torch.add(output["features"].mean(), ce(output, y), alpha=0.5)
+
+    with pytest.raises(MethodError, match="loss 'weighted' has no part that reads the model's prediction"):
+        locc.compile(Auxiliary(), "dgl", ["body"], loss=weighted, example_inputs=torch.randn(6, 4))
 
 
 def test_a_loss_without_such_a_part_is_refused_when_compiling() -> None:
@@ -93,7 +102,8 @@ def test_the_models_own_loss_is_computed_once_more_on_what_a_head_gives() -> Non
     report = program.step(batch)
     torch.testing.assert_close(report.objectives["a.loss"], wanted, atol=1e-6, rtol=0)
     torch.testing.assert_close(report.loss, twin(**batch)["loss"], atol=1e-6, rtol=0)
-    assert program.certificate.loss == "the model's own, its output 'loss'"
+    told = "the model's own, its output 'loss'; a head trains on the part of it that reads 'b'"
+    assert program.certificate.loss == told
     assert not program.certificate.warnings
 
 
@@ -105,6 +115,7 @@ def test_a_loader_of_dicts_keeps_its_labels_within() -> None:
     history = program.fit(data, epochs=60, progress=False)
     assert history.epochs[-1].loss < 0.3 < history.epochs[0].loss
     assert program.evaluate(data).loss < 0.3
+    assert program.diagnose(data).steps == 1
 
 
 def test_a_model_that_returns_no_loss_is_told_so() -> None:
