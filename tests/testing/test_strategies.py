@@ -222,8 +222,8 @@ def test_without_hypothesis_a_strategy_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "hypothesis", None)
-    monkeypatch.delitem(sys.modules, "locc.testing.strategies")
-    monkeypatch.delitem(vars(testing), name)
+    monkeypatch.delitem(sys.modules, "locc.testing.strategies", raising=False)
+    monkeypatch.delitem(vars(testing), name, raising=False)
     with pytest.raises(locc.LoccError, match=rf"locc\.testing\.{name} is .* `pip install locc\[testing\]`"):
         getattr(testing, name)
 

@@ -430,7 +430,11 @@ def test_images_and_sequences_train() -> None:
     for _ in range(5):
         program.step(x, y)
     after = snapshot(program.root)
-    assert [k for k in before if torch.equal(before[k], after[k])] == []
+    # a bias before BatchNorm moves by rounding errors, or not at all
+    unmoved = {k for k in before if torch.equal(before[k], after[k])}
+    assert {
+        k for k in unmoved if not k.endswith(("synthesiser.first.bias", "synthesiser.hidden.2.bias"))
+    } == set()
 
 
 def test_it_learns_digits() -> None:
