@@ -9,6 +9,17 @@ from torch import nn
 from locc.ir.spec import TensorSpec
 from locc.nn.bridges import DenseSigmoid, build_bridge, build_label_decoder, build_label_encoder
 from locc.nn.building import MAX_WEIGHTS, check_shapes, orthogonal_
+from locc.nn.contrast import (
+    FEATURES,
+    PAIR_OBJECTIVES,
+    PredictiveCoding,
+    gaussian_kernel,
+    matrix_loss,
+    pair_kernel,
+    pair_loss,
+    supervised_contrast,
+)
+from locc.nn.conv_heads import CascadeHead, GreedyHead, InfoProHead
 from locc.nn.decoders import DenseDecoder, ImageDecoder, PositionDecoder, build_decoder
 from locc.nn.feedback import (
     BroadcastFeedback,
@@ -33,15 +44,20 @@ the second spec is the model's output for heads and synthesisers, the target val
 
 __all__ = [
     "ACTIVATIONS",
+    "FEATURES",
     "MAX_WEIGHTS",
+    "PAIR_OBJECTIVES",
     "BroadcastFeedback",
+    "CascadeHead",
     "DenseDecoder",
     "DenseInverse",
     "DenseSigmoid",
     "Factory",
     "FixedHead",
+    "GreedyHead",
     "ImageDecoder",
     "ImageInverse",
+    "InfoProHead",
     "Layout",
     "LinearHead",
     "MLPHead",
@@ -49,6 +65,7 @@ __all__ = [
     "PositionDecoder",
     "PositionInverse",
     "PredHead",
+    "PredictiveCoding",
     "Readout",
     "SimHead",
     "Synthesiser",
@@ -69,10 +86,14 @@ __all__ = [
     "feedback_call",
     "feedback_conv",
     "feedback_linear",
+    "gaussian_kernel",
     "guess_layout",
     "layout_of",
+    "matrix_loss",
     "one_hot",
     "orthogonal_",
+    "pair_kernel",
+    "pair_loss",
     "plan_readout",
     "pool",
     "positions",
@@ -80,4 +101,5 @@ __all__ = [
     "resize",
     "sim_loss",
     "similarity_matrix",
+    "supervised_contrast",
 ]

@@ -1,4 +1,4 @@
-"""Decoders: from a boundary back to the model's input in [0, 1]."""
+"""Decoders: from a boundary back to the model's input, in [0, 1] or as it is."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ from locc.nn.building import (
 from locc.nn.layout import INTERPOLATION, Layout, guess_layout, regrid
 
 
+def _squash(bounded: bool) -> nn.Module:
+    return nn.Sigmoid() if bounded else nn.Identity()
+
+
 class ImageDecoder(nn.Module):
     """InfoPro's decoder: upsample to the image size, conv3 -> 12, BN, ReLU, conv3 -> image channels, sigmoid.
 
@@ -37,6 +41,7 @@ class ImageDecoder(nn.Module):
         width: int = 12,
         layout: Layout | str | None = None,
         image_layout: Layout | str | None = None,
+        bounded: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -51,7 +56,7 @@ class ImageDecoder(nn.Module):
             BATCH_NORM[rank](width, **at),
             nn.ReLU(),
             conv(width, self.target.channels(image), 3, padding=1, **at),
-            nn.Sigmoid(),
+            _squash(bounded),
         )
         for layer in (self.net[0], self.net[3]):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
@@ -80,6 +85,7 @@ class DenseDecoder(nn.Module):
         *,
         layout: Layout | str | None = None,
         image_layout: Layout | str | None = None,
+        bounded: bool = True,
         max_weights: int = MAX_WEIGHTS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -91,7 +97,7 @@ class DenseDecoder(nn.Module):
         guard_weights(max(n, m), n, max_weights, f"the decoder from {spec} to {image}")
         at = placement(spec, device, dtype)
         self.net = nn.Sequential(
-            nn.Linear(n, n, **at), nn.BatchNorm1d(n, **at), nn.ReLU(), nn.Linear(n, m, **at), nn.Sigmoid()
+            nn.Linear(n, n, **at), nn.BatchNorm1d(n, **at), nn.ReLU(), nn.Linear(n, m, **at), _squash(bounded)
         )
 
     def forward(self, h: Tensor) -> Tensor:
@@ -110,6 +116,7 @@ class PositionDecoder(nn.Module):
         *,
         layout: Layout | str | None = None,
         image_layout: Layout | str | None = None,
+        bounded: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -118,7 +125,7 @@ class PositionDecoder(nn.Module):
         n, m = self.source.channels(spec), self.target.channels(image)
         at = placement(spec, device, dtype)
         self.net = nn.Sequential(
-            nn.Linear(n, n, **at), nn.LayerNorm(n, **at), nn.ReLU(), nn.Linear(n, m, **at), nn.Sigmoid()
+            nn.Linear(n, n, **at), nn.LayerNorm(n, **at), nn.ReLU(), nn.Linear(n, m, **at), _squash(bounded)
         )
 
     def forward(self, h: Tensor) -> Tensor:
@@ -132,17 +139,19 @@ def build_decoder(
     *,
     layout: Layout | str | None = None,
     image_layout: Layout | str | None = None,
+    bounded: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Build the decoder from a boundary to the model's input, un-normalised to [0, 1].
+    """Build the decoder from a boundary to the model's input.
 
     Args:
         spec: the boundary.
         image: the model's input: an image of one to three dimensions, flat, or a sequence.
         layout: of the boundary, where `guess_layout` guesses wrong.
         image_layout: of the input, likewise.
+        bounded: end in a sigmoid, for an input in [0, 1].
         device: of the parameters.
         dtype: of the parameters; the boundary's unless given.
         **options: width of the image decoder's hidden layer (12), or max_weights of a dense one.
@@ -158,7 +167,14 @@ def build_decoder(
     elif target.kind == "image" and source.kind != "flat":
         kind = ImageDecoder
     network: nn.Module = kind(
-        spec, image, layout=layout, image_layout=image_layout, device=device, dtype=dtype, **options
+        spec,
+        image,
+        layout=layout,
+        image_layout=image_layout,
+        bounded=bounded,
+        device=device,
+        dtype=dtype,
+        **options,
     )
     check_shapes(network, (spec,), image, "the decoder")
     return network

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from locc.errors import MethodError, nearest
 from locc.ir.spec import TensorSpec
 from locc.nn.building import ADAPTIVE_POOL, BATCH_NORM, CONV, check_shapes, placement
+from locc.nn.conv_heads import CascadeHead, GreedyHead, InfoProHead
 from locc.nn.layout import Layout, regrid, resize
 from locc.nn.readout import plan_readout
 
@@ -185,6 +186,9 @@ HEADS: dict[str, type[nn.Module]] = {
     "mlp": MLPHead,
     "mlp-sr": MLPSRHead,
     "fixed": FixedHead,
+    "greedy": GreedyHead,
+    "cascade": CascadeHead,
+    "infopro": InfoProHead,
 }
 
 
@@ -205,7 +209,8 @@ def build_head(
         spec: the boundary.
         output: the model's output: [B,C] or [B] (per sample), [B,T,V], [B,V,T], [T,B,V] or [T*B,V] (per
             token), [B,C,*space] or [B,*space,C] (dense).
-        kind: "linear", "mlp" (options hidden, depth), "mlp-sr" or "fixed".
+        kind: "linear", "mlp" (options hidden, depth), "mlp-sr", "fixed", "greedy" (depth, width), "cascade"
+            (hidden, dropout, dim_in_decoder) or "infopro" (hidden, channels, stride).
         layout: of the boundary, where `guess_layout` guesses wrong.
         output_layout: of the output, likewise.
         device: of the parameters.

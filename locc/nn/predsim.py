@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from locc.ir.spec import TensorSpec
 from locc.nn.building import CONV, check_shapes, placement, zero_
 from locc.nn.layout import Layout, guess_layout
-from locc.nn.readout import plan_readout
+from locc.nn.readout import Readout, plan_readout
 
 _AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
@@ -38,11 +38,37 @@ def pool_kernel(channels: int, sizes: tuple[int, ...], limit: int) -> tuple[int,
     return tuple(kernel)
 
 
+class Pooling(nn.Module):
+    """Averages a map until it has at most `limit` features, and flattens it; `features` is what is left.
+
+    The kernel is the smallest of `pool_kernel`. Flat values, class tokens and values that are read at every
+    position pass as `Readout.read` gives them.
+    """
+
+    def __init__(self, plan: Readout, spec: TensorSpec, limit: int) -> None:
+        super().__init__()
+        self.plan, self.features = plan, plan.in_features
+        self.pool: nn.Module | None = None
+        if plan.layout.kind != "flat" and not plan.layout.class_token and not plan.per_position:
+            sizes = plan.layout.sizes(spec) if plan.folded_in == 1 else (plan.folded_in,)
+            kernel = pool_kernel(self.features, sizes, limit)
+            pool: Any = _AVG_POOL[len(sizes)]
+            # The last window may be smaller; its mean is over what it covers.
+            self.pool = pool(kernel, ceil_mode=True, count_include_pad=False)
+            self.features *= math.prod(map(_ceil_div, sizes, kernel))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the rows of the boundary `h`, [B,features] or [B,*positions,features]."""
+        if self.pool is None:
+            return self.plan.read(h)
+        pooled: Tensor = self.pool(self.plan.layout.first(self.plan.unfold(h)))
+        return pooled.flatten(1)
+
+
 class PredHead(nn.Module):
     """The classifier of `pred`: average pooling, flatten, linear with zero-initialised weight.
 
-    The pooling kernel is the smallest of `pool_kernel` with a flattened size <= `dim_in_decoder`. Flat
-    values, class tokens and token-level or dense outputs are not pooled.
+    The pooling is that of `Pooling` with `dim_in_decoder` features.
     """
 
     def __init__(
@@ -57,25 +83,15 @@ class PredHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.readout = plan = plan_readout(spec, output, layout, output_layout)
-        width = plan.in_features
-        self.pool: nn.Module | None = None
-        if plan.layout.kind != "flat" and not plan.layout.class_token and not plan.per_position:
-            sizes = plan.layout.sizes(spec) if plan.folded_in == 1 else (plan.folded_in,)
-            kernel = pool_kernel(width, sizes, dim_in_decoder)
-            pool: Any = _AVG_POOL[len(sizes)]
-            # The last window may be smaller; its mean is over what it covers.
-            self.pool = pool(kernel, ceil_mode=True, count_include_pad=False)
-            width *= math.prod(map(_ceil_div, sizes, kernel))
-        self.linear = nn.Linear(width, plan.out_features, **placement(spec, device, dtype))
+        self.readout = plan_readout(spec, output, layout, output_layout)
+        self.pool = Pooling(self.readout, spec, dim_in_decoder)
+        at = placement(spec, device, dtype)
+        self.linear = nn.Linear(self.pool.features, self.readout.out_features, **at)
         zero_(self.linear, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
         """Map the boundary `h` to the output's shape."""
-        if self.pool is None:
-            return self.readout.write(self.linear(self.readout.read(h)))
-        pooled: Tensor = self.pool(self.readout.layout.first(self.readout.unfold(h)))
-        return self.readout.write(self.linear(pooled.flatten(1)))
+        return self.readout.write(self.linear(self.pool(h)))
 
 
 class SimHead(nn.Module):

@@ -102,7 +102,7 @@ def local_errors(program: locc.Program, index: int, h: Tensor, y: Tensor, c: int
         s = ((spread(z) - spread(F.one_hot(y, c).to(h))) ** 2).mean()
     if not pred:
         return s, zero
-    layer, kernel = pred[index].linear, pred[index].pool.kernel_size
+    layer, kernel = pred[index].linear, pred[index].pool.pool.kernel_size
     return s, F.cross_entropy(F.linear(F.avg_pool2d(h, kernel).flatten(1), layer.weight, layer.bias), y)
 
 

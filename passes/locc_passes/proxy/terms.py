@@ -1,0 +1,146 @@
+"""What the proxy methods share: terms of local objectives, and training in stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, fx, nn
+
+from locc.ir import Phase, TrainingGraph
+from locc.nn import build_head
+from locc.rewrite import (
+    LossLike,
+    Pass,
+    add_all,
+    build,
+    head_loss,
+    layout_at,
+    local_modules,
+    local_values,
+    output_layout,
+    prediction_spec,
+    spec_of,
+    untrained,
+    weigh,
+)
+
+
+@dataclass(frozen=True)
+class LocalTerm(Pass):
+    """Gives each module but the last an objective: the sum of one term for each of its outputs.
+
+    A subclass says what the term of a value is. A module in which the term has no weight gets none.
+
+    Attributes:
+        name: of the objective.
+        weights: of the term in the first module, and in the last but one; linear between them. Two modules
+            have one local objective, with the first.
+    """
+
+    name: str = "term"
+    weights: tuple[float, float] = (1.0, 1.0)
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        """Every module but the last sends a value that it can train on, and that the term can read."""
+        yield from untrained(ir)
+        for owner, value in local_values(ir, undropped=False):
+            reason = self.refusal(ir, value)
+            if reason:
+                yield f"module '{owner}': {reason}"
+
+    def refusal(self, ir: TrainingGraph, value: fx.Node) -> str | None:
+        """Say why a value has no such term, if it has none."""
+        return None
+
+    def term(self, ir: TrainingGraph, owner: str, value: fx.Node) -> fx.Node:
+        """Return the term of a value: a node of its owner of shape []."""
+        raise NotImplementedError
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Add the terms and the objectives."""
+        owners = [owner.name for owner in local_modules(ir)]
+        for index, owner in enumerate(owners):
+            weight = between(self.weights, index, len(owners))
+            if weight:
+                values = [value for name, value in local_values(ir, undropped=False) if name == owner]
+                total = add_all(ir, owner, [self.term(ir, owner, value) for value in values])
+                ir.objective(owner, weigh(ir, total, weight), self.name)
+
+    def network(
+        self, ir: TrainingGraph, owner: str, value: fx.Node, made: Callable[..., nn.Module]
+    ) -> fx.Node:
+        """Return the result of an auxiliary network of a value; `made` takes (boundary, output, layout=)."""
+        make = partial(made, layout=layout_at(ir, value))
+        network = build(make, owner, spec_of(value), prediction_spec(ir))
+        path = ir.add_module(f"{owner}_{self.name}_{value.name}", network)
+        return ir.call(owner, path, value, role=self.name)
+
+
+@dataclass(frozen=True)
+class HeadTerm(LocalTerm):
+    """The user's loss of an auxiliary head, of a kind of `locc.nn.build_head`."""
+
+    name: str = "head"
+    kind: str = "linear"
+    loss: LossLike | None = field(default=None)
+
+    def term(self, ir: TrainingGraph, owner: str, value: fx.Node) -> fx.Node:
+        """Return the loss of the head's result."""
+        make = partial(build_head, kind=self.kind, output_layout=output_layout(ir))
+        return head_loss(ir, self.network(ir, owner, value, make), self.loss)
+
+
+@dataclass(frozen=True)
+class PairTerm(LocalTerm):
+    """A loss of a value and the class ids of its batch, without a network.
+
+    Attributes:
+        loss: (value [B,...] batch first, channels second; class ids [B]) -> shape [].
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def refusal(self, ir: TrainingGraph, value: fx.Node) -> str | None:
+        """Each sample has one row and one label."""
+        return one_label_a_row(ir, value)
+
+    def term(self, ir: TrainingGraph, owner: str, value: fx.Node) -> fx.Node:
+        """Return the loss."""
+        assert self.loss is not None
+        return ir.emit(owner, self.loss, value, ir.target, role="pairs", spec=ir.scalar)
+
+
+@dataclass(frozen=True)
+class Stages(Pass):
+    """Trains the modules one after the other: those before are frozen, those after wait."""
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Declare one stage for each module that trains."""
+        names = [module.name for module in ir.modules if not ir.frozen(module.name)]
+        ir.phases = tuple(Phase(f"train_{name}", (name,), stage=stage) for stage, name in enumerate(names))
+
+    def ensures(self, ir: TrainingGraph) -> Iterator[str]:
+        """Every module that trains has a stage."""
+        staged = {name for phase in ir.phases for name in phase.trains}
+        yield from (f"module '{m.name}' has no stage" for m in local_modules(ir) if m.name not in staged)
+
+
+def one_label_a_row(ir: TrainingGraph, value: fx.Node) -> str | None:
+    """Say why the rows of a value are no samples of one class each, if they are not."""
+    output, spec = prediction_spec(ir), spec_of(value)
+    if len(output.shape) != 2 or output.batch_dim != 0:
+        return (
+            f"the model predicts {output}, and samples are compared by one class each; use a method that "
+            "leaves the target to the loss, such as 'dgl'"
+        )
+    if spec.batch_dim != 0 or spec.shape[0] != output.shape[0]:
+        return f"its output {spec} has not one row for each sample of {output}; cut where it has"
+    return None
+
+
+def between(ends: tuple[float, float], index: int, count: int) -> float:
+    """Return the value at `index` of `count` points on the line between two ends."""
+    first, last = ends
+    return first if count < 2 else first + (last - first) * index / (count - 1)
