@@ -123,7 +123,7 @@ class PredictiveCoding(nn.Module):
     with replacement from all positions of all samples. The loss is the mean of -log p over positions and j.
     Lowe, O'Connor & Veeling, "Putting an end to end-to-end" (2019), released code. z is the boundary itself:
     a map averaged to at most `grid` x `grid` positions and predicted downwards, or a sequence predicted
-    forwards. Patches that are folded into the batch, [B*P,...] with P square, give the mean of each one's map.
+    forwards. Patches that are folded into the batch, [B*P,...] with P square, give the mean of each map.
     """
 
     def __init__(
