@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import locc
-from locc import Program
+from locc import Program, testing
 from locc.runtime import checkpoint
 
 
@@ -89,3 +90,9 @@ def compiled(model: nn.Module, method: Any = "bp", splits: Any = (), **options: 
     """Compile for `batch()` unless example inputs are given."""
     options.setdefault("example_inputs", batch(dtype=next(model.parameters()).dtype)[0])
     return locc.compile(model, method, splits, **options)
+
+
+def somewhere(method: str) -> locc.Program:
+    """Return a program of a method, of a chain with a norm or, if it refuses that, of convolutions."""
+    cases = [replace(testing.CONFORMANCE_MODELS[name], method=method) for name in ("norm", "convolution")]
+    return next(case for case in cases if case.refusal() is None).compile()

@@ -52,8 +52,9 @@ FEATURES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "sigmoid": (torch.sigmoid, 0.0),
     "tanh": (torch.tanh, -1.0),
     "identity": (nn.Identity(), -1.0),
+    "positive": (nn.Identity(), 0.0),
 }
-"""phi by name, and the least cosine that two of its values can have."""
+"""phi by name, and the least cosine of two of its values; "positive" is the identity, of values that are."""
 
 PAIR_OBJECTIVES = ("alignment", "nmse", "contrastive", "raw")
 

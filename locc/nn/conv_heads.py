@@ -51,14 +51,17 @@ class GreedyHead(nn.Module):
             self.small = tuple(-(-n // 2) for n in sizes)
             padding = 0 if min(self.small) > 4 + 2 * depth - 2 else 1
             for _ in range(depth):
-                layers += [CONV[rank](channels, wide, 3, padding=padding, **at), BATCH_NORM[rank](wide, **at)]
+                layers += [
+                    CONV[rank](channels, wide, 3, padding=padding, bias=False, **at),
+                    BATCH_NORM[rank](wide, **at),
+                ]
                 layers.append(nn.ReLU())
                 channels = wide
             layers += [_To(2, rank), BATCH_NORM[rank](channels, **at), nn.Flatten()]
             channels *= 2**rank
         else:
             for _ in range(depth):
-                layers += [nn.Linear(channels, wide, **at), _norm(plan)(wide, **at), nn.ReLU()]
+                layers += [nn.Linear(channels, wide, bias=False, **at), _norm(plan)(wide, **at), nn.ReLU()]
                 channels = wide
         self.net = nn.Sequential(*layers, nn.Linear(channels, plan.out_features, **at))
 

@@ -6,14 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx, nn
 
 from locc.errors import MethodError, nearest
+from locc.ir import TrainingGraph
 from locc.nn import FEATURES, PAIR_OBJECTIVES, gaussian_kernel, matrix_loss, pair_kernel, pair_loss
-from locc.rewrite import CLASS_IDS, Method, OptimizerSpec, OutputLoss, Pass, Recipe
+from locc.rewrite import CLASS_IDS, Method, OptimizerSpec, OutputLoss, Pass, Recipe, ending
 from locc_passes.proxy.terms import PairTerm, Stages
 
 ORDERS = ("stages", "together")
+ENDINGS: dict[str, tuple[object, ...]] = {
+    "identity": (nn.Tanh, torch.tanh, nn.functional.tanh, "tanh"),
+    "positive": (nn.Sigmoid, torch.sigmoid, nn.functional.sigmoid, "sigmoid"),
+}
+"""Ends of a module after which phi is another than relu."""
+
 MATRIX_LOSSES = ("cosine", "mse")
 
 
@@ -43,11 +51,44 @@ class MatrixLoss:
 
 
 @dataclass(frozen=True)
+class FeaturePairs(PairTerm):
+    """`PairLoss` of each value, by the fields of `PairProxy`."""
+
+    objective: str = "alignment"
+    feature: str = "auto"
+    pool: int = 4
+    pull: bool = True
+
+    def loss(self, ir: TrainingGraph, value: fx.Node) -> PairLoss:
+        """Return the loss, with the features that suit the end of the module."""
+        feature = self.feature
+        if feature == "auto":
+            end = ending(value, ir.root)
+            feature = next((name for name, ends in ENDINGS.items() if end in ends), "relu")
+        objective = self.objective
+        if objective == "auto":
+            objective = "alignment" if self.pull else "nmse"
+        return PairLoss(objective, feature, self.pool, self.pull)
+
+
+@dataclass(frozen=True)
+class MatrixPairs(PairTerm):
+    """`MatrixLoss` of each value, by the fields of `KernelPull`."""
+
+    objective: str = "cosine"
+    sigma: float = 1.0
+
+    def loss(self, ir: TrainingGraph, value: fx.Node) -> MatrixLoss:
+        """Return the loss."""
+        return MatrixLoss(self.objective, self.sigma)
+
+
+@dataclass(frozen=True)
 class PairProxy(Method):
     """Modular training with kernels: hidden modules need only know which samples are of one class.
 
-    A split is to stand where a module's output g is *before* its nonlinearity phi, with which the next module
-    begins. The proxy objective compares K_ij, the cosine of phi(g_i) and phi(g_j), with 1 for
+    A split should stand where a module's output g is *before* its nonlinearity phi, with which the next
+    module begins. The proxy objective compares K_ij, the cosine of phi(g_i) and phi(g_j), with 1 for
     two samples of one class and the least possible cosine for others (`locc.nn.pair_loss`). Modules train one
     after the other, to the end, and freeze; the last has the user's loss. Duan, Yu & Principe, "Modularizing
     deep learning via pairwise learning with kernels" (2022), and its released code. The published classifier
@@ -65,11 +106,19 @@ class PairProxy(Method):
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS,)
 
     objective: str = field(
-        default="alignment",
-        metadata={"help": "what is compared of K and its target", "choices": PAIR_OBJECTIVES},
+        default="auto",
+        metadata={
+            "help": "what is compared of K and its target; auto: alignment, without pull nmse",
+            "choices": ("auto", *PAIR_OBJECTIVES),
+        },
     )
     feature: str = field(
-        default="relu", metadata={"help": "phi, the nonlinearity after a cut", "choices": tuple(FEATURES)}
+        default="auto",
+        metadata={
+            "help": "phi, the nonlinearity after a cut; auto: relu, and none after a module that ends in a "
+            "tanh or a sigmoid",
+            "choices": ("auto", *FEATURES),
+        },
     )
     pool: int = field(
         default=4,
@@ -88,8 +137,8 @@ class PairProxy(Method):
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("objective", PAIR_OBJECTIVES),
-            ("feature", tuple(FEATURES)),
+            ("objective", ("auto", *PAIR_OBJECTIVES)),
+            ("feature", ("auto", *FEATURES)),
             ("order", ORDERS),
         ):
             if getattr(self, name) not in choices:
@@ -98,17 +147,22 @@ class PairProxy(Method):
                 )
         if self.pool < 1:
             raise MethodError(f"pool={self.pool}: give at least 1")
-        if not self.pull and self.objective == "alignment" and FEATURES[self.feature][1] == 0:
+        if not self.pull and self.objective == "alignment" and self.feature not in ("tanh", "identity"):
             raise MethodError(
                 f"objective='alignment' without pull is undefined for feature='{self.feature}', whose least "
-                "cosine is 0; choose 'nmse', 'contrastive' or 'raw', or feature='tanh'"
+                "cosine may be 0; choose 'nmse', 'contrastive' or 'raw', or feature='tanh'"
             )
 
     def passes(self) -> Sequence[Pass]:
         """Return the proxy objectives, the loss at the output, and the stages."""
-        loss = PairLoss(self.objective, self.feature, self.pool, self.pull)
         order = (Stages(),) if self.order == "stages" else ()
-        return (PairTerm("pairs", loss=loss), OutputLoss(), *order)
+        return (
+            FeaturePairs(
+                "pairs", objective=self.objective, feature=self.feature, pool=self.pool, pull=self.pull
+            ),
+            OutputLoss(),
+            *order,
+        )
 
 
 @dataclass(frozen=True)
@@ -151,4 +205,4 @@ class KernelPull(Method):
 
     def passes(self) -> Sequence[Pass]:
         """Return the objectives, the loss at the output, and the stages."""
-        return (PairTerm("pairs", loss=MatrixLoss(self.objective, self.sigma)), OutputLoss(), Stages())
+        return (MatrixPairs("pairs", objective=self.objective, sigma=self.sigma), OutputLoss(), Stages())

@@ -94,13 +94,11 @@ class HeadTerm(LocalTerm):
 
 @dataclass(frozen=True)
 class PairTerm(LocalTerm):
-    """A loss of a value and the class ids of its batch, without a network.
+    """A loss of a value and the class ids of its batch, without a network."""
 
-    Attributes:
-        loss: (value [B,...] batch first, channels second; class ids [B]) -> shape [].
-    """
-
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    def loss(self, ir: TrainingGraph, value: fx.Node) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function of (value [B,...], class ids [B]) -> shape []."""
+        raise NotImplementedError
 
     def refusal(self, ir: TrainingGraph, value: fx.Node) -> str | None:
         """Each sample has one row and one label."""
@@ -108,8 +106,7 @@ class PairTerm(LocalTerm):
 
     def term(self, ir: TrainingGraph, owner: str, value: fx.Node) -> fx.Node:
         """Return the loss."""
-        assert self.loss is not None
-        return ir.emit(owner, self.loss, value, ir.target, role="pairs", spec=ir.scalar)
+        return ir.emit(owner, self.loss(ir, value), value, ir.target, role="pairs", spec=ir.scalar)
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,10 @@ def by_pairs(g: Tensor, y: Tensor, objective: str, feature: str, pull: bool) -> 
 @pytest.mark.parametrize("objective", ["alignment", "nmse", "contrastive", "raw"])
 def test_pair_losses_equal_the_formulas(objective: str, feature: str, pull: bool) -> None:
     if objective == "alignment" and feature == "relu" and not pull:
-        with pytest.raises(MethodError, match="undefined for feature='relu'"):
-            locc.compile(mlp(), "pair-proxy", ["first"], example_inputs=batch()[0], pull=False)
+        with pytest.raises(MethodError, match="undefined for feature='auto'"):
+            locc.compile(
+                mlp(), "pair-proxy", ["first"], example_inputs=batch()[0], pull=False, objective=objective
+            )
         return
     g, y = torch.randn(7, 5, dtype=F64), torch.tensor([0, 1, 0, 2, 1, 0, 2])
     found = pair_loss(pair_kernel(g, feature, 4), y, objective, FEATURES[feature][1], pull)
