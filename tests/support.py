@@ -92,7 +92,7 @@ def compiled(model: nn.Module, method: Any = "bp", splits: Any = (), **options: 
     return locc.compile(model, method, splits, **options)
 
 
-def somewhere(method: str) -> locc.Program:
+def somewhere(method: str, **overrides: Any) -> Program:
     """Return a program of a method, of a chain with a norm or, if it refuses that, of convolutions."""
     cases = [replace(testing.CONFORMANCE_MODELS[name], method=method) for name in ("norm", "convolution")]
-    return next(case for case in cases if case.refusal() is None).compile()
+    return next(case for case in cases if case.refusal() is None).compile(**overrides)

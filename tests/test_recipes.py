@@ -33,7 +33,7 @@ SPLITS = ["0", "1", "2"]
 
 @pytest.mark.parametrize("method", NAMES)
 def test_without_an_optimizer_each_owner_has_that_of_the_recipe(method):
-    program = somewhere(method)
+    program = somewhere(method, optimizer=None)
     recipe = locc.methods()[method].recipe
     for name, optimizer in program.optimizers.items():
         owner = program.ir.owners[name]
