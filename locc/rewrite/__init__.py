@@ -15,7 +15,7 @@ from locc.rewrite.heads import AttachHeads, LocalLoss, local_modules, local_valu
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
 from locc.rewrite.local_loss import LossLike, head_loss
-from locc.rewrite.noise import disturb
+from locc.rewrite.noise import disturb, draw
 from locc.rewrite.objectives import add_all, judged, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
 from locc.rewrite.passes import Method, Pass, apply, configure, options
@@ -46,6 +46,7 @@ __all__ = [
     "build_custom",
     "configure",
     "disturb",
+    "draw",
     "ending",
     "handed_down",
     "has_norms",
