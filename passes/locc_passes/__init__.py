@@ -15,6 +15,10 @@ PASSES = {
     "ddtp-rhl": "locc_passes.target.drl:DDTPRHL",
     "fa": "locc_passes.feedback.fa:FA",
     "dfa": "locc_passes.feedback.dfa:DFA",
+    "ifa": "locc_passes.feedback.ifa:IFA",
+    "ss-usf": "locc_passes.feedback.signs:UniformSigns",
+    "ss-brsf": "locc_passes.feedback.signs:BatchwiseRandomSigns",
+    "ss-frsf": "locc_passes.feedback.signs:FixedRandomSigns",
     "altmin": "locc_passes.auxiliary_variables.altmin:AltMin",
     "al": "locc_passes.associated.al:AL",
 }

@@ -43,7 +43,7 @@ class DTPDRL(Method):
     damped Gauss-Newton steps.
 
     `fit` begins with `warmup` passes over the data that train the inverses alone; each epoch trains both in
-    every batch, and ends with `extra` passes for the inverses. `step` outside of `fit` trains both. `sigma` is
+    every batch, and ends by `extra` ones for inverses. `step` outside of `fit` trains both. `sigma` is
     in units of the activations. The objective's gradient is about 2 eta / B of backpropagation's for a
     batch of B: Adam rescales it. Where inverses of your own (`factory`) are linear, give them no bias: it
     cancels.
