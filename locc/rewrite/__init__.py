@@ -1,8 +1,9 @@
 """Pass and Method, the pipeline that runs them, and the verbs and passes from which methods are made.
 
-One subject a file: `chain` (gradients handed down), `crossing` (what modules send), `reach` (what learns),
-`output` (the loss, and its error), `heads`, `inverses`, `objectives` (sums of terms), `noise`, `dropout`,
-`layouts` (specs), `building` (networks), `targets` (what a method reads), `traits` (what a network has).
+One subject a file: `chain` (gradients handed down), `tangents` (pushed up), `crossing` (what modules send),
+`reach` (what learns), `output` (the loss, and its error), `heads`, `inverses`, `objectives` (sums of terms),
+`noise`, `dropout`, `layouts` (specs), `building` (networks), `targets` (what a method reads), `traits` (what
+a network has).
 A pass emits nodes with the verbs of `locc.ir.TrainingGraph`.
 """
 
@@ -15,11 +16,12 @@ from locc.rewrite.heads import AttachHeads, LocalLoss, local_modules, local_valu
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
 from locc.rewrite.local_loss import LossLike, head_loss
-from locc.rewrite.noise import disturb
+from locc.rewrite.noise import disturb, draw
 from locc.rewrite.objectives import add_all, judged, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
 from locc.rewrite.passes import Method, Pass, apply, configure, options
 from locc.rewrite.reach import learned
+from locc.rewrite.tangents import before_nonlinearity, pull, push
 from locc.rewrite.targets import CLASS_IDS, NUMBERS
 from locc.rewrite.traits import ending, has_norms, has_rectifiers, is_rectified
 
@@ -42,10 +44,12 @@ __all__ = [
     "add_all",
     "apply",
     "before_dropout",
+    "before_nonlinearity",
     "build",
     "build_custom",
     "configure",
     "disturb",
+    "draw",
     "ending",
     "handed_down",
     "has_norms",
@@ -63,6 +67,8 @@ __all__ = [
     "output_error",
     "output_layout",
     "prediction_spec",
+    "pull",
+    "push",
     "range_of",
     "read_by",
     "returning",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from locc.ir import Boundary, TensorSpec, TrainingGraph
+from locc.ir import TensorSpec, TrainingGraph
 from locc.nn import ACTIVATIONS, Factory, build_inverse
 from locc.rewrite.building import build, build_custom
 from locc.rewrite.layouts import layout_at, spec_of
@@ -53,45 +53,51 @@ class InverseMaker:
     Attributes:
         activation: a name that `build_inverse` knows, a function, or "auto", see `range_of`.
         factory: (module's output, value it reads) -> network, instead of `build_inverse`.
-        init: "orthogonal" (unit singular values, zero biases) or "pytorch" (each layer's own).
+        init: "orthogonal" (unit singular values, zero biases), "xavier" (normal, zero biases) or "pytorch"
+            (each layer's own).
+        biased: whether a linear inverse has biases, which a difference of two of its values takes out again.
     """
 
     activation: Activation = "auto"
     factory: Factory | None = None
     init: str = "orthogonal"
+    biased: bool = True
 
-    def build(self, ir: TrainingGraph, boundary: Boundary, outputs: Sequence[fx.Node]) -> nn.Module:
-        """Build the network that maps the values `outputs`, in this order, to the one at `boundary`.
+    def build(self, ir: TrainingGraph, name: str, value: fx.Node, outputs: Sequence[fx.Node]) -> nn.Module:
+        """Build the network that maps the values `outputs`, in this order, to `value`, for the module `name`.
 
         Raises:
             MethodError: a value has no known layout, or a part would be too large.
         """
-        name = boundary.consumer
         if self.factory is not None:
-            parts = [build_custom(self.factory, name, spec_of(v), boundary.spec, "inverse") for v in outputs]
+            parts = [build_custom(self.factory, name, spec_of(v), spec_of(value), "inverse") for v in outputs]
             return parts[0] if len(parts) == 1 else _JointInverse(parts, ACTIVATIONS["linear"])
-        activation = range_of(boundary.value, ir.root) if self.activation == "auto" else self.activation
+        activation = range_of(value, ir.root) if self.activation == "auto" else self.activation
         function = ACTIVATIONS[activation] if isinstance(activation, str) else activation
 
-        def part(value: fx.Node, end: Activation) -> nn.Module:
-            def make(output: TensorSpec, read: TensorSpec) -> nn.Module:
-                source, target = layout_at(ir, value), layout_at(ir, boundary.value)
-                return build_inverse(output, read, end, from_layout=source, to_layout=target)
+        def part(output: fx.Node, end: Activation) -> nn.Module:
+            def make(source: TensorSpec, read: TensorSpec) -> nn.Module:
+                start, goal = layout_at(ir, output), layout_at(ir, value)
+                return build_inverse(source, read, end, from_layout=start, to_layout=goal)
 
-            return _reset(build(make, name, spec_of(value), boundary.spec), self.init)
+            network = build(make, name, spec_of(output), spec_of(value))
+            return self._started(network, biased=function is not ACTIVATIONS["linear"])
 
         if len(outputs) == 1:
             return part(outputs[0], function)
         return _JointInverse([part(v, "linear") for v in outputs], function)
 
-
-def _reset(network: nn.Module, init: str) -> nn.Module:
-    """Give the layers of an inverse PyTorch's own initial values where these are asked for."""
-    if init == "pytorch":
+    def _started(self, network: nn.Module, biased: bool) -> nn.Module:
+        """Give the layers of an inverse their initial values, which are orthogonal so far."""
         for layer in network.modules():
             if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                layer.reset_parameters()
-    return network
+                if self.init == "pytorch":
+                    layer.reset_parameters()
+                elif self.init == "xavier":
+                    nn.init.xavier_normal_(layer.weight)
+                if not (biased or self.biased):
+                    layer.bias = None
+        return network
 
 
 def range_of(value: fx.Node, root: nn.Module) -> str:

@@ -17,6 +17,16 @@ def disturb(ir: TrainingGraph, owner: str, value: fx.Node, sigma: float) -> fx.N
     return ir.emit(owner, with_noise, value, sigma, role="noise")
 
 
+def draw(ir: TrainingGraph, owner: str, value: fx.Node, sigma: float) -> fx.Node:
+    """Return e ~ N(0, sigma^2) in a value's shape: what `disturb` would add, as a node of `owner`."""
+    return ir.emit(owner, gaussian, value, sigma, role="noise")
+
+
 def with_noise(h: Tensor, sigma: float) -> Tensor:
     """Return h + e with e ~ N(0, sigma^2)."""
     return h + sigma * torch.randn_like(h)
+
+
+def gaussian(h: Tensor, sigma: float) -> Tensor:
+    """Return e ~ N(0, sigma^2) in the shape of h."""
+    return sigma * torch.randn_like(h)

@@ -19,6 +19,10 @@ from locc.recipes import Recipe
 from locc.rewrite.targets import specs
 
 
+class UndefinedError(MethodError):
+    """A verb has found, in a rewrite, that the pass is undefined on this graph: its message is the reason."""
+
+
 @dataclass(frozen=True)
 class Pass(ABC):
     """One rewrite of the training graph. The fields of the dataclass are its hyper-parameters."""
@@ -131,7 +135,10 @@ def apply(method: Method, name: str, ir: TrainingGraph) -> None:
     for number, step in enumerate(method.passes(), start=1):
         _refuse(name, list(step.requires(ir)))
         with ir.making(step.label):
-            step.rewrite(ir)
+            try:
+                step.rewrite(ir)
+            except UndefinedError as error:
+                _refuse(name, [str(error)])
         check(ir, step.label)
         ir.tidy()
         _dump(ir, number, step.label)

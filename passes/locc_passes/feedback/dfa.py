@@ -40,7 +40,7 @@ class DirectFeedback(Pass):
         """Refuse boundaries to which no matrix leads from the output."""
         yield from unreached(ir)
         for module in ir.modules[:-1]:
-            for value in _taught(ir, module.name):
+            for value in taught(ir, module.name):
                 try:
                     plan_readout(value.meta["spec"], ir.prediction.meta["spec"])
                 except MethodError as error:
@@ -53,18 +53,23 @@ class DirectFeedback(Pass):
         error = output_error(ir)
         for module in ir.modules[:-1]:
             terms = []
-            for i, value in enumerate(_taught(ir, module.name)):
-                arriving = ir.stop_gradient(module.name, error)
-                spec, output = value.meta["spec"], ir.prediction.meta["spec"]
-                name = f"feedback_{module.name}" + (f"_{i}" if i else "")
-                matrix = ir.add_module(name, BroadcastFeedback(spec, output))
-                delta = ir.call(module.name, matrix, arriving, role="feedback")
+            for i, value in enumerate(taught(ir, module.name)):
+                delta = broadcast(ir, error, value, i)
                 terms.append(ir.emit(module.name, inner, value, delta, role="feedback"))
             if terms:
                 ir.objective(module.name, add_all(ir, module.name, terms), "feedback")
 
 
-def _taught(ir: TrainingGraph, owner: str) -> list[fx.Node]:
+def broadcast(ir: TrainingGraph, error: fx.Node, value: fx.Node, number: int) -> fx.Node:
+    """Return B e for a value that a module sends, its `number`-th; B is drawn here, and e is the error."""
+    owner, output = value.meta["owner"], ir.prediction.meta["spec"]
+    arriving = ir.stop_gradient(owner, error)
+    name = f"feedback_{owner}" + (f"_{number}" if number else "")
+    matrix = ir.add_module(name, BroadcastFeedback(value.meta["spec"], output))
+    return ir.call(owner, matrix, arriving, role="feedback")
+
+
+def taught(ir: TrainingGraph, owner: str) -> list[fx.Node]:
     """Return the values of a module that receive the error: those with a row for each sample."""
     return [value for value in ir.outputs(owner) if has_rows(value)]
 

@@ -22,7 +22,8 @@ from locc.rewrite import (
     is_rectified,
     unreached,
 )
-from locc_passes.target.passes import ORDERS, Inverses, Targets, Turns
+from locc_passes.target.passes import ORDERS, Inverses, Reconstruction, Targets, Turns
+from locc_passes.target.returns import returns
 
 INITS = ("orthogonal", "pytorch")
 
@@ -125,9 +126,9 @@ class DTP(Method):
 
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
         """Warn of inverses whose result would have to end in a ReLU."""
-        entries = [b for b in ir.boundaries() if "inverse" in b.entry.meta and is_rectified(b.value, ir.root)]
-        if entries and self.factory is None and not has_norms(ir):
-            names = ", ".join(dict.fromkeys(f"'{b.consumer}'" for b in entries))
+        ended = [v for m in ir.modules for v in ir.crossing(m.name) if is_rectified(v, ir.root)]
+        names = ", ".join(dict.fromkeys(f"'{back.module}'" for v in ended for back in returns(v)))
+        if names and self.factory is None and not has_norms(ir):
             yield (
                 f"the inverses of {names} have to give what a ReLU gave, and a ReLU has no inverse; use tanh "
                 "in the place of the ReLU, or put an nn.BatchNorm before it"
@@ -137,7 +138,8 @@ class DTP(Method):
         """Return the loss, the inverses, the targets and the turns."""
         return (
             OutputLoss(),
-            Inverses(self.sigma, self.lr_scale, InverseMaker(self.activation, self.factory, self.init)),
+            Inverses(self.lr_scale, InverseMaker(self.activation, self.factory, self.init)),
+            Reconstruction(self.sigma),
             Targets(self.eta, self.difference),
             LentGradients(),
             Turns(self.order),

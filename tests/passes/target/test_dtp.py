@@ -102,8 +102,8 @@ def step(self, input_1, target):
     relu2_at_relu2 = stop_gradient(relu2)  # f32[B,8]
     # ---- auxiliary: relu2.inverse, learning rate x0.5
     model_relu2_at_relu2_inverse = stop_gradient(model_relu2)  # f32[B,8]
-    noise_at_relu2_inverse = stop_gradient(noise)  # f32[B,8]
     aux_relu2_inverse = self.aux.relu2_inverse(model_relu2_at_relu2_inverse)  # f32[B,8]
+    noise_at_relu2_inverse = stop_gradient(noise)  # f32[B,8]
     reconstruction = squared_distance(aux_relu2_inverse, noise_at_relu2_inverse, 0)  # f32[]
     objective(reconstruction)  # relu2.inverse.reconstruction
     relu2_at_relu2_inverse = stop_gradient(relu2)  # f32[B,8]
