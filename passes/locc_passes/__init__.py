@@ -13,5 +13,9 @@ PASSES = {
     "fa": "locc_passes.feedback.fa:FA",
     "dfa": "locc_passes.feedback.dfa:DFA",
     "altmin": "locc_passes.auxiliary_variables.altmin:AltMin",
+    "bcd2": "locc_passes.auxiliary_variables.bcd:BCD2",
+    "bcd3": "locc_passes.auxiliary_variables.bcd:BCD3",
+    "admm": "locc_passes.auxiliary_variables.admm:ADMM",
+    "dladmm": "locc_passes.auxiliary_variables.dladmm:DLADMM",
     "al": "locc_passes.associated.al:AL",
 }
