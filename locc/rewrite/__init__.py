@@ -11,7 +11,7 @@ from locc.recipes import OptimizerSpec, Recipe
 from locc.rewrite.building import build, build_custom
 from locc.rewrite.chain import GradientChain, handed_down, returning
 from locc.rewrite.crossing import LentGradients, activations, has_rows, read_by, rows, unreached
-from locc.rewrite.dropout import before_dropout, is_dropout
+from locc.rewrite.dropout import before_dropout, give_copy, in_place, is_dropout
 from locc.rewrite.heads import AttachHeads, LocalLoss, local_modules, local_values, untrained
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
@@ -51,11 +51,13 @@ __all__ = [
     "disturb",
     "draw",
     "ending",
+    "give_copy",
     "handed_down",
     "has_norms",
     "has_rectifiers",
     "has_rows",
     "head_loss",
+    "in_place",
     "is_dropout",
     "is_rectified",
     "judged",

@@ -37,22 +37,24 @@ def before_dropout(ir: TrainingGraph, value: fx.Node) -> fx.Node:
             return value
         if source.target is torch.clone and source.meta["role"] == "copy":
             source = source.all_input_nodes[0]  # the copy of an earlier pass
-        elif _in_place(ir, value):
+        elif in_place(ir, value):
             if len(source.users) > 1:
                 return value
-            _give_copy(ir, value, source)
+            give_copy(ir, value, source)
         value = source
     return value
 
 
-def _give_copy(ir: TrainingGraph, node: fx.Node, source: fx.Node) -> None:
+def give_copy(ir: TrainingGraph, node: fx.Node, source: fx.Node) -> None:
+    """Let a node that works in place work on a copy of `source`, which survives."""
     copy = ir.emit(str(source.meta["owner"]), torch.clone, source, role="copy")
     node.replace_input_with(source, copy)
     if "mutates" in node.meta:
         node.meta["mutates"] = tuple(copy if n is source else n for n in node.meta["mutates"])
 
 
-def _in_place(ir: TrainingGraph, node: fx.Node) -> bool:
+def in_place(ir: TrainingGraph, node: fx.Node) -> bool:
+    """Whether a node changes what it reads."""
     if "mutates" in node.meta:
         return True
     if node.op == "call_module":

@@ -27,5 +27,9 @@ PASSES = {
     "ss-brsf": "locc_passes.feedback.signs:BatchwiseRandomSigns",
     "ss-frsf": "locc_passes.feedback.signs:FixedRandomSigns",
     "altmin": "locc_passes.auxiliary_variables.altmin:AltMin",
+    "bcd2": "locc_passes.auxiliary_variables.bcd:BCD2",
+    "bcd3": "locc_passes.auxiliary_variables.bcd:BCD3",
+    "admm": "locc_passes.auxiliary_variables.admm:ADMM",
+    "dladmm": "locc_passes.auxiliary_variables.dladmm:DLADMM",
     "al": "locc_passes.associated.al:AL",
 }

@@ -48,7 +48,7 @@ class Shapes:
             made = [
                 None if k is None else torch.empty_strided(*k[:2], dtype=k[2], device="meta") for k in known
             ]
-            return made[0] if len(func._schema.returns) == 1 else tuple(made)
+            return made[0] if len(func._schema.returns) < 2 else tuple(made)
         if known is not None:
             result = func(*args, **kwargs)
             if len(_KNOWN) >= _MOST:
