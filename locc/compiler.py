@@ -68,7 +68,7 @@ def compile(
     optimizer: Callable[..., torch.optim.Optimizer] | Recipe | None = None,
     schedule: str = "lockstep",
     backend: str = "eager",
-    tied: str = "error",
+    tied: str = "auto",
     scheduler: Any = None,
     clip: float | None = None,
     accumulate: int = 1,
@@ -99,7 +99,10 @@ def compile(
             `locc.methods()["dni"].recipe.at(lr=1e-4)`. None: the method's own recipe, published with it.
         schedule: "lockstep", or "sequential" (each module is trained to the end, then frozen).
         backend: "eager".
-        tied: policy for a parameter that two modules use: "error", "owner" or "copy".
+        tied: policy for a parameter that two modules use (an embedding that is the output layer's weight as
+            well): "copy" (each module trains its own, which takes its place in the model), "owner" (the first
+            one that uses it trains it, the others read it) or "error". "auto" is "owner" for `bp`, which then
+            trains as without locc, and "copy" for local methods, logged once.
         scheduler: callable(optimizer) -> learning-rate scheduler, or a dict of them by module.
         clip: largest gradient norm of each owner.
         accumulate: number of steps whose mean gradient makes one update of the parameters. What a method
@@ -141,7 +144,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     inputs = _on_device(inputs, program.device)
     with torch.random.fork_rng(), undone_on_failure(request.root), quiet():
         torch.manual_seed(seed)
-        ir = rewrite(request, inputs, TiedPolicy(request.tied))
+        ir = rewrite(request, inputs, TiedPolicy(request.tied, request.method.ties))
         program.root.aux.to(program.device)
         phases = stages(ir, request.name, request.settings.schedule == "sequential")
         learners = request.settings.learners(ir)

@@ -141,7 +141,7 @@ def examine(
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
     dynamic: Dynamic = None,
-    tied: str = "error",
+    tied: str = "auto",
     schedule: str = "lockstep",
     **method_options: Any,
 ) -> Examination:
@@ -173,7 +173,7 @@ def examine(
     stage = "options"
     try:
         chosen, result.method = _method(method, method_options)
-        policy = TiedPolicy(tied)
+        policy = TiedPolicy(tied, chosen.ties)
         settings = Settings(schedule=schedule)
         request = Request(
             Root(model), chosen, result.method, splits, Loss(loss), tied, settings, False, dynamic

@@ -38,7 +38,7 @@ LossOption = Annotated[
     ),
 ]
 TiedOption = Annotated[
-    str, typer.Option(help="policy for a parameter that two modules use: error, owner or copy")
+    str, typer.Option(help="policy for a parameter that two modules use: auto, owner, copy or error")
 ]
 DynamicOption = Annotated[
     bool,
