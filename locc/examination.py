@@ -140,6 +140,7 @@ def examine(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
+    prediction: str | None = None,
     dynamic: Dynamic = None,
     tied: str = "auto",
     schedule: str = "lockstep",
@@ -156,6 +157,7 @@ def examine(
         splits: as for `compile`.
         loss: as for `compile`.
         example_inputs: a batch as `step` takes it. Without one, only the options are examined.
+        prediction: as for `compile`.
         dynamic: as for `compile`.
         tied: as for `compile`.
         schedule: as for `compile`.
@@ -176,7 +178,7 @@ def examine(
         policy = TiedPolicy(tied, chosen.ties)
         settings = Settings(schedule=schedule)
         request = Request(
-            Root(model), chosen, result.method, splits, Loss(loss), tied, settings, False, dynamic
+            Root(model), chosen, result.method, splits, Loss(loss), tied, settings, False, dynamic, prediction
         )
         if example_inputs is None:
             return result

@@ -14,13 +14,13 @@ from locc.rewrite.dropout import before_dropout, is_dropout
 from locc.rewrite.heads import AttachHeads, LocalLoss, local_modules, local_values, untrained
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
-from locc.rewrite.local_loss import LossLike, head_loss
+from locc.rewrite.local_loss import LossLike, head_loss, heads_of
 from locc.rewrite.noise import disturb
 from locc.rewrite.objectives import add_all, judged, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
 from locc.rewrite.passes import Method, Pass, apply, configure, options
 from locc.rewrite.reach import learned
-from locc.rewrite.targets import CLASS_IDS, NUMBERS
+from locc.rewrite.targets import CLASS_IDS, NUMBERS, divided, own_target
 from locc.rewrite.traits import ending, has_norms, has_rectifiers, is_rectified
 
 __all__ = [
@@ -46,12 +46,14 @@ __all__ = [
     "build_custom",
     "configure",
     "disturb",
+    "divided",
     "ending",
     "handed_down",
     "has_norms",
     "has_rectifiers",
     "has_rows",
     "head_loss",
+    "heads_of",
     "is_dropout",
     "is_rectified",
     "judged",
@@ -62,6 +64,7 @@ __all__ = [
     "options",
     "output_error",
     "output_layout",
+    "own_target",
     "prediction_spec",
     "range_of",
     "read_by",

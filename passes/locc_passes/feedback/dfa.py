@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import ClassVar
 
 from torch import fx
@@ -33,7 +34,7 @@ class DirectFeedback(Pass):
     e is the gradient of the user's loss with respect to the prediction (logits: before the softmax),
     batch mean included, so a learning rate means what it means for backpropagation. B [n,C] is drawn
     once from U(+-1/sqrt(n)) for every value that the module sends on; inside the module the rest is its
-    own backward pass.
+    own backward pass. With several tasks it is the sum over their errors, each with its own B.
     """
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
@@ -41,23 +42,23 @@ class DirectFeedback(Pass):
         yield from unreached(ir)
         for module in ir.modules[:-1]:
             for value in _taught(ir, module.name):
-                try:
-                    plan_readout(value.meta["spec"], ir.prediction.meta["spec"])
-                except MethodError as error:
-                    yield f"module '{module.name}': {error}"
+                for task in ir.tasks:
+                    try:
+                        plan_readout(value.meta["spec"], task.spec)
+                    except MethodError as error:
+                        yield f"module '{module.name}': {error}"
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the error at the output and each module's objective."""
         if len(ir.modules) == 1:
             return
-        error = output_error(ir)
+        errors = [(task, output_error(ir, task)) for task in ir.tasks]
         for module in ir.modules[:-1]:
             terms = []
-            for i, value in enumerate(_taught(ir, module.name)):
+            for i, (value, (task, error)) in enumerate(product(_taught(ir, module.name), errors)):
                 arriving = ir.stop_gradient(module.name, error)
-                spec, output = value.meta["spec"], ir.prediction.meta["spec"]
                 name = f"feedback_{module.name}" + (f"_{i}" if i else "")
-                matrix = ir.add_module(name, BroadcastFeedback(spec, output))
+                matrix = ir.add_module(name, BroadcastFeedback(value.meta["spec"], task.spec))
                 delta = ir.call(module.name, matrix, arriving, role="feedback")
                 terms.append(ir.emit(module.name, inner, value, delta, role="feedback"))
             if terms:
