@@ -28,6 +28,7 @@ from locc.commands.options import (
     LossOption,
     MethodOption,
     ModelArgument,
+    PredictionOption,
     SeedOption,
     ShapeOption,
     SplitsOption,
@@ -142,7 +143,8 @@ def inspect(
     method: MethodOption = DEFAULT,
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
-    tied: TiedOption = "error",
+    tied: TiedOption = "auto",
+    prediction: PredictionOption = None,
     dynamic: DynamicOption = False,
     input_shape: ShapeOption = None,
     input_dtype: DtypeOption = "float32",
@@ -172,6 +174,7 @@ def inspect(
         splits_of(splits),
         loss=loss_of(loss),
         tied=tied,
+        prediction=prediction,
         dynamic=_free(dynamic),
         example_inputs=example,
         **method_options(ctx),
@@ -190,7 +193,8 @@ def train(
     method: MethodOption = DEFAULT,
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
-    tied: TiedOption = "error",
+    tied: TiedOption = "auto",
+    prediction: PredictionOption = None,
     dynamic: DynamicOption = False,
     epochs: Annotated[
         int, typer.Option(min=0, help="epochs to train now (after --resume: further ones)")
@@ -245,6 +249,7 @@ def train(
         splits_of(splits),
         loss=loss_of(loss),
         tied=tied,
+        prediction=prediction,
         dynamic=_free(dynamic),
         example_inputs=loaders.example(),
         optimizer=recipe_of(method, optimizer, lr),
@@ -288,7 +293,8 @@ def verify(
     method: MethodOption = DEFAULT,
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
-    tied: TiedOption = "error",
+    tied: TiedOption = "auto",
+    prediction: PredictionOption = None,
     dynamic: DynamicOption = False,
     input_shape: ShapeOption = None,
     input_dtype: DtypeOption = "float32",
@@ -319,8 +325,9 @@ def verify(
         raise MisuseError(f"--require '{require}' is unknown; {nearest(require, REQUIRED)}")
     loaded = data_of(data, batch_size, seed, input_shape, loss)
     program = _compiled(
-        ctx, model, method, splits, loss, tied, dynamic, input_shape, input_dtype, loaded, batch_size, seed
-    )
+        ctx, model, method, splits, loss, tied, prediction, dynamic, input_shape, input_dtype, loaded,
+        batch_size, seed,
+    )  # fmt: skip
     certificate = prove(program, *loaded.first()) if loaded is not None else prove(program)
     streamed = json is not None and str(json) == "-"
     out(stderr=streamed).print(Text(certificate.text(verbose)), soft_wrap=True)
@@ -347,7 +354,8 @@ def export(
     method: MethodOption = DEFAULT,
     splits: SplitsOption = "",
     loss: LossOption = "cross_entropy",
-    tied: TiedOption = "error",
+    tied: TiedOption = "auto",
+    prediction: PredictionOption = None,
     dynamic: DynamicOption = False,
     input_shape: ShapeOption = None,
     input_dtype: DtypeOption = "float32",
@@ -370,8 +378,9 @@ def export(
         raise MisuseError("nothing to write: give --onnx model.onnx, --modules folder, or both")
     loaded = data_of(data, batch_size, seed, input_shape, loss)
     program = _compiled(
-        ctx, model, method, splits, loss, tied, dynamic, input_shape, input_dtype, loaded, batch_size, seed
-    )
+        ctx, model, method, splits, loss, tied, prediction, dynamic, input_shape, input_dtype, loaded,
+        batch_size, seed,
+    )  # fmt: skip
     if checkpoint is not None:
         program.load(checkpoint)
     if onnx is not None:
@@ -382,7 +391,8 @@ def export(
 
 
 def _compiled(
-    ctx: typer.Context, model: str, method: str, splits: str, loss: str, tied: str, dynamic: bool,
+    ctx: typer.Context, model: str, method: str, splits: str, loss: str, tied: str,
+    prediction: str | None, dynamic: bool,
     shapes: list[str] | None, dtype: str, data: Data | None, batch_size: int, seed: int,
 ) -> Program:  # fmt: skip
     """Compile without the proof: `verify` makes its own, and an export needs none."""
@@ -396,7 +406,7 @@ def _compiled(
     example = inputs_of(data, shapes, dtype, batch_size, own)
     return compile(
         network, method, splits_of(splits), loss=loss_of(loss), tied=tied, seed=seed, verify=False,
-        dynamic=_free(dynamic), example_inputs=example, **method_options(ctx),
+        prediction=prediction, dynamic=_free(dynamic), example_inputs=example, **method_options(ctx),
     )  # fmt: skip
 
 

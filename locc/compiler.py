@@ -33,6 +33,7 @@ from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
 from locc.runtime.fingerprint import fingerprint
 from locc.snapshot import undone_on_failure
+from locc.tasks import tasks_of
 
 _HOME = os.path.dirname(__file__) + os.sep
 
@@ -55,6 +56,7 @@ class Request:
     settings: Settings
     verify: bool
     dynamic: Dynamic = None
+    prediction: str | None = None
 
 
 def compile(
@@ -64,11 +66,12 @@ def compile(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
+    prediction: str | None = None,
     dynamic: Dynamic = None,
     optimizer: Callable[..., torch.optim.Optimizer] | Recipe | None = None,
     schedule: str = "lockstep",
     backend: str = "eager",
-    tied: str = "error",
+    tied: str = "auto",
     scheduler: Any = None,
     clip: float | None = None,
     accumulate: int = 1,
@@ -88,9 +91,12 @@ def compile(
             forward are used as well.
         loss: "cross_entropy", "mse", "bce", "l1"; "model" for the loss that the model's own forward returns
             (Hugging Face, with `labels` among the inputs); or a callable(output, target) that returns a 0-d
-            tensor. Local heads train on the part of it that reads the prediction.
+            tensor. Local heads train on the part of it that reads the predictions.
         example_inputs: a batch as `step` takes it; two samples are enough, and compiling runs the whole
             model on them. Without one, the first step compiles on the first few samples of its batch.
+        prediction: where the forward returns several tensors, the name of the one to learn by ("seg", "0"):
+            named losses, local heads and methods' own rules read it. None: every output that the last module
+            computes and the loss reads (but auxiliary ones, `aux...`) is a task with heads of its own.
         dynamic: dimensions of the inputs that may vary beside the batch (lengths of sequences, sizes of
             images, numbers of points): "auto" for every one that the model's code leaves open, or by the
             input's name in `forward`, {"x": {2: "H", 3: "W"}} or {"x": [2, 3]}. Dimensions of one name have
@@ -99,7 +105,10 @@ def compile(
             `locc.methods()["dni"].recipe.at(lr=1e-4)`. None: the method's own recipe, published with it.
         schedule: "lockstep", or "sequential" (each module is trained to the end, then frozen).
         backend: "eager".
-        tied: policy for a parameter that two modules use: "error", "owner" or "copy".
+        tied: policy for a parameter that two modules use (an embedding that is the output layer's weight as
+            well): "copy" (each module trains its own, which takes its place in the model), "owner" (the first
+            one that uses it trains it, the others read it) or "error". "auto" is "owner" for `bp`, which then
+            trains as without locc, and "copy" for local methods, logged once.
         scheduler: callable(optimizer) -> learning-rate scheduler, or a dict of them by module.
         clip: largest gradient norm of each owner.
         accumulate: number of steps whose mean gradient makes one update of the parameters. What a method
@@ -127,7 +136,9 @@ def compile(
     settings = Settings(
         trained, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic, loss == MODEL
     )
-    request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify, dynamic)
+    request = Request(
+        Root(model), chosen, name, splits, Loss(loss), tied, settings, verify, dynamic, prediction
+    )
     TiedPolicy(tied)
     program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
     if example_inputs is not None:
@@ -141,7 +152,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     inputs = _on_device(inputs, program.device)
     with torch.random.fork_rng(), undone_on_failure(request.root), quiet():
         torch.manual_seed(seed)
-        ir = rewrite(request, inputs, TiedPolicy(request.tied))
+        ir = rewrite(request, inputs, TiedPolicy(request.tied, request.method.ties))
         program.root.aux.to(program.device)
         phases = stages(ir, request.name, request.settings.schedule == "sequential")
         learners = request.settings.learners(ir)
@@ -167,11 +178,11 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         atomic=request.settings.atomic,
         backend=request.settings.backend,
     )
-    output = ir.prediction.meta["spec"]
 
     def unreadable(target: Any, batch: int) -> str | None:
-        of_method = misfit(request.name, request.method.target, output, target)
-        return of_method or Loss.of(ir.loss_function).misfit(target, batch)
+        kinds = request.method.target
+        of_method = (misfit(request.name, kinds, task.spec, task.own(target)) for task in ir.tasks)
+        return next(filter(None, of_method), None) or Loss.of(ir.loss_function).misfit(target, batch)
 
     given = fingerprint(request.loss.given)
     return Built(ir, certificate, learners, schedulers, executor, phases, unreadable, given, training, advice)
@@ -218,7 +229,8 @@ def check_target(request: Request, ir: TrainingGraph, inputs: Inputs) -> None:
         return
     found = small_batch(ir, inputs)
     tried = (t.to(found.tensors[0].device) for t in examples(kinds, output, found.size))
-    if found.stand_in or any(accepts(ir, found.size, target) for target in tried):
+    nested = len(ir.tasks) > 1 or ir.tasks[0].own(found.target) is not found.target
+    if found.stand_in or nested or any(accepts(ir, found.size, target) for target in tried):
         return
     raise MethodError(
         f"method '{request.name}' is undefined on this model: for the output {output} it needs "
@@ -251,8 +263,12 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     ir = partition(captured, cuts, request.loss, policy)
     if request.loss.name == MODEL:
         own_loss(ir.output_structure())
-    reads = ir.prediction.name if ir.output is not ir.prediction else ""
-    ir.loss_function = request.loss.on(ir.prediction.meta["spec"], _gives_tokens(ir), reads)
+    ir.tasks = tasks_of(ir, request.loss, request.prediction, inputs)
+    (main, *_), tokens = ir.tasks, _gives_tokens(ir)
+    ir.prediction = main.value
+    reads = tuple(task.name for task in ir.tasks if task.path)
+    path = main.path if request.prediction is not None else ()
+    ir.loss_function = request.loss.on(main.spec, tokens, reads, path)
     return ir
 
 

@@ -140,8 +140,9 @@ def examine(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
+    prediction: str | None = None,
     dynamic: Dynamic = None,
-    tied: str = "error",
+    tied: str = "auto",
     schedule: str = "lockstep",
     **method_options: Any,
 ) -> Examination:
@@ -156,6 +157,7 @@ def examine(
         splits: as for `compile`.
         loss: as for `compile`.
         example_inputs: a batch as `step` takes it. Without one, only the options are examined.
+        prediction: as for `compile`.
         dynamic: as for `compile`.
         tied: as for `compile`.
         schedule: as for `compile`.
@@ -173,10 +175,10 @@ def examine(
     stage = "options"
     try:
         chosen, result.method = _method(method, method_options)
-        policy = TiedPolicy(tied)
+        policy = TiedPolicy(tied, chosen.ties)
         settings = Settings(schedule=schedule)
         request = Request(
-            Root(model), chosen, result.method, splits, Loss(loss), tied, settings, False, dynamic
+            Root(model), chosen, result.method, splits, Loss(loss), tied, settings, False, dynamic, prediction
         )
         if example_inputs is None:
             return result

@@ -94,7 +94,8 @@ class Loss:
         name: of a loss of ours, else None.
         spec: of the tensor that it reads, once the model is captured.
         dims: the dimensions of that which may hold the classes, the preferred one first.
-        reads: what that is called among several outputs of the model.
+        path: by which keys it is found among several outputs of the model, where the user says.
+        reads: what it is called there, and other predictions that local heads give.
     """
 
     def __init__(self, given: str | Callable[[Any, Any], Tensor]) -> None:
@@ -112,7 +113,8 @@ class Loss:
         self.given = given
         self.spec: TensorSpec | None = None
         self.dims: Dims = ANY
-        self.reads = ""
+        self.path: tuple[Any, ...] = ()
+        self.reads: tuple[str, ...] = ()
         self.__name__ = self.name or getattr(given, "__name__", type(given).__name__).replace(
             "<lambda>", "loss"
         )
@@ -124,13 +126,20 @@ class Loss:
         """Return the loss that a graph's loss function is."""
         return function if isinstance(function, cls) else cls(function)
 
-    def on(self, spec: TensorSpec, tokens: bool = False, reads: str = "") -> Loss:
+    def on(
+        self,
+        spec: TensorSpec,
+        tokens: bool = False,
+        reads: tuple[str, ...] = (),
+        path: tuple[Any, ...] = (),
+    ) -> Loss:
         """Return the loss on an output.
 
         Args:
             spec: of the prediction.
             tokens: its three dimensions are [B, T, V].
-            reads: what the prediction is called among several outputs.
+            reads: what a head's predictions are called among several outputs.
+            path: of the prediction among them, where the user has chosen it.
 
         A dimension that may vary holds no classes, so that a size which happens to equal another changes
         nothing.
@@ -138,7 +147,7 @@ class Loss:
         rank = len(spec.shape)
         dims = (2,) if tokens and rank == 3 else tuple(dict.fromkeys((min(1, rank - 1), rank - 1)))
         found = copy.copy(self)
-        found.spec, found.reads = spec, reads
+        found.spec, found.reads, found.path = spec, reads, path
         found.dims = tuple(d for d in dims if d >= 0 and isinstance(spec.shape[d], int)) or ANY
         return found
 
@@ -153,7 +162,7 @@ class Loss:
         if self.name == MODEL:
             value = own_loss(output)
         elif self.name is not None:
-            value = NAMED[self.name](prediction_of(output), target, self.dims)
+            value = NAMED[self.name](prediction_of(output, self.path), target, self.dims)
         else:
             assert callable(self.given)
             value = self.given(output, target)
@@ -164,7 +173,7 @@ class Loss:
 
     def reading(self) -> str:
         """Return how the loss reads output and target, for the certificate."""
-        heads = f"; a head trains on the part of it that reads '{self.reads}'" if self.reads else ""
+        heads = f"; a head trains on the part of it that reads {_listed(self.reads)}" if self.reads else ""
         if self.name == MODEL:
             return f"the model's own, its output 'loss'{heads}"
         if self.name is None or self.spec is None:
@@ -252,14 +261,20 @@ def _text(shape: Sequence[Any]) -> str:
     return f"[{','.join(str(n) for n in shape)}]"
 
 
-def prediction_of(output: Any) -> Tensor:
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(f"'{name}'" for name in names)
+
+
+def prediction_of(output: Any, path: Sequence[Any] = ()) -> Tensor:
     """Return the tensor that a named loss or metric reads from a model's output.
 
-    That is the output itself, its `logits`, or its only floating-point tensor.
+    That is the output itself, what is found by `path`, its `logits`, or its only floating-point tensor.
 
     Raises:
         LoccError: the output holds several tensors and none is called `logits`.
     """
+    for key in path if not isinstance(output, Tensor) else ():
+        output = getattr(output, key) if isinstance(key, str) and hasattr(output, key) else output[key]
     if isinstance(output, Tensor):
         return output
     if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
@@ -273,8 +288,8 @@ def prediction_of(output: Any) -> Tensor:
     if len(items) == 1:
         return next(iter(items.values()))
     raise LoccError(
-        f"a named loss needs one tensor, but the model returns {', '.join(items) or 'none'}; pass "
-        "loss=callable(output, target)"
+        f"a named loss needs one tensor, but the model returns {', '.join(items) or 'none'}; name it with "
+        "prediction=, or pass loss=callable(output, target)"
     )
 
 
@@ -302,7 +317,7 @@ def correct(loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Ten
         target: class indices; -100 is left out.
     """
     try:
-        scores = prediction_of(output)
+        scores = prediction_of(output, Loss.of(loss).path)
     except LoccError:
         return None
     if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() != scores.dim() - 1:

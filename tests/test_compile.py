@@ -70,7 +70,7 @@ def compile_(**changes: Any) -> locc.Program:
         ({"schedule": "lokstep"}, "schedule='lokstep' is not available; nearest: 'lockstep'"),
         ({"schedule": ["lockstep"]}, "schedule=.* is not available"),
         ({"backend": "inductr"}, "backend='inductr' is not available; "),
-        ({"tied": "no"}, "tied='no': choose 'error', 'owner' or 'copy'"),
+        ({"tied": "no"}, "tied='no': choose 'auto', 'owner', 'copy' or 'error'"),
         ({"clip": 0}, "clip=0: give the largest gradient norm of a module, above 0"),
         ({"clip": -1.0}, r"clip=-1.0: give"),
         ({"clip": "1"}, "clip='1': give"),

@@ -37,8 +37,12 @@ LossOption = Annotated[
         help="cross_entropy, mse, bce, l1, model (its own), or package.module:function of (output, target)"
     ),
 ]
+PredictionOption = Annotated[
+    str | None,
+    typer.Option(help="of several tensors that the model returns, the name of the one to learn by"),
+]
 TiedOption = Annotated[
-    str, typer.Option(help="policy for a parameter that two modules use: error, owner or copy")
+    str, typer.Option(help="policy for a parameter that two modules use: auto, owner, copy or error")
 ]
 DynamicOption = Annotated[
     bool,

@@ -6,6 +6,7 @@ from locc.ir.graph import TrainingGraph
 from locc.ir.ops import Rebuild, assign, call_with, carry, gradient, inner, objective, stop_gradient
 from locc.ir.spec import BatchDim, TensorSpec
 from locc.ir.tape import tape_of
+from locc.ir.task import Task
 from locc.ir.view import Boundary, Owner, Phase, Repeat, node_parameters
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Root",
     "Signature",
     "SizeGuard",
+    "Task",
     "TensorSpec",
     "TrainingGraph",
     "assign",

@@ -26,6 +26,7 @@ from locc.ir.infer import Inferred
 from locc.ir.spec import TensorSpec
 from locc.ir.state import State
 from locc.ir.tape import tape_of
+from locc.ir.task import Task
 
 DATA = "data"
 
@@ -117,6 +118,7 @@ class View:
         target: the placeholder of the target; its value may be any structure.
         output: the node that holds what the user's forward returns.
         prediction: the tensor that named losses and metrics read.
+        tasks: the predictions that local heads imitate, `prediction` first; mostly that alone.
         loss: the user's loss on `output`, or None for a method without one.
         initial: (parameter, value) pairs that a method starts from; written when compilation has succeeded.
     """
@@ -131,6 +133,7 @@ class View:
     output: fx.Node
     prediction: fx.Node
     loss_function: Callable[[Any, Any], torch.Tensor]
+    tasks: tuple[Task, ...] = ()
     loss: fx.Node | None = None
     phases: tuple[Phase, ...] = ()
     repeats: dict[str, Repeat] = field(default_factory=dict)
@@ -140,6 +143,9 @@ class View:
     _making: str = "partition"
     _replays: int = 0
     _tried: dict[Hashable, Inferred | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tasks = self.tasks or (Task(self.prediction.name, self.prediction),)
 
     # ---- reading ----------------------------------------------------------------------------
 

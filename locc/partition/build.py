@@ -45,6 +45,7 @@ def partition(captured: Captured, cuts: Sequence[Cut], loss: Loss, tied: TiedPol
     builder = _Builder(captured, names, indices, shared, free)
     ir = builder.build(owners, loss)
     ir.couplings += tied.copies
+    captured.notes += tied.notes
     ir.inference = _inference(captured, ordered, names)
     ir.tidy()
     return ir

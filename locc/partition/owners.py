@@ -21,11 +21,12 @@ def assign(
     """Return each node's module index, and the cuts in forward order.
 
     A cut falls after the last node of its submodule (of a container that is not called itself, after the
-    last of its children that is), and everything up to it belongs to the modules
-    before it. Where fewer values cross a little later, before anything with parameters runs (after
-    the addition that ends a residual block), the cut falls there. Where submodules take turns (recurrent
-    cells in a loop over time), each split submodule is a module of its own, and what lies between them
-    goes to the later one.
+    last of its children that is), and everything up to it belongs to the modules before it. What is computed
+    beside the split submodules (a shortcut) belongs to the module that reads it first, wherever the forward
+    computes it. Where fewer values cross a little later, before anything with parameters runs (after the
+    addition that ends a residual block), the cut falls there. Where submodules take turns (recurrent cells in
+    a loop over time), each split submodule is a module of its own, and what lies between them goes to the
+    later one.
 
     Raises:
         SplitError: a cut is unreachable, a module would be empty or have no parameters (one whose
@@ -39,6 +40,7 @@ def assign(
     for cut, found in inside.items():
         if not found:
             raise SplitError(_unreached(cut, nodes))
+    nodes = _when_needed(nodes, {n for found in inside.values() for n in found})
     position = {node: i for i, node in enumerate(nodes)}
     ordered = sorted(cuts, key=lambda c: position[inside[c][-1]])
     if _take_turns(inside, position):
@@ -52,6 +54,26 @@ def assign(
     _keep_structures_at_home(owners)
     _reject_empty(root, owners, ordered)
     return owners, ordered
+
+
+def _when_needed(nodes: Sequence[fx.Node], fixed: set[fx.Node]) -> list[fx.Node]:
+    """Return the nodes in an order in which each stands right before its first reader, as far as it may move.
+
+    So two forwards that differ in the order of independent statements are cut alike. The split submodules
+    stay where they are, and so does what changes a value in place or reads one that is changed.
+    """
+    changed = {m for n in nodes for m in n.meta.get("mutates", ()) if m.op != "get_attr"}
+    written = {m for n in nodes for m in n.meta.get("mutates", ())}
+    place = {n: i for i, n in enumerate(nodes)}
+    stays = set[fx.Node](fixed)
+    for node in reversed(nodes):
+        touches = "mutates" in node.meta or node in changed or any(n in written for n in node.all_input_nodes)
+        if node in fixed or touches or not node.users or node.target is marker:
+            stays.add(node)
+        else:
+            place[node] = min(place.get(user, len(nodes)) for user in node.users)
+    order = {n: i for i, n in enumerate(nodes)}
+    return sorted(nodes, key=lambda n: (place[n], n in stays, order[n]))
 
 
 def _keep_structures_at_home(owners: dict[fx.Node, int]) -> None:

@@ -22,15 +22,26 @@ class TiedPolicy:
     - "error": refuse.
     - "owner": the first module that uses it trains it; the others read its current value.
     - "copy": each other module trains a copy of its own, which replaces it in the model.
+    - "auto": what suits the method, `usual`; unlike a copy that was asked for, it tells of the other ways.
     """
 
     policy: str
+    usual: str = "copy"
     copies: list[Coupling] = field(default_factory=list)
     _undo: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.policy not in ("error", "owner", "copy"):
-            raise SplitError(f"tied={self.policy!r}: choose 'error', 'owner' or 'copy'")
+        if self.policy not in ("auto", "error", "owner", "copy"):
+            raise SplitError(f"tied={self.policy!r}: choose 'auto', 'owner', 'copy' or 'error'")
+
+    @property
+    def _chosen(self) -> str:
+        return self.usual if self.policy == "auto" else self.policy
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done to the model without having been asked for."""
+        return [str(copied) for copied in self.copies] if self.policy == "auto" else []
 
     def decide(
         self, root: Root, graph: fx.Graph, indices: dict[fx.Node, int], names: Sequence[str]
@@ -43,9 +54,9 @@ class TiedPolicy:
                 users.setdefault(id(parameter), {}).setdefault(index, []).append((node, path))
                 held[id(parameter)] = parameter
         tied = {key: found for key, found in users.items() if len(found) > 1 and held[key].requires_grad}
-        if tied and self.policy == "error":
+        if tied and self._chosen == "error":
             raise SplitError(self._refusal(next(iter(tied.values())), names))
-        if self.policy == "copy":
+        if self._chosen == "copy":
             for key, found in tied.items():
                 self._copy(root, held[key], found, names)
             return {}
@@ -65,8 +76,8 @@ class TiedPolicy:
     def _refusal(found: dict[int, list[tuple[fx.Node, str]]], names: Sequence[str]) -> str:
         places = [f"'{strip(uses[0][1])}' in module '{names[k]}'" for k, uses in sorted(found.items())]
         return (
-            f"one parameter is used by several modules: {', '.join(places)}; pass tied='owner' (the first "
-            "trains it) or tied='copy' (each gets its own), or choose splits that keep them together"
+            f"one parameter is used by several modules: {', '.join(places)}; pass tied='copy' (each trains "
+            "its own) or tied='owner' (the first trains it), or choose splits that keep them together"
         )
 
     def _copy(
@@ -87,6 +98,8 @@ class TiedPolicy:
             path = strip(found[index][0][1])
             one, other = names[first], names[index]
             text = f"'{other}' trains a copy of parameter '{path}', which it shared with '{one}'"
+            if self.policy == "auto":
+                text += "; tied='owner' would keep it one, which the first trains"
             self.copies.append(Coupling(path, (one, other), text, live=False))
             fresh = nn.Parameter(copy.deepcopy(parameter.data), parameter.requires_grad)
             for node, _ in found[index]:
@@ -100,9 +113,10 @@ class TiedPolicy:
                 }
                 if not mine or any(id(m) in theirs for m, _ in mine):
                     raise SplitError(
-                        f"tied='copy' cannot copy '{strip(found[index][0][1])}' for module '{names[index]}':"
-                        " the same submodule runs in several modules; use tied='owner', or give the model two"
-                        " submodules"
+                        f"'{strip(found[index][0][1])}' cannot be copied for module '{names[index]}', as "
+                        f"tied='{self.policy}' asks: the same submodule runs in several modules; use "
+                        "tied='owner' (the first trains it, the others use it), or give the model two "
+                        "submodules, or choose splits that keep its calls together"
                     )
                 for module, name in mine:
                     if module._parameters[name] is not fresh:

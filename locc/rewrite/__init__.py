@@ -15,14 +15,14 @@ from locc.rewrite.dropout import before_dropout, give_copy, in_place, is_dropout
 from locc.rewrite.heads import AttachHeads, LocalLoss, local_modules, local_values, untrained
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
-from locc.rewrite.local_loss import LossLike, head_loss
+from locc.rewrite.local_loss import LossLike, head_loss, heads_of
 from locc.rewrite.noise import disturb, draw
 from locc.rewrite.objectives import add_all, judged, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
 from locc.rewrite.passes import Method, Pass, apply, configure, options
 from locc.rewrite.reach import learned
 from locc.rewrite.tangents import before_nonlinearity, pull, push
-from locc.rewrite.targets import CLASS_IDS, NUMBERS
+from locc.rewrite.targets import CLASS_IDS, NUMBERS, divided, own_target
 from locc.rewrite.traits import ending, has_norms, has_rectifiers, is_rectified
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "build_custom",
     "configure",
     "disturb",
+    "divided",
     "draw",
     "ending",
     "give_copy",
@@ -57,6 +58,7 @@ __all__ = [
     "has_rectifiers",
     "has_rows",
     "head_loss",
+    "heads_of",
     "in_place",
     "is_dropout",
     "is_rectified",
@@ -68,6 +70,7 @@ __all__ = [
     "options",
     "output_error",
     "output_layout",
+    "own_target",
     "prediction_spec",
     "pull",
     "push",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,20 +10,20 @@ from typing import Any
 
 from torch import fx, nn
 
-from locc.ir import Owner, TensorSpec, TrainingGraph, node_parameters
+from locc.ir import Owner, Task, TensorSpec, TrainingGraph, node_parameters
 from locc.nn import Factory, build_head, build_pred_head, guess_layout
 from locc.rewrite.building import build, build_custom
 from locc.rewrite.crossing import has_rows
 from locc.rewrite.dropout import before_dropout
-from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
-from locc.rewrite.local_loss import LossLike, head_loss
+from locc.rewrite.layouts import layout_at, output_layout, spec_of
+from locc.rewrite.local_loss import LossLike, head_loss, heads_of
 from locc.rewrite.objectives import add_all
 from locc.rewrite.passes import Pass
 
 
 @dataclass(frozen=True)
 class AttachHeads(Pass):
-    """Gives each output of every module but the last a head, whose result has the shape of the prediction.
+    """Gives each output of every module but the last a head for each task, of the shape of its prediction.
 
     Attributes:
         head: a kind of `locc.nn.build_head`, "pred" for `build_pred_head`, or a factory (boundary spec,
@@ -44,19 +45,24 @@ class AttachHeads(Pass):
     def rewrite(self, ir: TrainingGraph) -> None:
         """Build the heads and call them on the modules' outputs."""
         for owner, value in local_values(ir, self.undropped):
-            network = self._build(ir, owner, value)
-            path = ir.add_module(f"{owner}_head_{value.name}", network)
-            ir.call(owner, path, value, role="head")
+            for task in ir.tasks:
+                network = self._build(ir, owner, value, task)
+                of_task = "_" + re.sub(r"\W+", "_", task.name) if len(ir.tasks) > 1 else ""
+                path = ir.add_module(f"{owner}_head_{value.name}{of_task}", network)
+                ir.call(owner, path, value, role="head")
 
-    def _build(self, ir: TrainingGraph, owner: str, value: fx.Node) -> nn.Module:
+    def _build(self, ir: TrainingGraph, owner: str, value: fx.Node, task: Task) -> nn.Module:
         if isinstance(self.head, str):
-            options = {"layout": self.layout or layout_at(ir, value), "output_layout": output_layout(ir)}
+            options = {
+                "layout": self.layout or layout_at(ir, value),
+                "output_layout": output_layout(ir, task),
+            }
             maker: Callable[..., nn.Module] = build_pred_head
             if self.head != "pred":
                 maker, options = build_head, options | {"kind": self._kind(spec_of(value), options["layout"])}
             make = partial(maker, **options, **self.options)
-            return build(make, owner, spec_of(value), prediction_spec(ir))
-        return build_custom(self.head, owner, spec_of(value), prediction_spec(ir), "head")
+            return build(make, owner, spec_of(value), task.spec)
+        return build_custom(self.head, owner, spec_of(value), task.spec, "head")
 
     def _kind(self, boundary: TensorSpec, hint: Any) -> str:
         """MLP-SR was made for feature maps: its BatchNorm takes from a vector the scale that tells most."""
@@ -68,7 +74,7 @@ class AttachHeads(Pass):
         """Each module that trains, but the last, has a head for each of its outputs; others have none."""
         for owner in ir.modules:
             found = len(ir.nodes(owner.name, "head"))
-            wanted = sum(name == owner.name for name, _ in local_values(ir, False))
+            wanted = len(ir.tasks) * sum(name == owner.name for name, _ in local_values(ir, False))
             if found != wanted:
                 yield f"module '{owner.name}' has {found} heads instead of {wanted}"
 
@@ -86,7 +92,7 @@ class LocalLoss(Pass):
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add a loss to every head and an objective to every module that has some."""
         for owner in ir.modules:
-            terms = [head_loss(ir, head, self.loss) for head in ir.nodes(owner.name, "head")]
+            terms = [head_loss(ir, heads, self.loss) for heads in heads_of(ir, owner.name)]
             if terms:
                 ir.objective(owner.name, add_all(ir, owner.name, terms), "loss")
 

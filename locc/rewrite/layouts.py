@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from locc.ir import TensorSpec, TrainingGraph
+from locc.ir import Task, TensorSpec, TrainingGraph
 from locc.nn import Layout, layout_of
 
 _RELAYOUTS = {
@@ -25,12 +25,14 @@ def prediction_spec(ir: TrainingGraph) -> TensorSpec:
     return spec_of(ir.prediction)
 
 
-def output_layout(ir: TrainingGraph) -> Layout | None:
+def output_layout(ir: TrainingGraph, task: Task | None = None) -> Layout | None:
     """Return the layout of a dense prediction (pixels, voxels), where its layers tell; otherwise None.
 
-    For the `output_layout` of `locc.nn.build_head` and `plan_readout`.
+    That is the main prediction, or a task's. For the `output_layout` of `locc.nn.build_head` and
+    `plan_readout`.
     """
-    return layout_at(ir, ir.prediction) if len(prediction_spec(ir).shape) > 3 else None
+    value = ir.prediction if task is None else task.value
+    return layout_at(ir, value) if len(spec_of(value).shape) > 3 else None
 
 
 def layout_at(ir: TrainingGraph, value: fx.Node) -> Layout | None:

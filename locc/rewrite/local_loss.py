@@ -1,14 +1,14 @@
-"""The loss of a local head: the part of the user's loss that reads the prediction.
+"""The loss of local heads: the part of the user's loss that reads the predictions.
 
-A head gives the prediction and nothing else that the model returns (auxiliary logits, features, other tasks).
+A module has a head for each task, and none for what else the model returns (auxiliary logits, features).
 Terms of the loss that read something else are left out of its sum. The model's own loss (`loss="model"`) is
-part of the captured graph: what it computes from the prediction and from the batch is computed once more on
-the head's result.
+part of the captured graph: what it computes from the predictions and from the batch is computed once more on
+the heads' results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -24,24 +24,37 @@ _SUMS = {"add", "add_", "iadd", "__add__", "__radd__", "__iadd__"}
 _DIFFERENCES = {"sub", "__sub__"}
 
 
-def head_loss(ir: TrainingGraph, head: fx.Node, loss: LossLike | None = None) -> fx.Node:
-    """Return the loss of a head's result (shape []), in the program of the head's owner.
+def heads_of(ir: TrainingGraph, owner: str) -> list[list[fx.Node]]:
+    """Return the heads of a module, those on one value together: one for each of `ir.tasks`, in order."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for head in ir.nodes(owner, "head"):
+        found.setdefault(head.all_input_nodes[0], []).append(head)
+    return list(found.values())
 
-    That is `loss`, or the part of the user's own that reads the prediction.
+
+def head_loss(ir: TrainingGraph, heads: fx.Node | Sequence[fx.Node], loss: LossLike | None = None) -> fx.Node:
+    """Return the loss of the heads' results (shape []), in the program of their owner.
+
+    That is `loss`, or the part of the user's own that reads the predictions.
+
+    Args:
+        ir: the training graph.
+        heads: one for each of `ir.tasks`, in their order, see `heads_of`.
+        loss: a local loss; of several heads it takes what the user's own does.
 
     Raises:
         MethodError: the model's own loss has no such part.
     """
-    owner = str(head.meta["owner"])
-    if loss is not None:
-        return _emitted(ir, owner, Loss.of(ir.loss_function).like(loss), head)
-    name = Loss.of(ir.loss_function).name
-    if name == MODEL:
-        return _Again(ir, owner, head).made(_own_loss(ir))
-    value = head
-    if name is None and isinstance(ir.output.target, Rebuild):
-        value = ir.emit(owner, Imitated(ir.output, ir.prediction), head, role="head_output")
-    return _emitted(ir, owner, ir.loss_function, value)
+    heads = [heads] if isinstance(heads, fx.Node) else list(heads)
+    owner, own = str(heads[0].meta["owner"]), Loss.of(ir.loss_function)
+    if own.name == MODEL and loss is None:
+        return _Again(ir, owner, heads).made(_own_loss(ir))
+    value = heads[0]
+    nested = len(heads) > 1 or (own.name is None and loss is None)
+    if nested and isinstance(ir.output.target, Rebuild):
+        given = Imitated(ir.output, [task.value for task in ir.tasks])
+        value = ir.emit(owner, given, *heads, role="head_output")
+    return _emitted(ir, owner, ir.loss_function if loss is None else own.like(loss), value)
 
 
 def _emitted(ir: TrainingGraph, owner: str, function: Callable[..., Any], value: fx.Node) -> fx.Node:
@@ -49,18 +62,20 @@ def _emitted(ir: TrainingGraph, owner: str, function: Callable[..., Any], value:
 
 
 class Imitated:
-    """What the user's forward returns, with a head's result in the place of the prediction."""
+    """What the user's forward returns, with heads' results in the places of the predictions."""
 
-    def __init__(self, output: fx.Node, prediction: fx.Node) -> None:
+    def __init__(self, output: fx.Node, predictions: Sequence[fx.Node]) -> None:
         assert isinstance(output.target, Rebuild)
         self.rebuild = output.target
         self.values = [Absent() if isinstance(v, fx.Node) else v for v in output.args]
-        self.places = [i for i, v in enumerate(output.args) if v is prediction]
+        self.places = {i: predictions.index(v) for i, v in enumerate(output.args) if v in predictions}
         self.__name__ = self.__qualname__ = self.rebuild.__name__
 
-    def __call__(self, head: Tensor) -> Any:
-        """Return the structure for a head's result."""
-        return self.rebuild(*[head if i in self.places else v for i, v in enumerate(self.values)])
+    def __call__(self, *heads: Tensor) -> Any:
+        """Return the structure for the heads' results."""
+        return self.rebuild(
+            *[heads[self.places[i]] if i in self.places else v for i, v in enumerate(self.values)]
+        )
 
 
 def _named(function: Any) -> str:
@@ -132,10 +147,11 @@ def check_heads(ir: TrainingGraph, sample: Callable[[fx.Node], Tensor], target: 
     """
     name = Loss.of(ir.loss_function).__name__
     for node in ir.nodes(role="head_output")[:1]:
-        (head,) = node.all_input_nodes
+        (term,) = node.users
         try:
             assert callable(node.target)
-            ir.loss_function(node.target(sample(head)), target)
+            assert callable(term.target)
+            term.target(node.target(*map(sample, node.all_input_nodes)), target)
         except Exception as error:  # whatever the user's code raises on what a head does not give
             raise unread(name, f"{type(error).__name__}: {error}") from error
 
@@ -151,13 +167,14 @@ def _own_loss(ir: TrainingGraph) -> fx.Node:
 class _Again:
     """Copies what computes the model's loss into a module's program, less terms that read something else."""
 
-    def __init__(self, ir: TrainingGraph, owner: str, head: fx.Node) -> None:
+    def __init__(self, ir: TrainingGraph, owner: str, heads: Sequence[fx.Node]) -> None:
         self.ir, self.owner = ir, owner
-        self.copies: dict[fx.Node, fx.Node] = {ir.prediction: head}
-        self.kinds: dict[fx.Node, tuple[bool, bool]] = {ir.prediction: (True, False)}
+        values = [task.value for task in ir.tasks]
+        self.copies: dict[fx.Node, fx.Node] = dict(zip(values, heads, strict=True))
+        self.kinds: dict[fx.Node, tuple[bool, bool]] = dict.fromkeys(values, (True, False))
 
     def made(self, node: fx.Node) -> fx.Node:
-        """Return the part of `node` that reads the prediction, computed from the head's result."""
+        """Return the part of `node` that reads the predictions, computed from the heads' results."""
         reads, foreign = self.kind(node)
         if not foreign and reads:
             return self.copy(node)
@@ -167,7 +184,7 @@ class _Again:
         raise unread(MODEL, f"'{node.name}' reads something else that the model computes")
 
     def kind(self, node: fx.Node) -> tuple[bool, bool]:
-        """Return whether a node depends on the prediction, and whether on anything but it and the batch."""
+        """Return whether a node depends on a prediction, and whether on anything but these and the batch."""
         if node not in self.kinds:
             below = [self.kind(n) for n in node.all_input_nodes]
             trained = any(True for _ in node_parameters(self.ir.root, node))
@@ -176,7 +193,7 @@ class _Again:
         return self.kinds[node]
 
     def copy(self, node: fx.Node) -> fx.Node:
-        """Return a node of the owner that computes what `node` does, from the head's result."""
+        """Return a node of the owner that computes what `node` does, from the heads' results."""
         if node.op == "placeholder":
             return node
         if node not in self.copies:

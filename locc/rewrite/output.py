@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from locc.ir import TrainingGraph
+from locc.ir import Task, TrainingGraph
 from locc.rewrite.passes import Pass
 
 
@@ -19,10 +19,10 @@ class OutputLoss(Pass):
         ir.objective(ir.last.name, ir.apply_loss(), "loss")
 
 
-def output_error(ir: TrainingGraph) -> fx.Node:
-    """Return the gradient of the user's loss with respect to the prediction, in the prediction's shape.
+def output_error(ir: TrainingGraph, task: Task | None = None) -> fx.Node:
+    """Return the gradient of the user's loss with respect to the prediction (or a task's), in its shape.
 
     It belongs to the last module, and holds the mean over the batch where the loss takes one. For softmax
     and cross-entropy on logits it is (softmax(prediction) - onehot(y)) / B.
     """
-    return ir.gradient(ir.apply_loss(), ir.prediction)
+    return ir.gradient(ir.apply_loss(), ir.prediction if task is None else task.value)

@@ -69,6 +69,9 @@ class Method(ABC):
     loss alone reads it. A loss that takes none of these is refused at compile time, another target before the
     step begins. With a single kind, `ir.target` has a spec."""
 
+    ties: ClassVar[str] = "copy"
+    """What `tied="auto"` means: "copy", which keeps each module's training its own, or "owner"."""
+
     @abstractmethod
     def passes(self) -> Sequence[Pass]:
         """Return the passes, in the order in which they run."""

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from locc.ir import TensorSpec
+from locc.ir import Task, TensorSpec, TrainingGraph
 from locc.ir.spec import Dim
 from locc.losses import described
 
@@ -16,6 +16,39 @@ CLASS_IDS = "class ids"
 """Integers in the shape of the output without its classes: [B], [B,T] (tokens) or [B,H,W] (pixels)."""
 NUMBERS = "numbers"
 """A tensor in the shape of the output: probabilities, one-hot or many-hot rows, real values."""
+
+
+def own_target(ir: TrainingGraph, owner: str, task: Task | None = None) -> fx.Node:
+    """Return the target of a task (the main prediction's, unless given), for an owner's program.
+
+    That is `ir.target`, or where the model returns several values the part of it under the task's keys.
+    """
+    task = ir.tasks[0] if task is None else task
+    if not task.path:
+        return ir.target
+    return ir.emit(owner, Part(task), ir.target, role="label", spec=ir.target.meta["spec"])
+
+
+class Part:
+    """Takes what belongs to a task from a target."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.__name__ = self.__qualname__ = f"target_of_{task.name}"
+
+    def __call__(self, target: Any) -> Any:
+        """Return it."""
+        return self.task.own(target)
+
+
+def divided(ir: TrainingGraph) -> Iterator[str]:
+    """Yield a sentence where the model has several tasks, for the `requires` of a rule that knows one."""
+    if len(ir.tasks) > 1:
+        names = " and ".join(f"'{task.name}'" for task in ir.tasks)
+        yield (
+            f"its rule knows one prediction, and the loss reads {names}; name one, as in prediction="
+            f"'{ir.tasks[0].name}', or use a method whose heads or gradients serve all ('dgl', 'dni')"
+        )
 
 
 def misfit(method: str, kinds: Sequence[str], output: TensorSpec, target: Any) -> str | None:

@@ -52,6 +52,78 @@ class MarkedInside(nn.Module):
         return self.two(locc.split(torch.tanh(self.one(x)), "deep"))
 
 
+class Block(nn.Module):
+    """Twice the network: its shortcut is written before the main branch, or after it."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 3, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.shortcut, self.norm = (
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.Conv2d(3, 4, 1),
+            nn.BatchNorm2d(4),
+        )
+        self.out, self.first = nn.Linear(4, 3), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        if self.first:
+            r = self.norm(self.shortcut(x))
+            h = self.conv2(functional.relu(self.bn1(self.conv1(x))))
+        else:
+            h = self.conv2(functional.relu(self.bn1(self.conv1(x)), inplace=True))
+            r = self.norm(self.shortcut(x))
+        h += r
+        return self.out(functional.relu(h).mean((2, 3)))
+
+
+@pytest.mark.parametrize("splits", [["conv1"], ["bn1"], ["stem", "conv1", "conv2"]])
+@pytest.mark.parametrize("method", ["dgl", "predsim"])
+def test_a_shortcut_belongs_to_whom_it_joins_wherever_it_is_written(method: str, splits: list[str]) -> None:
+    torch.manual_seed(0)
+    models = [Block(True).double(), Block(False).double()]
+    models[1].load_state_dict(models[0].state_dict())
+    x, y = torch.randn(4, 1, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    found: list[Any] = []
+    for model in models:
+        program = locc.compile(model, method, splits, example_inputs=x, optimizer=sgd(), seed=0)
+        owners = {o.name: sorted(program.ir.parameters(o.name)) for o in program.ir.modules}
+        values = [program.step(x, y).objectives for _ in range(3)]
+        found.append((owners, [{k: float(v) for k, v in step.items()} for step in values]))
+    assert found[0][0] == found[1][0]
+    assert "model.shortcut.weight" in found[0][0]["output"]
+    assert found[0][1] == found[1][1]
+    assert same(models[0].state_dict(), models[1].state_dict())
+
+
+class Exits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.early, self.two, self.out = (
+            nn.Linear(4, 6),
+            nn.Linear(6, 3),
+            nn.Linear(6, 6),
+            nn.Linear(6, 3),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.one(x))
+        early = self.early(h)
+        return self.out(torch.tanh(self.two(h))), early
+
+
+def test_what_only_the_output_reads_trains_on_the_loss() -> None:
+    program = locc.compile(
+        Exits(),
+        "dgl",
+        ["one", "two"],
+        loss=lambda o, y: functional.cross_entropy(o[0], y) + functional.cross_entropy(o[1], y),
+        example_inputs=torch.randn(4, 4),
+    )
+    assert "model.early.weight" in program.ir.parameters("output")
+
+
 # ---- names, globs, markers ---------------------------------------------------------------------
 
 
@@ -342,7 +414,11 @@ def test_parameter_free_values_are_recomputed_by_each_reader():
 def test_random_values_are_drawn_once_and_cross():
     ir = compiled(Masked(noisy=True), "bp", ["a", "b"]).ir
     assert sum(bool(n.meta.get("random")) for n in ir.graph.nodes) == 1
-    assert [len(ir.boundaries(consumer=o.name)) for o in ir.modules] == [0, 2, 2]
+    assert [len(ir.boundaries(consumer=o.name)) for o in ir.modules] == [
+        0,
+        1,
+        2,
+    ]  # drawn where it is read first
 
 
 # ---- modules that take turns --------------------------------------------------------------------

@@ -27,13 +27,28 @@ def eager_step(model: nn.Module) -> None:
     sgd()(model.parameters()).step()
 
 
-def test_without_a_policy_a_tied_parameter_is_refused_with_both_places():
+@pytest.mark.parametrize(("method", "one"), [("bp", True), ("dgl", False)])
+def test_by_default_bp_keeps_a_tied_parameter_and_local_methods_train_copies(method, one, caplog):
+    model = Tied()
+    program = locc.compile(model, method, ["mid"], example_inputs=TOKENS)
+    assert (model.head.weight is model.embed.weight) == one
+    text = (
+        "'head' trains a copy of parameter 'head.weight', which it shared with 'mid'; tied='owner' would "
+        "keep it one, which the first trains"
+    )
+    told = [record.getMessage() for record in caplog.records if record.name == "locc"]
+    assert told == ([] if one else [f"locc: Tied: {text}"])
+    assert (text in " ".join(program.certificate.text().split())) != one
+    assert one or program.certificate.verdict.startswith("strictly")
+
+
+def test_a_refusal_names_both_places():
     model = Tied()
     before = snapshot(model)
     with pytest.raises(
         SplitError, match=r"'embed.weight' in module 'mid', 'head.weight' in module 'head'; pass tied="
     ) as e:
-        locc.compile(model, "bp", ["mid"], example_inputs=TOKENS)
+        locc.compile(model, "bp", ["mid"], example_inputs=TOKENS, tied="error")
     assert "'owner'" in str(e.value)
     assert same(before, snapshot(model))
     assert model.head.weight is model.embed.weight
@@ -118,9 +133,9 @@ def test_a_submodule_called_in_two_modules_cannot_be_copied():
     model = Twice()
     weight = model.shared.weight
     with pytest.raises(
-        SplitError, match=r"tied='copy' cannot copy 'shared.weight' for module .*use tied='owner'"
+        SplitError, match=r"'shared.weight' cannot be copied for module .*, as tied='auto' .*use tied='owner'"
     ):
-        compiled(model, "bp", ["mid"], tied="copy")
+        compiled(model, "dgl", ["mid"])
     assert model.shared.weight is weight
     eager = copy.deepcopy(model).double()
     x, y = batch(dtype=torch.float64)
@@ -150,5 +165,5 @@ def test_uses_in_one_later_module_share_one_copy():
 
 
 def test_an_unknown_policy():
-    with pytest.raises(SplitError, match="tied='share': choose 'error', 'owner' or 'copy'"):
+    with pytest.raises(SplitError, match="tied='share': choose 'auto', 'owner', 'copy' or 'error'"):
         build("share")

@@ -102,7 +102,7 @@ def test_the_models_own_loss_is_computed_once_more_on_what_a_head_gives() -> Non
     report = program.step(batch)
     torch.testing.assert_close(report.objectives["a.loss"], wanted, atol=1e-6, rtol=0)
     torch.testing.assert_close(report.loss, twin(**batch)["loss"], atol=1e-6, rtol=0)
-    told = "the model's own, its output 'loss'; a head trains on the part of it that reads 'b'"
+    told = "the model's own, its output 'loss'; a head trains on the part of it that reads 'logits'"
     assert program.certificate.loss == told
     assert not program.certificate.warnings
 
@@ -121,3 +121,150 @@ def test_a_loader_of_dicts_keeps_its_labels_within() -> None:
 def test_a_model_that_returns_no_loss_is_told_so() -> None:
     with pytest.raises(LoccError, match="loss='model' takes the loss that the model's forward returns"):
         locc.compile(Own(), "dgl", ["a"], loss="model", example_inputs=torch.randn(6, 4))
+
+
+class Tasks(nn.Module):
+    """Class scores for each pixel and a depth, from one trunk."""
+
+    def __init__(self, as_tuple: bool = False) -> None:
+        super().__init__()
+        self.body, self.more = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.seg, self.depth, self.aux = nn.Conv2d(4, 3, 1), nn.Conv2d(4, 1, 1), nn.Conv2d(4, 3, 1)
+        self.as_tuple = as_tuple
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.more(torch.tanh(self.body(x))))
+        found = {"seg": self.seg(h), "depth": self.depth(h), "aux": self.aux(h), "features": h}
+        return (found["seg"], found["depth"], h) if self.as_tuple else found
+
+
+X = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+SEG, DEPTH = torch.randint(3, (5, 6, 6)), torch.rand(5, 1, 6, 6, dtype=torch.float64)
+
+
+def of_tasks(o: Any, y: Any) -> Tensor:
+    seg, depth, features = (0, 1, 2) if isinstance(o, tuple) else ("seg", "depth", "features")
+    aux = 0.0 if isinstance(o, tuple) else 0.4 * F.cross_entropy(o["aux"], y[seg])
+    return (
+        F.cross_entropy(o[seg], y[seg])
+        + 0.5 * F.mse_loss(o[depth], y[depth])
+        + aux
+        + o[features].square().mean()
+        + 0.1 * F.mse_loss(o[seg].mean(1, keepdim=True), o[depth])
+    )
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_each_task_has_a_head_and_the_loss_reads_them_together(as_tuple: bool) -> None:
+    model = Tasks(as_tuple).double()
+    y: Any = (SEG, DEPTH) if as_tuple else {"seg": SEG, "depth": DEPTH}
+    program = locc.compile(
+        model, "dgl", ["body"], loss=of_tasks, example_inputs=X, optimizer=sgd(), head="linear"
+    )
+    seg, depth = program.root.aux.values()
+    h = model.body(X)
+    given = {"seg": seg(h), "depth": depth(h)}
+    wanted = F.cross_entropy(given["seg"], SEG) + 0.5 * F.mse_loss(given["depth"], DEPTH)
+    wanted = wanted + 0.1 * F.mse_loss(given["seg"].mean(1, keepdim=True), given["depth"])
+    leaves = [model.body.weight, seg.linear.weight, depth.linear.weight]
+    moved = [p - 0.1 * g for p, g in zip(leaves, torch.autograd.grad(wanted, leaves), strict=True)]
+    report = program.step(X, y)
+    torch.testing.assert_close(report.objectives["body.loss"], wanted.detach(), atol=1e-12, rtol=0)
+    for leaf, value in zip(leaves, moved, strict=True):
+        torch.testing.assert_close(leaf.detach(), value, atol=1e-12, rtol=0)
+    names = "'0' and '1'" if as_tuple else "'seg' and 'depth'"
+    assert program.certificate.loss.endswith(f"reads {names}")
+    assert "stand-in" not in str(program.certificate)
+
+
+class Pair(nn.Module):
+    """Two vectors of class scores; with labels among the inputs it computes its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, start: Tensor | None = None, end: Tensor | None = None) -> dict[str, Tensor]:
+        h = torch.tanh(self.a(x))
+        found = {"start": self.b(h), "end": self.c(h)}
+        if start is None or end is None:
+            return found
+        return found | {
+            "loss": (F.cross_entropy(found["start"], start) + F.cross_entropy(found["end"], end)) / 2
+        }
+
+
+VECTORS, START, END = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,)), torch.randint(5, (6,))
+BOTH = {"start": START, "end": END}
+
+
+def of_pair(o: dict[str, Tensor], y: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(o["start"], y["start"]) + F.cross_entropy(o["end"], y["end"])
+
+
+def pair(method: str, loss: Any = of_pair, **options: Any) -> Any:
+    model = Pair().double()
+    return locc.compile(model, method, ["a"], loss=loss, example_inputs=VECTORS, optimizer=sgd(), **options)
+
+
+def test_the_models_own_loss_of_two_predictions_is_computed_on_two_heads() -> None:
+    batch = {"x": VECTORS, **BOTH}
+    program = locc.compile(Pair().double(), "dgl", ["a"], loss="model", example_inputs=batch, optimizer=sgd())
+    start, end = program.root.aux.values()
+    h = program.model.a(VECTORS)
+    wanted = (F.cross_entropy(start(h), START) + F.cross_entropy(end(h), END)) / 2
+    torch.testing.assert_close(program.step(batch).objectives["a.loss"], wanted.detach(), atol=1e-12, rtol=0)
+
+
+def test_one_prediction_may_be_named() -> None:
+    for loss, y in ((of_pair, BOTH), ("cross_entropy", END)):
+        program = pair("dgl", loss, prediction="end", local_loss=None)
+        (head,) = program.root.aux.values()
+        wanted = F.cross_entropy(head(program.model.a(VECTORS)), END)
+        output = program.model(VECTORS)
+        report = program.step(VECTORS, y)
+        torch.testing.assert_close(report.objectives["a.loss"], wanted.detach(), atol=1e-12, rtol=0)
+        whole = of_pair(output, BOTH) if loss is of_pair else F.cross_entropy(output["end"], END)
+        torch.testing.assert_close(report.loss, whole.detach(), atol=1e-12, rtol=0)
+    with pytest.raises(MethodError, match=r"prediction='ends' names no .* nearest: 'end'"):
+        pair("dgl", prediction="ends")
+
+
+@pytest.mark.parametrize("method", ["al", "cdni"])
+def test_a_rule_of_one_prediction_asks_which(method: str) -> None:
+    with pytest.raises(
+        MethodError, match="the loss reads 'start' and 'end'; name one, as in prediction='start'"
+    ):
+        pair(method)
+    program = pair(method, prediction="end")
+    before = program.model.a.weight.clone()
+    for _ in range(2):  # a synthesiser starts at zero
+        program.step(VECTORS, BOTH)
+    assert not torch.equal(program.model.a.weight, before)
+
+
+@pytest.mark.parametrize("method", ["dgl", "predsim", "dfa", "fa", "dni", "dtp", "altmin"])
+def test_every_task_trains_the_module_below(method: str) -> None:
+    """What the module below learns changes with the labels of either task."""
+    moved = []
+    for y in (BOTH, BOTH | {"start": START.roll(1)}, BOTH | {"end": END.roll(1)}):
+        torch.manual_seed(0)
+        program = pair(method, seed=0)
+        for _ in range(2):
+            program.step(VECTORS, y)
+        moved.append(program.model.a.weight.clone())
+    assert not torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[0], moved[2])
+
+
+def test_direct_feedback_is_the_sum_over_the_tasks() -> None:
+    program = pair("dfa")
+    weight, h = program.model.a.weight, program.model.a(VECTORS)
+    output = program.model(VECTORS)
+    errors = torch.autograd.grad(of_pair(output, BOTH), [output["start"], output["end"]])
+    delta = sum(m(e) for m, e in zip(program.root.aux.values(), errors, strict=True))
+    assert isinstance(delta, Tensor)
+    (gradient,) = torch.autograd.grad(h, weight, delta)
+    wanted = weight - 0.1 * gradient
+    program.step(VECTORS, BOTH)
+    torch.testing.assert_close(weight, wanted, atol=1e-12, rtol=0)

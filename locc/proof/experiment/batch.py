@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,7 +83,33 @@ def _resize(tensor: Tensor, spec: TensorSpec, size: int) -> Tensor:
 
 
 def _candidates(ir: TrainingGraph, size: int) -> Iterator[tuple[str, Any]]:
-    spec = ir.prediction.meta.get("spec")
+    yield from _of_spec(ir, ir.prediction.meta.get("spec"), size)
+    if len(ir.tasks) > 1 and all(len(task.path) == 1 for task in ir.tasks):
+        yield from itertools.islice(_nested(ir, size), _MOST)
+    yield "no target", None
+
+
+_MOST = 256
+"""How many nested targets are tried, at most."""
+
+
+def _nested(ir: TrainingGraph, size: int) -> Iterator[tuple[str, Any]]:
+    """Yield targets that hold one for each task, under the keys of the output."""
+    keys = [task.path[0] for task in ir.tasks]
+    for parts in itertools.product(*(_likely_first(ir, task.spec, size) for task in ir.tasks)):
+        found = dict(zip(keys, (value for _, value in parts), strict=True))
+        text = ", ".join(f"{key}: {text}" for key, (text, _) in zip(keys, parts, strict=True))
+        yield text, tuple(found.values()) if keys == list(range(len(keys))) else found
+
+
+def _likely_first(ir: TrainingGraph, spec: TensorSpec, size: int) -> list[tuple[str, Any]]:
+    """Return targets for a prediction; numbers come first for what has a single channel (a depth)."""
+    found = list(_of_spec(ir, spec, size))
+    one = len(spec.shape) > 1 and 1 in (spec.shape[1], spec.shape[-1])
+    return sorted(found, key=lambda made: not made[1].is_floating_point()) if one else found
+
+
+def _of_spec(ir: TrainingGraph, spec: Any, size: int) -> Iterator[tuple[str, Any]]:
     if not isinstance(spec, TensorSpec):
         return
     shape = spec.concrete(size)
@@ -104,20 +132,23 @@ def _candidates(ir: TrainingGraph, size: int) -> Iterator[tuple[str, Any]]:
         f"numbers [{shape[0] if shape else ''}]",
         torch.rand(shape[:1], generator=generator).to(device, dtype),
     )
-    yield "no target", None
 
 
 def accepts(ir: TrainingGraph, size: int, target: Any) -> bool:
     """Whether the user's loss takes a target, tried on random outputs of the model's shape."""
     try:
-        value = ir.loss_function(_output(ir, size), target)
+        value = ir.loss_function(outputs_of(ir, size), target)
         return isinstance(value, Tensor) and value.dim() == 0 and bool(torch.isfinite(value))
     except Exception:  # whatever the user's loss raises, the candidate does not fit
         return False
 
 
-def _output(ir: TrainingGraph, size: int) -> Any:
+def outputs_of(ir: TrainingGraph, size: int, known: Mapping[fx.Node, Tensor] = MappingProxyType({})) -> Any:
+    """Return what the forward returns, of random numbers where no value is `known`."""
+
     def made(node: Any) -> Any:
+        if node in known:
+            return known[node]
         return made_up(ir, node, size) if isinstance(node, fx.Node) else node
 
     if isinstance(ir.output.target, Rebuild):

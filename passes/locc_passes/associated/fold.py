@@ -13,7 +13,7 @@ from torch.nn import functional
 from locc.errors import LoccError, MethodError
 from locc.ir import BatchDim, Boundary, Owner, TensorSpec, TrainingGraph, node_parameters, owned_tensor
 from locc.nn import Factory, build_bridge, build_label_encoder, check_shapes, one_hot
-from locc.rewrite import Pass, has_rows
+from locc.rewrite import Pass, divided, has_rows, own_target
 
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmin)
 
@@ -64,7 +64,14 @@ class LabelStream(Pass):
         spec = ir.prediction.meta["spec"]
         classes = spec.features[-1]
         above = ir.emit(
-            ir.last.name, label_rows, ir.target, classes, spec.dtype, role="label", name="t_0", spec=spec
+            ir.last.name,
+            label_rows,
+            own_target(ir, ir.last.name),
+            classes,
+            spec.dtype,
+            role="label",
+            name="t_0",
+            spec=spec,
         )
         decoded = self._output(ir)
         for i in range(1, len(modules) // 2 + 1):
@@ -149,6 +156,7 @@ def unfoldable(ir: TrainingGraph) -> Iterator[str]:
     if len(modules) < 2:
         yield "associated learning folds a network in two and needs at least 2 modules; give a split"
         return
+    yield from divided(ir)
     spec = ir.prediction.meta["spec"]
     if len(spec.shape) != 2 or spec.shape[0] != BatchDim():
         yield f"the output is {spec}, and labels are encoded one row a sample: it must be class scores [B,C]"

@@ -113,9 +113,7 @@ def unlinear(ir: TrainingGraph) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class ADMM(Method):
-    """Alternating directions: layer-wise least squares, and a multiplier at the output.
-
-    """
+    """Alternating directions: layer-wise least squares, and a multiplier at the output."""
 
     family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Taylor et al. 2016, Training neural networks without gradients"
@@ -123,7 +121,8 @@ class ADMM(Method):
     opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
     beta: float = field(
-        default=1.0, metadata={"help": "weight of the products' constraint", "range": (0.01, 100.0), "scale": "log"}
+        default=1.0,
+        metadata={"help": "weight of the products' constraint", "range": (0.01, 100.0), "scale": "log"},
     )
     gamma: float = field(
         default=10.0,
@@ -138,7 +137,8 @@ class ADMM(Method):
         default=6, metadata={"help": "sweeps on a batch before its multiplier moves", "range": (0, 100)}
     )
     output: str = field(
-        default="hinge", metadata={"help": "loss at the output, in the place of the user's", "choices": OUTPUTS}
+        default="hinge",
+        metadata={"help": "loss at the output, in the place of the user's", "choices": OUTPUTS},
     )
     rounds: int = field(
         default=10,

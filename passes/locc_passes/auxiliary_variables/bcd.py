@@ -156,9 +156,7 @@ _ROUNDS = {"help": "conjugate-gradient rounds for what a convolution reads", "ra
 
 @dataclass(frozen=True)
 class BCD3(Method):
-    """Block coordinate descent with products and activations as variables: every block in closed form.
-
-    """
+    """Block coordinate descent with products and activations as variables: every block in closed form."""
 
     family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Zeng, Lau, Lin & Yao 2019, three-splitting"
@@ -170,7 +168,9 @@ class BCD3(Method):
     alpha: float = field(default=5.0, metadata=_ALPHA)
     sweeps: int = field(default=1, metadata=_SWEEPS)
     output: str = field(default="squared", metadata=_OUTPUT)
-    old_weight: bool = field(default=False, metadata={"help": "set b by the old W, as the released code does"})
+    old_weight: bool = field(
+        default=False, metadata={"help": "set b by the old W, as the released code does"}
+    )
     rounds: int = field(default=10, metadata=_ROUNDS)
 
     def __post_init__(self) -> None:
@@ -184,9 +184,7 @@ class BCD3(Method):
 
 @dataclass(frozen=True)
 class BCD2(Method):
-    """Block coordinate descent with activations as variables: nonlinear least squares by inner steps.
-
-    """
+    """Block coordinate descent with activations as variables: nonlinear least squares by inner steps."""
 
     family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Zeng, Lau, Lin & Yao 2019, two-splitting"

@@ -93,7 +93,9 @@ class Blocks:
         """Return the value of a variable; None for the bias of a layer that has none."""
         return self.values.get(name)
 
-    def run(self, owner: str, function: Callable[..., Any], *args: Any, name: str, spec: Any = None) -> fx.Node:
+    def run(
+        self, owner: str, function: Callable[..., Any], *args: Any, name: str, spec: Any = None
+    ) -> fx.Node:
         """Add a call to a module's program, on variables by name, values of any module and numbers."""
         found = [self.values.get(a) if isinstance(a, str) else a for a in args]
         brought = [self._brought(owner, a) if isinstance(a, fx.Node) else a for a in found]

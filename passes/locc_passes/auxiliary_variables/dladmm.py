@@ -200,9 +200,7 @@ class DownAndUp(Pass):
 
 @dataclass(frozen=True)
 class DLADMM(Method):
-    """Alternating directions without inverses: gradient steps down and up the network.
-
-    """
+    """Alternating directions without inverses: gradient steps down and up the network."""
 
     family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Wang, Yu, Chen & Zhao 2019, dlADMM"

@@ -19,6 +19,7 @@ class BP(Method):
 
     family: ClassVar[str] = "baseline"
     reference: ClassVar[str] = "Rumelhart, Hinton & Williams 1986"
+    ties: ClassVar[str] = "owner"  # trains the parameter on the gradients of all its uses, as autograd does
 
     def passes(self) -> Sequence[Pass]:
         """Return the loss and the chain."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import fx
 
 from locc.errors import MethodError
-from locc.ir import TrainingGraph, inner
+from locc.ir import Task, TrainingGraph, inner
 from locc.nn import BroadcastFeedback, plan_readout
 from locc.rewrite import (
     LentGradients,
@@ -33,7 +33,7 @@ class DirectFeedback(Pass):
     e is the gradient of the user's loss with respect to the prediction (logits: before the softmax),
     batch mean included, so a learning rate means what it means for backpropagation. B [n,C] is drawn
     once from U(+-1/sqrt(n)) for every value that the module sends on; inside the module the rest is its
-    own backward pass.
+    own backward pass. With several tasks it is the sum over their errors, each with its own B.
     """
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
@@ -41,32 +41,39 @@ class DirectFeedback(Pass):
         yield from unreached(ir)
         for module in ir.modules[:-1]:
             for value in taught(ir, module.name):
-                try:
-                    plan_readout(value.meta["spec"], ir.prediction.meta["spec"])
-                except MethodError as error:
-                    yield f"module '{module.name}': {error}"
+                for task in ir.tasks:
+                    try:
+                        plan_readout(value.meta["spec"], task.spec)
+                    except MethodError as error:
+                        yield f"module '{module.name}': {error}"
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the error at the output and each module's objective."""
         if len(ir.modules) == 1:
             return
-        error = output_error(ir)
+        errors = errors_of(ir)
         for module in ir.modules[:-1]:
             terms = []
             for i, value in enumerate(taught(ir, module.name)):
-                delta = broadcast(ir, error, value, i)
+                delta = broadcast(ir, errors, value, i)
                 terms.append(ir.emit(module.name, inner, value, delta, role="feedback"))
             if terms:
                 ir.objective(module.name, add_all(ir, module.name, terms), "feedback")
 
 
-def broadcast(ir: TrainingGraph, error: fx.Node, value: fx.Node, number: int) -> fx.Node:
-    """Return B e for a value that a module sends, its `number`-th; B is drawn here, and e is the error."""
-    owner, output = value.meta["owner"], ir.prediction.meta["spec"]
-    arriving = ir.stop_gradient(owner, error)
-    name = f"feedback_{owner}" + (f"_{number}" if number else "")
-    matrix = ir.add_module(name, BroadcastFeedback(value.meta["spec"], output))
-    return ir.call(owner, matrix, arriving, role="feedback")
+def errors_of(ir: TrainingGraph) -> list[tuple[Task, fx.Node]]:
+    """Return each task with the error at its prediction."""
+    return [(task, output_error(ir, task)) for task in ir.tasks]
+
+
+def broadcast(ir: TrainingGraph, errors: list[tuple[Task, fx.Node]], value: fx.Node, number: int) -> fx.Node:
+    """Return the sum of B e over tasks, for a value that a module sends, its `number`-th; draws each B."""
+    owner, sent = value.meta["owner"], []
+    for i, (task, error) in enumerate(errors, start=number * len(errors)):
+        name = f"feedback_{owner}" + (f"_{i}" if i else "")
+        matrix = ir.add_module(name, BroadcastFeedback(value.meta["spec"], task.spec))
+        sent.append(ir.call(owner, matrix, ir.stop_gradient(owner, error), role="feedback"))
+    return add_all(ir, owner, sent)
 
 
 def taught(ir: TrainingGraph, owner: str) -> list[fx.Node]:

@@ -17,12 +17,11 @@ from locc.rewrite import (
     Recipe,
     add_all,
     before_nonlinearity,
-    output_error,
     pull,
     push,
     read_by,
 )
-from locc_passes.feedback.dfa import DirectFeedback, broadcast, taught
+from locc_passes.feedback.dfa import DirectFeedback, broadcast, errors_of, taught
 from locc_passes.feedback.layers import LAYERS
 from locc_passes.feedback.published import RECIPE, advice
 from locc_passes.feedback.zero import ZeroWeights
@@ -41,7 +40,7 @@ class IndirectFeedback(DirectFeedback):
         """Add the error at the output, and objectives from the first module up."""
         if len(ir.modules) == 1:
             return
-        error = output_error(ir)
+        errors = errors_of(ir)
         deltas: dict[fx.Node, fx.Node] = {}
         for module in ir.modules[:-1]:
             terms = []
@@ -55,7 +54,7 @@ class IndirectFeedback(DirectFeedback):
                 if arriving:
                     sent = push(ir, module.name, arriving, before)
                 else:
-                    sent = broadcast(ir, error, value, number)
+                    sent = broadcast(ir, errors, value, number)
                 terms.append(ir.emit(module.name, inner, value, sent, role="feedback"))
                 deltas[value] = pull(ir, value, sent)
             if terms:

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, fx, nn
 
 from locc.errors import MethodError
-from locc.ir import BatchDim, TensorSpec, TrainingGraph
+from locc.ir import BatchDim, Task, TensorSpec, TrainingGraph
 from locc.nn import Factory, Readout, build_sim_head, guess_layout, one_hot, plan_readout, sim_loss
 from locc.rewrite import (
     LossLike,
@@ -18,10 +18,12 @@ from locc.rewrite import (
     build,
     build_custom,
     head_loss,
+    heads_of,
     layout_at,
     local_modules,
     local_values,
     output_layout,
+    own_target,
     prediction_spec,
     spec_of,
     untrained,
@@ -48,19 +50,22 @@ class AttachSimilarityHeads(Pass):
         """Every output's samples can be compared as the labels' are."""
         yield from untrained(ir)
         for owner, value in local_values(ir, undropped=False):
-            try:
-                reason = incomparable(readout(ir, value, self.layout), prediction_spec(ir))
-            except MethodError as error:
-                reason = str(error)
-            if reason:
-                yield f"module '{owner}': {reason}"
+            for task in ir.tasks:
+                try:
+                    reason = incomparable(readout(ir, value, task, self.layout), task.spec)
+                except MethodError as error:
+                    reason = str(error)
+                if reason:
+                    yield f"module '{owner}': {reason}"
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Build the maps and call them."""
         for owner, value in local_values(ir, self.undropped):
             path = ir.add_module(f"{owner}_sim_{value.name}", self._build(ir, owner, value))
             head = ir.call(owner, path, value, role="sim_head")
-            head.meta["compare"] = SimilarityLoss(readout(ir, value, self.layout), prediction_spec(ir))
+            head.meta["compare"] = [
+                SimilarityLoss(readout(ir, value, task, self.layout), task.spec) for task in ir.tasks
+            ]
 
     def _build(self, ir: TrainingGraph, owner: str, value: fx.Node) -> nn.Module:
         spec, output = spec_of(value), prediction_spec(ir)
@@ -94,10 +99,11 @@ class LocalErrors(Pass):
         """Add the losses and the objectives."""
         for owner in (o.name for o in local_modules(ir)):
             sims = [
-                ir.emit(owner, head.meta["compare"], head, ir.target, role="sim_loss", spec=ir.scalar)
+                ir.emit(owner, compare, head, own_target(ir, owner, task), role="sim_loss", spec=ir.scalar)
                 for head in ir.nodes(owner, "sim_head")
+                for task, compare in zip(ir.tasks, head.meta["compare"], strict=True)
             ]
-            predictions = [head_loss(ir, head, self.loss) for head in ir.nodes(owner, "head")]
+            predictions = [head_loss(ir, heads, self.loss) for heads in heads_of(ir, owner)]
             terms = [weigh(ir, term, self.beta) for term in sims]
             terms += [weigh(ir, term, complement(self.beta)) for term in predictions]
             ir.objective(owner, add_all(ir, owner, terms), self.name)
@@ -130,10 +136,10 @@ def complement(beta: float) -> float:
     return round(1 - beta, 12)
 
 
-def readout(ir: TrainingGraph, value: fx.Node, layout: str | None) -> Readout:
-    """Return how samples (or tokens) of a value correspond to those of the prediction."""
+def readout(ir: TrainingGraph, value: fx.Node, task: Task, layout: str | None) -> Readout:
+    """Return how samples (or tokens) of a value correspond to those of a prediction."""
     found = layout or layout_at(ir, value)
-    return plan_readout(spec_of(value), prediction_spec(ir), found, output_layout(ir))
+    return plan_readout(spec_of(value), task.spec, found, output_layout(ir, task))
 
 
 def classes(plan: Readout, output: TensorSpec) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -19,9 +20,11 @@ from locc.rewrite import (
     add_all,
     build,
     build_custom,
+    divided,
     judged,
     layout_at,
     output_layout,
+    own_target,
     prediction_spec,
     returning,
     rows,
@@ -49,6 +52,11 @@ class SyntheticGradients(Pass):
     lr_scale: float = 1.0
     mean: bool = True
     factory: Factory | None = None
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        """Labels are those of one prediction."""
+        if self.labels:
+            yield from divided(ir)
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add synthesisers and the modules' objectives."""
@@ -89,7 +97,7 @@ class SyntheticGradients(Pass):
     def _predict(self, ir: TrainingGraph, helper: str, path: str, value: fx.Node) -> fx.Node:
         args = [ir.stop_gradient(helper, value)]
         if self.labels:
-            given = (ir.target, args[0], rows(value), self._classes(ir))
+            given = (own_target(ir, helper), args[0], rows(value), self._classes(ir))
             args.append(ir.emit(helper, labels_for, *given, role="labels"))
         predicted = ir.call(helper, path, *args, role="synthetic", spec=spec_of(value))
         predicted.meta["predicts"] = value
