@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from locc.errors import MethodError, nearest
 from locc.ir import BatchDim, TensorSpec, TrainingGraph
 from locc.nn import build_decoder, build_head, supervised_contrast
-from locc.rewrite import CLASS_IDS, LossLike, Method, OptimizerSpec, OutputLoss, Pass, Recipe
+from locc.rewrite import CLASS_IDS, LossLike, Method, OptimizerSpec, OutputLoss, Pass, Recipe, own_target
 from locc_passes.proxy.terms import HeadTerm, LocalTerm, one_label_a_row
 
 TASKS = ("softmax", "contrast")
@@ -82,6 +82,8 @@ class Reconstruction(LocalTerm):
 class Contrast(LocalTerm):
     """The supervised contrast of a head's features."""
 
+    single: ClassVar[bool] = True
+
     name: str = "contrast"
     features: int = 128
     temperature: float = 0.07
@@ -94,7 +96,13 @@ class Contrast(LocalTerm):
         """Return the contrast of the head's result."""
         z = self.network(ir, owner, value, self._head)
         return ir.emit(
-            owner, supervised_contrast, z, ir.target, self.temperature, role="term", spec=ir.scalar
+            owner,
+            supervised_contrast,
+            z,
+            own_target(ir, owner),
+            self.temperature,
+            role="term",
+            spec=ir.scalar,
         )
 
     def _head(self, spec: TensorSpec, output: TensorSpec, **options: object) -> nn.Module:

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, fx, nn
 
-from locc.ir import Phase, TrainingGraph
+from locc.ir import Phase, Task, TrainingGraph
 from locc.nn import build_head
 from locc.rewrite import (
     LossLike,
     Pass,
     add_all,
     build,
+    divided,
     head_loss,
     layout_at,
     local_modules,
     local_values,
     output_layout,
+    own_target,
     prediction_spec,
     spec_of,
     untrained,
@@ -39,11 +42,16 @@ class LocalTerm(Pass):
             have one local objective, with the first.
     """
 
+    single: ClassVar[bool] = False
+    """The term reads the target of a single prediction."""
+
     name: str = "term"
     weights: tuple[float, float] = (1.0, 1.0)
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Every module but the last sends a value that it can train on, and that the term can read."""
+        if self.single:
+            yield from divided(ir)
         yield from untrained(ir)
         for owner, value in local_values(ir, undropped=False):
             reason = self.refusal(ir, value)
@@ -69,12 +77,18 @@ class LocalTerm(Pass):
                 ir.objective(owner, weigh(ir, total, weight), self.name)
 
     def network(
-        self, ir: TrainingGraph, owner: str, value: fx.Node, made: Callable[..., nn.Module]
+        self,
+        ir: TrainingGraph,
+        owner: str,
+        value: fx.Node,
+        made: Callable[..., nn.Module],
+        task: Task | None = None,
     ) -> fx.Node:
         """Return the result of an auxiliary network of a value; `made` takes (boundary, output, layout=)."""
         make = partial(made, layout=layout_at(ir, value))
-        network = build(make, owner, spec_of(value), prediction_spec(ir))
-        path = ir.add_module(f"{owner}_{self.name}_{value.name}", network)
+        network = build(make, owner, spec_of(value), (task or ir.tasks[0]).spec)
+        of_task = f"_{ir.tasks.index(task)}" if task is not None and len(ir.tasks) > 1 else ""
+        path = ir.add_module(f"{owner}_{self.name}_{value.name}{of_task}", network)
         return ir.call(owner, path, value, role=self.name)
 
 
@@ -87,14 +101,19 @@ class HeadTerm(LocalTerm):
     loss: LossLike | None = field(default=None)
 
     def term(self, ir: TrainingGraph, owner: str, value: fx.Node) -> fx.Node:
-        """Return the loss of the head's result."""
-        make = partial(build_head, kind=self.kind, output_layout=output_layout(ir))
-        return head_loss(ir, self.network(ir, owner, value, make), self.loss)
+        """Return the loss of the results of a head for each task."""
+        heads = []
+        for task in ir.tasks:
+            make = partial(build_head, kind=self.kind, output_layout=output_layout(ir, task))
+            heads.append(self.network(ir, owner, value, make, task))
+        return head_loss(ir, heads, self.loss)
 
 
 @dataclass(frozen=True)
 class PairTerm(LocalTerm):
     """A loss of a value and the class ids of its batch, without a network."""
+
+    single: ClassVar[bool] = True
 
     def loss(self, ir: TrainingGraph, value: fx.Node) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function of (value [B,...], class ids [B]) -> shape []."""
@@ -106,7 +125,9 @@ class PairTerm(LocalTerm):
 
     def term(self, ir: TrainingGraph, owner: str, value: fx.Node) -> fx.Node:
         """Return the loss."""
-        return ir.emit(owner, self.loss(ir, value), value, ir.target, role="pairs", spec=ir.scalar)
+        return ir.emit(
+            owner, self.loss(ir, value), value, own_target(ir, owner), role="pairs", spec=ir.scalar
+        )
 
 
 @dataclass(frozen=True)

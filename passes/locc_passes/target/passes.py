@@ -16,6 +16,7 @@ from locc.rewrite import (
     activations,
     add_all,
     disturb,
+    divided,
     judged,
     output_error,
     read_by,
@@ -153,6 +154,7 @@ class OutputTargets(Pass):
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Refuse predictions that have no rows to set a target for."""
+        yield from divided(ir)
         spec = ir.prediction.meta["spec"]
         if len(ir.modules) > 1 and (spec.batch_dim is None or not spec.differentiable):
             yield f"it predicts {spec}, and a target is set for one row of numbers per sample"
