@@ -14,28 +14,10 @@ from torch import Tensor, nn
 
 from locc.ir.spec import TensorSpec
 from locc.nn.building import CONV, check_shapes, placement, zero_
-from locc.nn.layout import Layout, guess_layout
+from locc.nn.layout import Layout, ceil_div, guess_layout, pool_kernel
 from locc.nn.readout import plan_readout
 
 _AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-
-
-def pool_kernel(channels: int, sizes: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    """Double the kernel in each dimension in turn until channels * prod(ceil(size/kernel)) <= limit.
-
-    A dimension that is pooled to one position is left alone.
-    """
-    kernel = [1] * len(sizes)
-    turn = 0
-    while channels * math.prod(map(_ceil_div, sizes, kernel)) > limit:
-        open_dims = [i for i in range(len(sizes)) if kernel[i] < sizes[i]]
-        if not open_dims:
-            break
-        while turn not in open_dims:
-            turn = (turn + 1) % len(sizes)
-        kernel[turn] *= 2
-        turn = (turn + 1) % len(sizes)
-    return tuple(kernel)
 
 
 class PredHead(nn.Module):
@@ -66,7 +48,7 @@ class PredHead(nn.Module):
             pool: Any = _AVG_POOL[len(sizes)]
             # The last window may be smaller; its mean is over what it covers.
             self.pool = pool(kernel, ceil_mode=True, count_include_pad=False)
-            width *= math.prod(map(_ceil_div, sizes, kernel))
+            width *= math.prod(map(ceil_div, sizes, kernel))
         self.linear = nn.Linear(width, plan.out_features, **placement(spec, device, dtype))
         zero_(self.linear, bias=False)
 
@@ -163,7 +145,3 @@ def sim_loss(z: Tensor, y_onehot: Tensor) -> Tensor:
     labelled = (y != 0).any(1).to(z.dtype)
     error = (similarity_matrix(z) - similarity_matrix(y)).square()
     return (labelled @ error @ labelled) / labelled.sum().square().clamp_min(1)
-
-
-def _ceil_div(n: int, k: int) -> int:
-    return -(-n // k)
