@@ -114,7 +114,8 @@ def similarity_matrix(v: Tensor) -> Tensor:
 
     Feature maps give each channel's standard deviation over its positions (flattened instead where there
     are fewer than four channels or one position); then subtract each sample's mean feature, L2-normalise,
-    and take the Gram matrix, clamped to [-1,1]. S is invariant to v -> a v + b with a > 0 and b per sample.
+    and take the Gram matrix, clamped to [-1,1]. A sample whose features are all equal has similarity 0 to all,
+    and no gradient. S is invariant to v -> a v + b with a > 0 and b per sample.
 
     Args:
         v: [B,D] or [B,D,*positions].
@@ -123,8 +124,12 @@ def similarity_matrix(v: Tensor) -> Tensor:
         maps = v.flatten(2)
         v = maps.std(2) if maps.shape[1] > 3 and maps.shape[2] > 1 else maps.flatten(1)
     centred = v - v.mean(1, keepdim=True)
-    # max(norm, eps) rather than norm + eps: the invariance is exact.
-    unit = F.normalize(centred, dim=1, eps=1e-8)
+    # The norm itself rather than norm + eps: the invariance is exact. Equal features, up to rounding, have no
+    # direction: what a normalisation by eps would pass back of them is a million times any other gradient.
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    rounding = 4 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v.detach(), dim=1, keepdim=True)
+    alive = norm > rounding
+    unit = torch.where(alive, centred / torch.where(alive, norm, 1), 0)
     return (unit @ unit.t()).clamp(-1, 1)
 
 
