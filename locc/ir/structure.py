@@ -4,7 +4,7 @@ Looks through what never changes a value: `stop_gradient`, split markers and the
 makes of a boundary value. What training reads in the place of a value (`TrainingGraph.feed`) counts as that
 value, its `meta["feeds"]`. A node that a pass put in the place of another (a feedback layer for a linear
 layer) says so in `meta["stands_for"]`, the (op, target) of the node it replaces; its first argument is then
-that node's argument.
+that node's argument, or the tuple of them, and its keywords are that node's.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
 def _call_of(node: fx.Node) -> tuple[str, Any, Any, Any]:
     if node.meta.get("stands_for"):
         op, target = node.meta["stands_for"]
-        return op, target, (node.args[0],), {}
+        first = node.args[0]
+        return op, target, first if isinstance(first, tuple) else (first,), node.kwargs
     if node.target is ops.call_with:
         module = node.args[0]
         assert isinstance(module, fx.Node)

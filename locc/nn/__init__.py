@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from locc.ir.spec import TensorSpec
-from locc.nn.bridges import DenseSigmoid, build_bridge, build_label_decoder, build_label_encoder
+from locc.nn.bridges import SigmoidMap, build_bridge, build_label_decoder, build_label_encoder
 from locc.nn.building import MAX_WEIGHTS, check_shapes, orthogonal_
 from locc.nn.contrast import (
     FEATURES,
@@ -31,7 +31,7 @@ from locc.nn.feedback import (
     feedback_linear,
 )
 from locc.nn.heads import FixedHead, LinearHead, MLPHead, MLPSRHead, build_head
-from locc.nn.inverses import ACTIVATIONS, DenseInverse, ImageInverse, PositionInverse, build_inverse
+from locc.nn.inverses import ACTIVATIONS, Inverse, build_inverse
 from locc.nn.labels import one_hot
 from locc.nn.layout import Layout, check_boundary, guess_layout, layout_of, pool, positions, regrid, resize
 from locc.nn.predsim import PredHead, SimHead, build_pred_head, build_sim_head, sim_loss, similarity_matrix
@@ -50,23 +50,21 @@ __all__ = [
     "BroadcastFeedback",
     "CascadeHead",
     "DenseDecoder",
-    "DenseInverse",
-    "DenseSigmoid",
     "Factory",
     "FixedHead",
     "GreedyHead",
     "ImageDecoder",
-    "ImageInverse",
     "InfoProHead",
+    "Inverse",
     "Layout",
     "LinearHead",
     "MLPHead",
     "MLPSRHead",
     "PositionDecoder",
-    "PositionInverse",
     "PredHead",
     "PredictiveCoding",
     "Readout",
+    "SigmoidMap",
     "SimHead",
     "Synthesiser",
     "broadcast_feedback",

@@ -1,27 +1,35 @@
 """Associated learning's label encoder g, label decoder h and bridge b.
 
 Kao & Chen, "Associated learning: decomposing end-to-end backpropagation based on autoencoders and target
-propagation" (2021). Dense layers with sigmoids, He-normal weights, zero biases.
+propagation" (2021). Layers with sigmoids, He-normal weights, zero biases; dense as theirs wherever a vector
+is involved. Between maps, where theirs never are, they are what `locc.nn.maps` says.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from locc.ir.spec import TensorSpec
-from locc.nn.building import MAX_WEIGHTS, agree_on_rows, check_shapes, guard_weights, numel, placement
+from locc.nn.building import MAX_WEIGHTS, agree_on_rows, check_shapes, numel, placement
 from locc.nn.layout import Layout, guess_layout
+from locc.nn.maps import affine_map, coarse_grid, he_normal_, with_channels
+
+BETWEEN_MAPS = 2**22
+"""Most entries of a bridge's dense weight between two maps, which the authors' networks never have."""
 
 
-class DenseSigmoid(nn.Module):
-    """Flatten, then one (linear, sigmoid) per width, then the shape of `to_spec`.
+class SigmoidMap(nn.Module):
+    """One or two (affine map, sigmoid), see `locc.nn.maps`.
 
-    Two sequences of equal length are mapped position by position instead, also in the label stream of a
-    token-level model.
+    The hidden layer of two is a vector, as the authors': each unit of a label's code is about the whole
+    sample, and no local map can tell it. It has `hidden` times as many units as the result, fewer where a
+    dense weight between maps would be large. With `per_position`, for labels that are one a position, it has
+    `hidden` times the channels at each position of the result.
     """
 
     def __init__(
@@ -30,6 +38,7 @@ class DenseSigmoid(nn.Module):
         to_spec: TensorSpec,
         hidden: float | None = None,
         *,
+        per_position: bool = False,
         from_layout: Layout | str | None = None,
         to_layout: Layout | str | None = None,
         max_weights: int = MAX_WEIGHTS,
@@ -37,62 +46,72 @@ class DenseSigmoid(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.source, self.target = guess_layout(from_spec, from_layout), guess_layout(to_spec, to_layout)
+        source, target = guess_layout(from_spec, from_layout), guess_layout(to_spec, to_layout)
         agree_on_rows(from_spec, to_spec)
-        self.per_position = self.source.kind == self.target.kind == "sequence" and self.source.sizes(
-            from_spec
-        ) == self.target.sizes(to_spec)
-        self.shape = (*self.target.sizes(to_spec), self.target.channels(to_spec))
         at: Any = placement(from_spec, device, dtype)
-        if self.per_position:
-            start, end = self.source.channels(from_spec), self.target.channels(to_spec)
-        else:
-            start, end = numel(from_spec), numel(to_spec)
-        widths = [start, end] if hidden is None else [start, max(1, round(hidden * end)), end]
+        way = [(from_spec, source), (to_spec, target)]
+        if hidden is not None and not (per_position and target.kind != "flat"):
+            if "flat" not in (source.kind, target.kind):
+                max_weights = min(max_weights, BETWEEN_MAPS)
+            units = _units(from_spec, to_spec, source, target, hidden, max_weights)
+            flat = TensorSpec((to_spec.shape[target.batch_dim], units), to_spec.dtype)
+            way.insert(1, (flat, Layout.flat()))
+        elif hidden is not None:
+            channels = max(1, round(hidden * target.channels(to_spec)))
+            way.insert(1, (with_channels(to_spec, target, channels), target))
         layers: list[nn.Module] = []
-        for n, m in itertools.pairwise(widths):
-            guard_weights(m, n, max_weights, f"the dense map from {from_spec} to {to_spec}")
-            layers += [nn.Linear(n, m, **at), nn.Sigmoid()]
+        for i, ((a, above), (b, below)) in enumerate(itertools.pairwise(way)):
+            made = affine_map("the map", a, b, above, below, limit=max_weights, pointwise=i > 0, **at)
+            layers += [made, nn.Sigmoid()]
         self.net = nn.Sequential(*layers)
-        for layer in self.net:
-            if isinstance(layer, nn.Linear):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
+        he_normal_(self)
 
     def forward(self, s: Tensor) -> Tensor:
         """Map a value of `from_spec` to one of `to_spec`, in (0, 1)."""
-        x = self.source.last(s)
-        if self.per_position:
-            return self.target.from_last(self.net(x))
-        y: Tensor = self.net(x.flatten(1))
-        return self.target.from_last(y.unflatten(1, self.shape))
+        y: Tensor = self.net(s)
+        return y
+
+
+def _units(
+    from_spec: TensorSpec, to_spec: TensorSpec, source: Layout, target: Layout, factor: float, limit: int
+) -> int:
+    """Return the number of units of a hidden vector."""
+    units = max(1, round(factor * numel(to_spec)))
+    if target.kind == "flat":
+        return units
+    widths = []
+    for spec, layout in ((from_spec, source), (to_spec, target)):
+        grid = coarse_grid(spec, layout, units, limit)
+        widths.append(layout.channels(spec) * math.prod(grid) if grid else numel(spec))
+    return max(1, min(units, limit // max(widths)))
 
 
 def build_label_encoder(from_spec: TensorSpec, to_spec: TensorSpec, **options: Any) -> nn.Module:
-    """Build g_i: t_{i-1} -> t_i, one dense layer and a sigmoid; `options` as in `build_bridge`."""
-    return _checked(DenseSigmoid(from_spec, to_spec, **options), from_spec, to_spec, "the label encoder")
+    """Build g_i: t_{i-1} -> t_i, one affine map and a sigmoid; `options` as in `build_bridge`."""
+    return _checked(SigmoidMap(from_spec, to_spec, **options), from_spec, to_spec, "the label encoder")
 
 
 def build_label_decoder(from_spec: TensorSpec, to_spec: TensorSpec, **options: Any) -> nn.Module:
-    """Build h_i: t_i -> t_{i-1}, one dense layer and a sigmoid; `options` as in `build_bridge`."""
-    return _checked(DenseSigmoid(from_spec, to_spec, **options), from_spec, to_spec, "the label decoder")
+    """Build h_i: t_i -> t_{i-1}, one affine map and a sigmoid; `options` as in `build_bridge`."""
+    return _checked(SigmoidMap(from_spec, to_spec, **options), from_spec, to_spec, "the label decoder")
 
 
 def build_bridge(
     from_spec: TensorSpec, to_spec: TensorSpec, *, expansion: float = 5, **options: Any
 ) -> nn.Module:
-    """Build b_i: s_i -> t_i: flatten, dense of `expansion` x d, sigmoid, dense of d, sigmoid.
+    """Build b_i: s_i -> t_i: a map to `expansion` x d units, sigmoid, a map to d, sigmoid.
 
     Args:
         from_spec: s_i, the boundary.
         to_spec: t_i, with d features.
-        expansion: width of the hidden layer in units of d.
-        **options: from_layout, to_layout, max_weights (largest dense weight to make), device, dtype.
+        expansion: width of the hidden layer in units of d (of its channels, between maps).
+        **options: per_position (the labels are one a position, not one a sample), from_layout, to_layout,
+            max_weights (largest dense weight to make), device, dtype.
 
     Raises:
         MethodError: a value without a known layout, or too large a dense weight.
     """
-    return _checked(DenseSigmoid(from_spec, to_spec, expansion, **options), from_spec, to_spec, "the bridge")
+    return _checked(SigmoidMap(from_spec, to_spec, expansion, **options), from_spec, to_spec, "the bridge")
 
 
 def _checked(network: nn.Module, from_spec: TensorSpec, to_spec: TensorSpec, what: str) -> nn.Module:

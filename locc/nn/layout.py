@@ -265,6 +265,38 @@ def regrid(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return split_dim(resize(x.flatten(2), (math.prod(sizes),)), 2, sizes)
 
 
+COARSE = 4096
+"""Most features of a map that meets a vector where the whole is too large; `dim_in_decoder` of `predsim`."""
+
+
+def pool_kernel(channels: int, sizes: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    """Double the kernel in each dimension in turn until channels * prod(ceil(size/kernel)) <= limit.
+
+    A dimension that is pooled to one position is left alone.
+    """
+    kernel = [1] * len(sizes)
+    turn = 0
+    while channels * math.prod(map(ceil_div, sizes, kernel)) > limit:
+        open_dims = [i for i in range(len(sizes)) if kernel[i] < sizes[i]]
+        if not open_dims:
+            break
+        while turn not in open_dims:
+            turn = (turn + 1) % len(sizes)
+        kernel[turn] *= 2
+        turn = (turn + 1) % len(sizes)
+    return tuple(kernel)
+
+
+def coarse(channels: int, sizes: tuple[int, ...], limit: int = COARSE) -> tuple[int, ...]:
+    """Return sizes of positions, halved in turn, at which a map of so many channels has few features."""
+    return tuple(map(ceil_div, sizes, pool_kernel(channels, sizes, limit)))
+
+
+def ceil_div(n: int, k: int) -> int:
+    """Return n / k, rounded up."""
+    return -(-n // k)
+
+
 def in_proportion(x: Tensor, example: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Return what becomes of `sizes` where [B,D,*positions] has other positions than the example did."""
     if len(example) != x.dim() - 2 or len(sizes) != len(example):

@@ -14,28 +14,10 @@ from torch import Tensor, nn
 
 from locc.ir.spec import TensorSpec
 from locc.nn.building import CONV, check_shapes, placement, zero_
-from locc.nn.layout import Layout, guess_layout
+from locc.nn.layout import Layout, ceil_div, guess_layout, pool_kernel
 from locc.nn.readout import Readout, plan_readout
 
 _AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-
-
-def pool_kernel(channels: int, sizes: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    """Double the kernel in each dimension in turn until channels * prod(ceil(size/kernel)) <= limit.
-
-    A dimension that is pooled to one position is left alone.
-    """
-    kernel = [1] * len(sizes)
-    turn = 0
-    while channels * math.prod(map(_ceil_div, sizes, kernel)) > limit:
-        open_dims = [i for i in range(len(sizes)) if kernel[i] < sizes[i]]
-        if not open_dims:
-            break
-        while turn not in open_dims:
-            turn = (turn + 1) % len(sizes)
-        kernel[turn] *= 2
-        turn = (turn + 1) % len(sizes)
-    return tuple(kernel)
 
 
 class Pooling(nn.Module):
@@ -55,7 +37,7 @@ class Pooling(nn.Module):
             pool: Any = _AVG_POOL[len(sizes)]
             # The last window may be smaller; its mean is over what it covers.
             self.pool = pool(kernel, ceil_mode=True, count_include_pad=False)
-            self.features *= math.prod(map(_ceil_div, sizes, kernel))
+            self.features *= math.prod(map(ceil_div, sizes, kernel))
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the rows of the boundary `h`, [B,features] or [B,*positions,features]."""
@@ -148,7 +130,8 @@ def similarity_matrix(v: Tensor) -> Tensor:
 
     Feature maps give each channel's standard deviation over its positions (flattened instead where there
     are fewer than four channels or one position); then subtract each sample's mean feature, L2-normalise,
-    and take the Gram matrix, clamped to [-1,1]. S is invariant to v -> a v + b with a > 0 and b per sample.
+    and take the Gram matrix, clamped to [-1,1]. A sample whose features are all equal has similarity 0 to all,
+    and no gradient. S is invariant to v -> a v + b with a > 0 and b per sample.
 
     Args:
         v: [B,D] or [B,D,*positions].
@@ -157,8 +140,12 @@ def similarity_matrix(v: Tensor) -> Tensor:
         maps = v.flatten(2)
         v = maps.std(2) if maps.shape[1] > 3 and maps.shape[2] > 1 else maps.flatten(1)
     centred = v - v.mean(1, keepdim=True)
-    # max(norm, eps) rather than norm + eps: the invariance is exact.
-    unit = F.normalize(centred, dim=1, eps=1e-8)
+    # The norm itself rather than norm + eps: the invariance is exact. Equal features, up to rounding, have no
+    # direction: what a normalisation by eps would pass back of them is a million times any other gradient.
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    rounding = 4 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v.detach(), dim=1, keepdim=True)
+    alive = norm > rounding
+    unit = torch.where(alive, centred / torch.where(alive, norm, 1), 0)
     return (unit @ unit.t()).clamp(-1, 1)
 
 
@@ -179,7 +166,3 @@ def sim_loss(z: Tensor, y_onehot: Tensor) -> Tensor:
     labelled = (y != 0).any(1).to(z.dtype)
     error = (similarity_matrix(z) - similarity_matrix(y)).square()
     return (labelled @ error @ labelled) / labelled.sum().square().clamp_min(1)
-
-
-def _ceil_div(n: int, k: int) -> int:
-    return -(-n // k)

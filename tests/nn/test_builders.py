@@ -31,12 +31,12 @@ def unit(matrix):
 @pytest.mark.parametrize(("n", "m"), [(8, 8), (8, 5), (5, 8)])
 def test_flat_inverses_start_with_unit_singular_values(n, m):
     g = aux.build_inverse(spec(B, n), spec(B, m))
-    unit(g.linear.weight)
-    assert g.linear.bias.abs().max() == 0
+    unit(g.map.linear.weight)
+    assert g.map.linear.bias.abs().max() == 0
     h = value(spec(B, n))
-    torch.testing.assert_close(g(h), torch.tanh(h @ g.linear.weight.T), atol=1e-12, rtol=0)
+    torch.testing.assert_close(g(h), torch.tanh(h @ g.map.linear.weight.T), atol=1e-12, rtol=0)
     if n == m:
-        w = g.linear.weight
+        w = g.map.linear.weight
         torch.testing.assert_close(w.T @ w, torch.eye(n, dtype=D), atol=1e-10, rtol=0)
 
 
@@ -45,7 +45,7 @@ def test_inverses_of_maps_and_sequences_are_isometries_at_the_start():
     x = value(spec(B, 6, 4, 4))
     torch.testing.assert_close(g(x).norm(), x.norm(), atol=1e-10, rtol=0)
     up = aux.build_inverse(spec(B, 6, 4, 4), spec(B, 3, 8, 8), "linear")
-    assert isinstance(up.conv, nn.ConvTranspose2d)
+    assert isinstance(up.map.conv, nn.ConvTranspose2d)
     torch.testing.assert_close(up(x).norm(), x.norm(), atol=1e-10, rtol=0)
     tokens = aux.build_inverse(spec(B, 6, 8), spec(B, 6, 8), "linear")
     x = value(spec(B, 6, 8))
@@ -143,14 +143,14 @@ def test_bridges_lead_anywhere(a, b):
 
 def test_the_bridge_is_two_dense_layers():
     net, s = aux.build_bridge(spec(B, 8, 4, 4), spec(B, 10)), value(spec(B, 8, 4, 4))
-    first, _, second, _ = net.net
+    first, second = net.net[0].linear, net.net[2].linear
     assert first.weight.shape == (50, 128)
     assert second.weight.shape == (10, 50)
     expected = torch.sigmoid(second(torch.sigmoid(first(s.movedim(1, -1).flatten(1)))))
     torch.testing.assert_close(net(s), expected, atol=1e-12, rtol=0)
     encoder = aux.build_label_encoder(spec(B, 10), spec(B, 2000))
-    assert abs(encoder.net[0].weight.std().item() - (2 / 10) ** 0.5) < 0.01
-    assert encoder.net[0].bias.abs().max() == 0
+    assert abs(encoder.net[0].linear.weight.std().item() - (2 / 10) ** 0.5) < 0.01
+    assert encoder.net[0].linear.bias.abs().max() == 0
     with pytest.raises(MethodError, match="raise max_weights"):
         aux.build_bridge(spec(B, 64, 32, 32), spec(B, 10), max_weights=10_000)
 

@@ -8,7 +8,7 @@ from torch import nn
 from locc.errors import MethodError
 from locc.ir.spec import BatchDim, TensorSpec
 from locc.nn import Layout, build_head, build_pred_head, one_hot, plan_readout
-from locc.nn.predsim import pool_kernel
+from locc.nn.layout import pool_kernel
 from nn.specs import BOUNDARIES, OUTPUTS, B, spec, value
 
 KINDS = ["linear", "mlp", "mlp-sr", "fixed", "pred"]

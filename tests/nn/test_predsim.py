@@ -47,11 +47,20 @@ def test_sim_loss_of_tokens_leaves_ignored_ones_out():
     assert sim_loss(z, torch.zeros(2, 5, 4)) == 0
 
 
-def test_dead_features_have_a_finite_gradient():
-    for shape in ((4, 6), (4, 6, 3, 3)):
-        z = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-        sim_loss(z, one_hot(torch.tensor([0, 1, 1, 2]), 3)).backward()
-        assert z.grad.isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [0.0, 0.1, 300.0])
+@pytest.mark.parametrize("shape", [(4, 7), (4, 7, 3, 3)])
+def test_equal_features_have_no_gradient_and_leave_the_others_theirs(shape, level, dtype):
+    z = torch.randn(shape, dtype=dtype)
+    z[1] = level
+    z.requires_grad_()
+    y = one_hot(torch.tensor([0, 1, 1, 2]), 3)
+    sim_loss(z, y).backward()
+    assert z.grad[1].abs().max() == 0
+    assert 0 < z.grad.abs().max() < 1
+    kept = z.detach()[[0, 2, 3]].requires_grad_()
+    (sim_loss(kept, y[[0, 2, 3]]) * 9 / 16).backward()
+    torch.testing.assert_close(z.grad[[0, 2, 3]], kept.grad)
 
 
 def test_no_gradient_reaches_the_labels():

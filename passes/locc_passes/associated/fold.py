@@ -5,15 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from locc.errors import LoccError, MethodError
+from locc.errors import MethodError
 from locc.ir import BatchDim, Boundary, Owner, TensorSpec, TrainingGraph, node_parameters, owned_tensor
-from locc.nn import Factory, build_bridge, build_label_encoder, check_shapes, one_hot
-from locc.rewrite import Pass, divided, has_rows, own_target
+from locc.nn import Factory, Layout, build_bridge, build_label_encoder, guess_layout, one_hot
+from locc.rewrite import (
+    Pass,
+    build,
+    build_custom,
+    divided,
+    has_rows,
+    layout_at,
+    own_target,
+    prediction_spec,
+    spec_of,
+)
 
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmin)
 
@@ -61,13 +72,15 @@ class LabelStream(Pass):
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the encoders from the output down to the fold, and the autoencoders' objectives."""
         modules = ir.modules
-        spec = ir.prediction.meta["spec"]
-        classes = spec.features[-1]
+        spec, labels = prediction_spec(ir), _label_layout(ir)
+        classes, dim = labels.channels(spec), labels.channel_dim
+        layout: Layout | None = labels
         above = ir.emit(
             ir.last.name,
             label_rows,
             own_target(ir, ir.last.name),
             classes,
+            dim,
             spec.dtype,
             role="label",
             name="t_0",
@@ -78,19 +91,23 @@ class LabelStream(Pass):
             lower, decoder = modules[i - 1], modules[-i].name
             (link,) = ir.boundaries(consumer=decoder)
             source = above if i == 1 else ir.stop_gradient(decoder, above)
-            encoded = self._encode(ir, decoder, source, link)
+            encoded = self._encode(ir, decoder, source, layout, link)
             ir.feed(decoder, link.entry, encoded)
             loss = ir.emit(decoder, functional.mse_loss, decoded, source, role="autoencoder")
             ir.objective(decoder, loss, "autoencoder")
             ir.scale_lr(decoder, self.lr_scale)
-            _output_of(ir, lower, link).meta["meets"] = encoded
-            above, decoded = encoded, link.value
+            _output_of(ir, lower, link).meta["meets"] = (encoded, link.value)
+            above, decoded, layout = encoded, link.value, layout_at(ir, link.value)
         ir.folded = True
 
-    def _encode(self, ir: TrainingGraph, owner: str, source: fx.Node, link: Boundary) -> fx.Node:
-        network = _built(
-            self.factory or build_label_encoder, source.meta["spec"], link.spec, "the label encoder"
-        )
+    def _encode(
+        self, ir: TrainingGraph, owner: str, source: fx.Node, layout: Layout | None, link: Boundary
+    ) -> fx.Node:
+        if self.factory is not None:
+            network = build_custom(self.factory, owner, spec_of(source), link.spec, "label encoder")
+        else:
+            make = partial(build_label_encoder, from_layout=layout, to_layout=layout_at(ir, link.value))
+            network = build(make, owner, spec_of(source), link.spec)
         path = ir.add_module(f"encoder_{owner}", network)
         return ir.call(owner, path, source, role="label")
 
@@ -118,10 +135,10 @@ class Bridges(Pass):
         lower = ir.modules[: len(ir.modules) // 2]
         for module in lower:
             (value,) = [n for n in ir.nodes(module.name) if "meets" in n.meta]
-            target = ir.stop_gradient(module.name, value.meta.pop("meets"))
-            spec = value.meta["spec"]
+            encoded, decoded = value.meta.pop("meets")
+            target = ir.stop_gradient(module.name, encoded)
             if "bridged" not in value.meta:
-                network = self._bridge(spec, target.meta["spec"])
+                network = self._bridge(ir, module.name, value, decoded)
                 path = ir.add_module(f"bridge_{module.name}", network)
                 if module == lower[-1]:
                     _fold_inference(ir, path, lower, target.meta["spec"])
@@ -129,10 +146,19 @@ class Bridges(Pass):
             loss = ir.emit(module.name, functional.mse_loss, value, target, role="associate")
             ir.objective(module.name, loss, "associated")
 
-    def _bridge(self, source: TensorSpec, target: TensorSpec) -> nn.Module:
+    def _bridge(self, ir: TrainingGraph, owner: str, value: fx.Node, code: fx.Node) -> nn.Module:
         if self.factory is not None:
-            return _built(self.factory, source, target, "the bridge")
-        return build_bridge(source, target, expansion=self.expansion)
+            return build_custom(self.factory, owner, spec_of(value), spec_of(code), "bridge")
+        source, target = layout_at(ir, value), layout_at(ir, code)
+        several = len(prediction_spec(ir).shape) > 2
+        make = partial(
+            build_bridge,
+            expansion=self.expansion,
+            per_position=several,
+            from_layout=source,
+            to_layout=target,
+        )
+        return build(make, owner, spec_of(value), spec_of(code))
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
         """Every module has exactly one objective, and no value of a lower module reaches an upper one."""
@@ -145,9 +171,16 @@ class Bridges(Pass):
                 yield f"'{boundary.value.name}' still crosses the fold"
 
 
-def label_rows(target: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """Return class ids [B] as one-hot rows [B,C], and rows as they are."""
-    return one_hot(target, classes, dtype=dtype) if target.dim() == 1 else target.to(dtype)
+def label_rows(target: Tensor, classes: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """Return class ids [B] or [B,*positions] as one-hot vectors along `dim`, and vectors as they are."""
+    if target.is_floating_point():
+        return target.to(dtype)
+    return one_hot(target, classes, dtype=dtype).movedim(-1, dim)
+
+
+def _label_layout(ir: TrainingGraph) -> Layout:
+    """Return where the classes of the prediction are."""
+    return guess_layout(prediction_spec(ir), layout_at(ir, ir.prediction))
 
 
 def unfoldable(ir: TrainingGraph) -> Iterator[str]:
@@ -157,9 +190,9 @@ def unfoldable(ir: TrainingGraph) -> Iterator[str]:
         yield "associated learning folds a network in two and needs at least 2 modules; give a split"
         return
     yield from divided(ir)
-    spec = ir.prediction.meta["spec"]
-    if len(spec.shape) != 2 or spec.shape[0] != BatchDim():
-        yield f"the output is {spec}, and labels are encoded one row a sample: it must be class scores [B,C]"
+    spec = prediction_spec(ir)
+    if len(spec.shape) < 2 or spec.shape[0] != BatchDim():
+        yield f"the output is {spec}, and labels are encoded: it must be class scores [B,C] or [B,T,C]"
     if _ends_in(ir, ir.prediction, _SOFTMAX, ("softmax", "log_softmax", "softmin")):
         yield "the model ends in a softmax, but al trains sigmoids; return the scores before it"
     for before, after in itertools.pairwise(modules):
@@ -195,8 +228,8 @@ def _bad_link(ir: TrainingGraph, before: Owner, after: Owner) -> Iterator[str]:
         yield f"{found[0].spec} passes {pair}, which is no activation; split elsewhere, or use tied='copy'"
         return
     try:
-        _ = found[0].spec.features
-    except LoccError as error:
+        guess_layout(found[0].spec)
+    except MethodError as error:
         yield f"{pair}: {error}; split elsewhere"
 
 
@@ -215,14 +248,6 @@ def _output_of(ir: TrainingGraph, lower: Owner, link: Boundary) -> fx.Node:
         return link.value
     (below,) = ir.boundaries(producer=lower.name)
     return below.value
-
-
-def _built(factory: Factory, source: TensorSpec, target: TensorSpec, what: str) -> nn.Module:
-    network = factory(source, target)
-    if not isinstance(network, nn.Module):
-        raise MethodError(f"the factory of {what} returned a {type(network).__name__}, not a torch.nn.Module")
-    check_shapes(network, (source,), target, what)
-    return network
 
 
 def _crossing(ir: TrainingGraph, lower: list[str]) -> list[fx.Node]:

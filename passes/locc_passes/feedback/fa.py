@@ -10,7 +10,7 @@ from torch import nn
 
 from locc.ir import TrainingGraph
 from locc.rewrite import GradientChain, Method, OutputLoss, Pass, Recipe
-from locc_passes.feedback.layers import LAYERS, FeedbackLayers
+from locc_passes.feedback.layers import FeedbackLayers, opened
 from locc_passes.feedback.published import RECIPE, advice
 from locc_passes.feedback.zero import ZeroWeights
 
@@ -26,7 +26,6 @@ class FA(Method):
     family: ClassVar[str] = "feedback"
     reference: ClassVar[str] = "Lillicrap, Cownden, Tweed & Akerman 2016"
     recipe: ClassVar[Recipe] = RECIPE
-    opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
     init: str = field(
         default="kaiming_uniform",
@@ -39,6 +38,10 @@ class FA(Method):
         default=False,
         metadata={"help": "start all forward weights and biases at zero (for tanh and sigmoid networks)"},
     )
+
+    def opened(self, model: nn.Module, splits: Sequence[str]) -> Iterator[str]:
+        """Yield the layers, and what multiplies with a weight of its own."""
+        yield from opened(model)
 
     def passes(self) -> Sequence[Pass]:
         """Return the feedback layers, the loss and the chain."""

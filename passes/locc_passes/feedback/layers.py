@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
 from locc.ir import TrainingGraph, call_with, owned_tensor, strip
 from locc.nn import draw_feedback, feedback_call
-from locc.rewrite import Pass, learned
+from locc.rewrite import Pass, learned, spec_of
+from locc_passes.feedback.products import products, spelled
 
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -23,16 +25,6 @@ LAYERS: tuple[type[nn.Module], ...] = (
 
 # Their matrices meet no activation in a product: a table that is looked up, an elementwise scale.
 _NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-_PRODUCTS = frozenset(
-    [
-        *("linear", "bilinear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "tensordot"),
-        *("convolution", "einsum", "multi_head_attention_forward", "conv1d", "conv2d", "conv3d"),
-        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    ]
-)
-_VIEWS = frozenset(
-    ["t", "T", "mT", "transpose", "permute", "view", "reshape", "getattr", "getitem", "squeeze", "unsqueeze"]
-)
 
 
 class FeedbackMatrix(nn.Module):
@@ -52,11 +44,12 @@ def feedback_layer(x: Tensor, layer: nn.Module, feedback: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FeedbackLayers(Pass):
-    """Replaces each linear or convolution layer whose input above a gradient by a feedback layer.
+    """Replaces each product of an activation that needs a gradient with a weight by one with feedback.
 
-    Forward value, weight and bias gradient stay exact; the gradient to the input goes through a matrix
-    B of the weight's shape, drawn once. Calls of one weight share one B. A layer that reads only data or
-    frozen layers sends no gradient, so it stays as it is.
+    That is a call of a linear or convolution layer, or of a function (`F.linear`, `x @ w`, attention's packed
+    projections, what a layer with a forward of its own calls). Forward value, weight and bias gradient stay
+    exact; the gradient to the input goes through a matrix B of the weight's shape, drawn once. Uses of one
+    weight share one B. What reads only data or frozen layers sends no gradient, so it stays as it is.
     """
 
     init: str = "kaiming_uniform"
@@ -64,15 +57,18 @@ class FeedbackLayers(Pass):
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Refuse models in which some product with a weight would keep its exact gradient."""
         yield from _hidden_products(ir)
+        for product in products(ir):
+            if product.replacement is None:
+                name = strip(spelled(product.weights[0]))
+                yield (
+                    f"'{name}' is multiplied with more than one activation, or with "
+                    "another weight at once, where no feedback matrix can take its place; multiply them one "
+                    "after the other"
+                )
         for node in ir.graph.nodes:
             held = owned_tensor(ir.root, str(node.target)) if node.op in ("call_module", "get_attr") else None
             if node.op == "call_module" and isinstance(held, LAYERS):
                 yield from _odd_layer(node, held)
-            elif isinstance(held, nn.Parameter) and _in_product(node):
-                yield (
-                    f"'{strip(str(node.target))}' is multiplied with activations outside of a layer, where "
-                    "no feedback matrix can take its place; use nn.Linear or nn.Conv layers there"
-                )
             elif node.target is call_with and isinstance(owned_tensor(ir.root, node.args[0].target), LAYERS):
                 yield (
                     f"layer '{strip(str(node.args[0].target))}' uses a weight that another module owns; "
@@ -82,6 +78,7 @@ class FeedbackLayers(Pass):
     def rewrite(self, ir: TrainingGraph) -> None:
         """Replace the layers in place: names, users and order of the forward stay."""
         above = learned(ir)
+        self._products(ir, above)
         paths: dict[int, str] = {}
         for node in list(ir.graph.nodes):
             layer = owned_tensor(ir.root, str(node.target)) if node.op == "call_module" else None
@@ -99,6 +96,29 @@ class FeedbackLayers(Pass):
             node.op, node.target = "call_function", feedback_layer
             node.args = (node.args[0], holder, matrix)
 
+    def _products(self, ir: TrainingGraph, above: set[fx.Node]) -> None:
+        """Replace the functions that multiply with a weight; B has the shape that it has in the product."""
+        paths: dict[str, str] = {}
+        for product in products(ir):
+            if not any(x in above for x in product.activations):
+                continue
+            matrices = []
+            for weight in product.weights:
+                key = spelled(weight)
+                if key not in paths:
+                    spec = spec_of(weight)
+                    drawn = torch.empty(spec.concrete(1), dtype=spec.dtype, device=_device(ir))
+                    drawn = drawn.mT if product.right else drawn
+                    drawn = draw_feedback(drawn, self.init)
+                    held = FeedbackMatrix(drawn.mT.contiguous() if product.right else drawn)
+                    paths[key] = ir.add_module(f"feedback_{_parameter(weight)}", held)
+                matrices.append(ir.read(product.node.meta["owner"], f"{paths[key]}.matrix", role="feedback"))
+            node, one = product.node, len(matrices) == 1
+            node.meta.update(stands_for=(node.op, node.target), made_by=self.label)
+            assert product.replacement is not None
+            node.op, node.target = "call_function", product.replacement
+            node.args = (node.args, matrices[0] if one else tuple(matrices))
+
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
         """Every layer left hands no gradient down."""
         above = learned(ir)
@@ -108,15 +128,49 @@ class FeedbackLayers(Pass):
                 yield f"layer '{strip(str(node.target))}' kept its exact input gradient"
 
 
+def _device(ir: TrainingGraph) -> torch.device:
+    return next(ir.root.parameters()).device
+
+
+def _parameter(weight: fx.Node) -> str:
+    """Return the path of the first parameter that a weight is computed from."""
+    while weight.op != "get_attr":
+        weight = weight.all_input_nodes[0]
+    return strip(str(weight.target)).removesuffix(".weight")
+
+
+def opened(model: nn.Module) -> Iterator[str]:
+    """Yield what capture has to look at: layers, and the parameters of what multiplies by itself."""
+    for name, module in model.named_modules():
+        if not name:
+            continue  # the model itself is open
+        if isinstance(module, LAYERS):
+            base = next(kind for kind in LAYERS if isinstance(module, kind))
+            own = type(module).forward is not base.forward and not _hooked(module)
+            yield f"{name}.weight" if own else name
+        elif _multiplies(module) and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            yield f"{name}.weight"
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module has matrices of its own, and is none of those that only look them up or scale."""
+    matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+    return bool(matrices) and not isinstance(module, _NO_PRODUCT)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
+
+
 def _odd_layer(node: fx.Node, layer: nn.Module) -> Iterator[str]:
     """Refuse a call that does more than the layer's own formula."""
     name = strip(str(node.target))
     base = next(kind for kind in LAYERS if isinstance(layer, kind))
     if type(layer).forward is not base.forward:
         yield f"layer '{name}' is a {type(layer).__name__} with a forward of its own; use nn.{base.__name__}"
-    elif (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    ):
+    elif _hooked(layer):
         yield (
             f"layer '{name}' has hooks (such as torch.nn.utils.weight_norm), which a feedback layer cannot "
             "run; remove them, or use torch.nn.utils.parametrizations"
@@ -133,8 +187,7 @@ def _hidden_products(ir: TrainingGraph) -> Iterator[str]:
         if not isinstance(module, nn.Module) or isinstance(module, LAYERS):
             continue
         for name, part in module.named_modules():
-            matrices = [p for p in part.parameters(recurse=False) if p.dim() > 1]
-            if matrices and not isinstance(part, _NO_PRODUCT):
+            if _multiplies(part):
                 where = strip(f"{node.target}.{name}" if name else str(node.target))
                 found.setdefault(type(part).__name__, []).append(where)
     for kind, names in found.items():
@@ -143,15 +196,3 @@ def _hidden_products(ir: TrainingGraph) -> Iterator[str]:
             f"'{names[0]}' is a {kind}{more}, whose weights no feedback matrix can stand in for; feedback is "
             "defined for linear and convolution layers, so build it from these"
         )
-
-
-def _in_product(node: fx.Node) -> bool:
-    """Whether a parameter, or a view of it, is an operand of a matrix product or a convolution."""
-    for user in node.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        name = name.split(".")[0]  # torch.export writes `linear.default`
-        if user.op in ("call_function", "call_method") and name in _PRODUCTS:
-            return True
-        if name in _VIEWS and _in_product(user):
-            return True
-    return False

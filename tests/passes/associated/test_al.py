@@ -97,7 +97,7 @@ def step(self, input_1, target):
     layer_6 = self[6](layer_5)  # f32[B,10]
     layer_7 = self[7](layer_6)  # f32[B,10]
     # ---- module 4: 10, learning rate x2
-    t_0 = label_rows(target, 4, torch.float32)  # f32[B,4]
+    t_0 = label_rows(target, 4, 1, torch.float32)  # f32[B,4]
     aux_encoder_10 = self.aux.encoder_10(t_0)  # f32[B,10]
     layer_10 = self[10](aux_encoder_10)  # f32[B,4]
     output_1 = sigmoid(layer_10)  # f32[B,4]
@@ -133,7 +133,7 @@ def step(self, input_1, target):
     layer_2 = self[2](layer_1_at_2)  # f32[B,8]
     aux_bridge_2 = self.aux.bridge_2(layer_2)  # f32[B,8]
     # ---- module 3: 6, learning rate x2
-    t_0 = label_rows(target, 4, torch.float32)  # f32[B,4]
+    t_0 = label_rows(target, 4, 1, torch.float32)  # f32[B,4]
     aux_encoder_6 = self.aux.encoder_6(t_0)  # f32[B,7]
     layer_6 = self[6](aux_encoder_6)  # f32[B,4]
     layer_7 = self[7](layer_6)  # f32[B,4]
@@ -352,7 +352,7 @@ def test_factories_and_their_shapes_are_checked():
     )
     assert isinstance(program.root.get_submodule("aux.bridge_a"), nn.Linear)
     program.step(torch.randn(5, 12), torch.randint(0, 4, (5,)))
-    with pytest.raises(MethodError, match="the bridge"):
+    with pytest.raises(MethodError, match="bridge of module 'a'"):
         locc.compile(
             Structured(), "al", ["a"], example_inputs=torch.randn(5, 12), bridge=lambda s, t: nn.Linear(8, 5)
         )
@@ -396,13 +396,13 @@ class Ids(nn.Module):
         return self.out(self.e(locc.split(self.a(x).argmax(1), "ids")))
 
 
-class Tokens(nn.Module):
+class Number(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.out = nn.Linear(12, 5), nn.Linear(5, 4)
 
     def forward(self, x):
-        return self.out(self.a(x)).unsqueeze(1)
+        return self.out(self.a(x)).sum(1)
 
 
 REFUSED = {
@@ -411,7 +411,7 @@ REFUSED = {
     "two values": (Pair, ("cell",), "2 values pass from module 'cell' to 'out'"),
     "a late input": (Peeks, ("a",), "module 'out' of the upper half reads the input"),
     "integers": (Ids, (), "which is no activation"),
-    "no class scores": (Tokens, ("a",), r"it must be class scores \[B,C\]"),
+    "no class scores": (Number, ("a",), r"it must be class scores \[B,C\] or \[B,T,C\]"),
     "a softmax": (
         lambda: nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 4), nn.Softmax(1)),
         ("0",),

@@ -292,20 +292,6 @@ def test_a_parametrized_layer_keeps_its_parametrization():
         torch.testing.assert_close(p, q.detach() - 0.1 * q.grad, atol=1e-12, rtol=0)
 
 
-class Raw(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.w = nn.Linear(6, 6), nn.Parameter(torch.randn(4, 6))
-
-    def forward(self, x):
-        return self.a(x) @ self.w.t()
-
-
-class Own(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def old_weight_norm():
     model = mlp()
     handle = model[2].register_forward_pre_hook(lambda module, args: None)
@@ -313,14 +299,13 @@ def old_weight_norm():
     return model
 
 
-class Attends(nn.Module):
+class Bilinear(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.attention, self.out = nn.Linear(6, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 4)
+        self.a, self.w = nn.Linear(6, 6), nn.Parameter(torch.randn(4, 6, 6))
 
     def forward(self, x):
-        h = self.a(x).unsqueeze(0)
-        return self.out(self.attention(h, h, h, need_weights=False)[0].squeeze(0))
+        return F.bilinear(self.a(x), torch.tanh(self.a(x)), self.w)
 
 
 class Recurrent(nn.Module):
@@ -343,13 +328,8 @@ class Tied(nn.Module):
 
 
 REFUSED = {
-    "a raw product": (Raw, "'w' is multiplied with activations outside"),
-    "an own forward": (
-        lambda: nn.Sequential(nn.Linear(6, 6), Own(6, 4)),
-        "Own with a forward of its own; use nn.Linear",
-    ),
+    "two activations": (Bilinear, "'w' is multiplied with more than one activation"),
     "a hook": (old_weight_norm, "layer '2' has hooks"),
-    "attention": (Attends, "attention"),
     "a recurrent cell": (Recurrent, "'cell' is a GRUCell"),
 }
 
@@ -438,18 +418,157 @@ def test_many_layers_of_one_kind_are_refused_in_one_sentence():
     assert "'1' is a GRUCell (as are 2 more)" in str(caught.value)
 
 
-def test_a_layer_that_only_export_can_open_is_refused_and_not_left_exact():
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = nn.Linear(4, 8)
-            self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
-            self.head = nn.Linear(8, 3)
+class Written(nn.Module):
+    """Multiplies h [B,n] with a weight [m,n], or its transpose, in the manner of some library."""
 
-        def forward(self, x):
-            return self.head(self.block(self.stem(x)).mean(1))
+    def __init__(self, product, transposed=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 5) if transposed else torch.randn(5, 6))
+        self.bias, self.product = nn.Parameter(torch.randn(5)), product
 
-    with pytest.raises(
-        locc.MethodError, match=r"is multiplied with activations .*'block\.self_attn\.in_proj_weight'"
-    ):
-        locc.compile(Model(), "fa", ["block"], example_inputs=torch.randn(5, 6, 4))
+    def forward(self, h):
+        return self.product(h, self.weight, self.bias)
+
+
+class OwnLinear(nn.Linear):
+    """As timm's."""
+
+    def forward(self, h):
+        return F.linear(h, self.weight.to(h.dtype), bias=self.bias.to(h.dtype))
+
+
+class Around(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.stem, self.middle, self.head = nn.Linear(4, 6), middle, nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.middle(torch.tanh(self.stem(x)))))
+
+
+WRITTEN = {
+    "linear": lambda: Written(F.linear),
+    "keywords": lambda: Written(lambda h, w, b: F.linear(input=h, weight=w, bias=b)),
+    "matmul": lambda: Written(lambda h, w, b: h @ w.t() + b),
+    "method": lambda: Written(lambda h, w, b: h.matmul(w.T).add(b)),
+    "left": lambda: Written(lambda h, w, b: (w @ h.t()).t() + b),
+    "GPT-2's Conv1D": lambda: Written(lambda h, w, b: torch.addmm(b, h, w), transposed=True),
+    "einsum": lambda: Written(lambda h, w, b: torch.einsum("bn,mn->bm", h, w) + b),
+    "own layer": lambda: OwnLinear(6, 5),
+    "adapter": lambda: Written(lambda h, w, b: F.linear(h, w + b[:, None] @ b[None, [0, 1, 2, 3, 4, 0]])),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_functions_are_rewritten_as_layers_are(name):
+    model = Around(WRITTEN[name]()).to(D)
+    x, y = torch.randn(7, 4, dtype=D), torch.randint(0, 3, (7,))
+    program = locc.compile(model, "fa", ["middle"], example_inputs=x, optimizer=sgd(1.0))
+    matrices = feedback_of(program)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    program.step(x, y)
+
+    transposed = before["middle.weight"].shape == (6, 5)
+    w = before["middle.weight"].T if transposed else before["middle.weight"]
+    c = before["middle.bias"]
+    if name == "adapter":
+        w, c = w + c[:, None] @ c[None, [0, 1, 2, 3, 4, 0]], torch.zeros_like(c)
+    b = matrices["aux.feedback_middle.matrix"]
+    b = b if b.shape == w.shape else b.T
+    assert not torch.allclose(b, w)
+    h = torch.tanh(x @ before["stem.weight"].T + before["stem.bias"])
+    g = torch.tanh(h @ w.T + c)
+    scores = g @ before["head.weight"].T + before["head.bias"]
+    e = (scores.softmax(1) - F.one_hot(y, 3)) / 7
+    a = (e @ matrices["aux.feedback_head.matrix"]) * (1 - g**2)
+    d = (a @ b) * (1 - h**2)
+    moved = {n: before[n] - p.detach() for n, p in model.named_parameters()}
+    weight = a.T @ h
+    expected = {"head.weight": e.T @ g, "head.bias": e.sum(0), "stem.weight": d.T @ x, "stem.bias": d.sum(0)}
+    expected["middle.weight"] = weight.T if transposed else weight
+    if name != "adapter":
+        expected["middle.bias"] = a.sum(0)
+    for n, update in expected.items():
+        torch.testing.assert_close(moved[n], update, atol=1e-10, rtol=0, msg=n)
+
+
+class Attends(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.a, self.out = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.out(self.attention(h, h, torch.tanh(h), need_weights=False)[0].mean(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.out = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+
+    def forward(self, x):
+        return self.out(self.block(self.a(x)).mean(1))
+
+
+class Standardised(nn.Conv2d):
+    """As timm's ScaledStdConv2d."""
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w / w.std((1, 2, 3), keepdim=True), self.bias, self.stride, self.padding)
+
+
+def standardised():
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 1), nn.Tanh(), Standardised(3, 4, 3, 2, 1), nn.Flatten(), nn.Linear(16, 4)
+    )
+
+
+class TiedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(9, 6), nn.Linear(6, 6)
+
+    def forward(self, ids):
+        return F.linear(torch.tanh(self.mix(self.embedding(ids))), self.embedding.weight)
+
+
+TAKEN = {
+    "attention": (Attends, (5, 7, 6), 4),
+    "attention without biases": (lambda: Attends(bias=False), (5, 7, 6), 4),
+    "attention with three weights": (lambda: Attends(kdim=8, vdim=8), (5, 7, 6), 4),
+    "a transformer layer": (Encoder, (5, 7, 6), 4),
+    "a standardised convolution": (standardised, (5, 2, 4, 4), 4),
+    "tied weights": (TiedHead, None, 9),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_libraries_do_is_backpropagation_with_the_weights_for_feedback(name):
+    make, shape, classes = TAKEN[name]
+    model = make().to(D)
+    twin = copy.deepcopy(model)
+    x = torch.randint(0, 9, (5,)) if shape is None else torch.randn(shape, dtype=D)
+    y = torch.randint(0, classes, (5,))
+    program = locc.compile(model, "fa", [], example_inputs=x, optimizer=sgd())
+    random = copy.deepcopy(program.root.state_dict())
+    F.cross_entropy(twin(x), y).backward()
+    expected = {n: p.detach() - 0.1 * p.grad for n, p in twin.named_parameters()}
+    program.step(x, y)
+    first = next(iter(expected))
+    assert not torch.allclose(model.get_parameter(first), expected[first], atol=1e-8)
+    program.root.load_state_dict(random)
+    for path, matrix in feedback_of(program).items():
+        layer = path.removeprefix("aux.feedback_").removesuffix(".matrix")
+        held = {n.removesuffix(".weight").replace(".", "_"): p for n, p in model.named_parameters()}
+        w = held[layer].detach()
+        if name == "a standardised convolution" and w.dim() == 4:
+            w = w - w.mean((1, 2, 3), keepdim=True)
+            w = w / w.std((1, 2, 3), keepdim=True)
+        matrix.copy_(w)
+    program.step(x, y)
+    for n, value in expected.items():
+        torch.testing.assert_close(model.get_parameter(n), value, atol=1e-10, rtol=0, msg=n)

@@ -283,7 +283,7 @@ def test_an_inverse_reads_every_value_that_its_module_sends(known_noise: None) -
     loss = nn.functional.cross_entropy(before.d(leaves[0]) + before.e(leaves[1]), y)
     slopes = torch.autograd.grad(loss, leaves)
     moved = [v.detach() - ETA * s for v, s in zip(sent, slopes, strict=True)]
-    maps = [part.linear for part in g.parts]
+    maps = [part.map.linear for part in g.parts]
     with torch.no_grad():
         target = a + sum(m(v) for m, v in zip(maps, moved, strict=True))
         target = target - sum(m(v.detach()) for m, v in zip(maps, sent, strict=True))
@@ -480,11 +480,11 @@ def test_values_of_ended_range_get_inverses_of_that_range() -> None:
 def test_inverses_start_with_unit_singular_values_unless_told() -> None:
     program = compiled(tanh_net(), "dtp", ["f1", "f2", "f3"], example_inputs=data()[0])
     for net in program.root.aux.values():
-        values = torch.linalg.svdvals(net.linear.weight)
+        values = torch.linalg.svdvals(net.map.linear.weight)
         assert torch.allclose(values, torch.ones_like(values))
-        assert not net.linear.bias.any()
+        assert not net.map.linear.bias.any()
     program = compiled(tanh_net(), "dtp", ["f1", "f2", "f3"], example_inputs=data()[0], init="pytorch")
-    assert all(net.linear.bias.any() for net in program.root.aux.values())
+    assert all(net.map.linear.bias.any() for net in program.root.aux.values())
 
 
 def test_orthogonal_init() -> None:
