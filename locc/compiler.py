@@ -25,7 +25,7 @@ from locc.partition import TiedPolicy, opened_by, partition, resolve
 from locc.program import Program
 from locc.proof import prove
 from locc.proof.experiment.batch import accepts, made_up, small_batch
-from locc.quiet import quiet
+from locc.quiet import attempting
 from locc.recipes import Recipe
 from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.local_loss import check_heads
@@ -150,7 +150,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
     inputs = _on_device(inputs, program.device)
-    with torch.random.fork_rng(), undone_on_failure(request.root), quiet():
+    with torch.random.fork_rng(), undone_on_failure(request.root), attempting():
         torch.manual_seed(seed)
         ir = rewrite(request, inputs, TiedPolicy(request.tied, request.method.ties))
         program.root.aux.to(program.device)

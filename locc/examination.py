@@ -18,7 +18,7 @@ from locc.ir.captured import strip
 from locc.losses import Loss
 from locc.lower import lower
 from locc.partition import TiedPolicy
-from locc.quiet import quiet
+from locc.quiet import attempting
 from locc.rewrite import Method, apply
 from locc.runtime import Settings
 
@@ -183,7 +183,7 @@ def examine(
         if example_inputs is None:
             return result
         inputs = _on_device(Inputs.of(model, example_inputs), _device(model))
-        with torch.random.fork_rng(), quiet():
+        with torch.random.fork_rng(), attempting():
             stage = "partition"
             ir = cut(request, inputs, policy)
             _describe_partition(result, ir)

@@ -1,10 +1,13 @@
-"""Keeps PyTorch's log of attempts that may fail off the user's terminal."""
+"""Keeps attempts that may fail off the user's terminal, and out of what `torch.compile` has compiled."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 
 @contextmanager
@@ -18,3 +21,18 @@ def quiet(name: str = "torch._subclasses.fake_tensor") -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def attempting() -> Iterator[None]:
+    """Run the user's code to look at it: quietly, and what `torch.compile` has wrapped eagerly.
+
+    Compiled at our sizes and through our patches, it would soon pass the limit of recompilations, from
+    which on it runs eagerly for good.
+    """
+    with quiet():
+        if "torch._dynamo" not in sys.modules:  # nothing is wrapped, and the import takes a second
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield

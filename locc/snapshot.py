@@ -146,8 +146,8 @@ def _tensor(tensor: Tensor, values: bool) -> Callable[[], None]:
         with torch.no_grad():
             if taped is None and tensor.grad_fn is not None:
                 tensor.detach_()
-            if saved is not None and not same_bits(tensor.detach(), saved):
-                tensor.detach().copy_(saved)
+            if saved is not None:
+                _put_back(tensor, saved)
         if tensor.is_leaf:
             tensor.requires_grad_(requires_grad)
             tensor.grad = gradient
@@ -186,10 +186,16 @@ def _attributes(modules: list[nn.Module]) -> Callable[[], None]:
             if container or content:
                 _refill(container, content)
         for tensor, value in tensors:
-            if not same_bits(tensor.detach(), value):
-                tensor.detach().copy_(value)
+            _put_back(tensor, value)
 
     return restore
+
+
+def _put_back(tensor: Tensor, saved: Tensor) -> None:
+    if tensor.shape != saved.shape:  # an observer of quantisation sizes its buffers at its first call
+        tensor.data = saved.clone()
+    elif not same_bits(tensor.detach(), saved):
+        tensor.detach().copy_(saved)
 
 
 def _fields(value: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-# "ci" draws the same examples in every run; "nightly" draws thousands of new ones (`make property`).
+# "ci" draws the same examples in every run; "nightly" draws ten thousand new ones (`make property`).
 settings.register_profile(
     "ci",
     max_examples=60,
@@ -19,7 +19,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
     phases=[phase for phase in Phase if phase is not Phase.explain],  # compiles a hundred programs more
 )
-settings.register_profile("nightly", parent=settings.get_profile("ci"), max_examples=2500, derandomize=False)
+settings.register_profile("nightly", parent=settings.get_profile("ci"), max_examples=5010, derandomize=False)
 settings.load_profile(os.environ.get("LOCC_PROFILE", "ci"))
 
 

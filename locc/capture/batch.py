@@ -114,7 +114,8 @@ def _without_cache(model: nn.Module, inputs: Inputs) -> dict[str, bool]:
 
     Training has no use for it. Where the call says `use_cache` itself, that holds.
     """
-    parameters = inspect.signature(model.forward).parameters
+    base = getattr(model, "get_base_model", lambda: model)()  # peft hands on keywords that it does not know
+    parameters = inspect.signature(base.forward).parameters
     position = list(parameters).index("use_cache") if "use_cache" in parameters else None
     given = "use_cache" in inputs.kwargs or (position is not None and position < len(inputs.args))
     caches = getattr(getattr(model, "config", None), "use_cache", False) is True

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from locc.capture.batch import Call
 from locc.capture.calls import Calls, intercepting
+from locc.capture.patches import functions_patched
 from locc.capture.source import user_code
 from locc.capture.state import seed_all
 from locc.capture.targets import unchanging
@@ -64,7 +66,7 @@ class Eager:
 
     def __init__(self, root: Root, call: Call, opened: frozenset[str]) -> None:
         self.root, self.call, self.opened = root, call, opened
-        self.input_gradients, self.whole_backward = True, False
+        self.input_gradients = True
         self._runs: dict[tuple[bool, Point], Run] = {}
         self._objects: list[Any] = []  # held, so that an id names one object
         self._seen: Counter[int] = Counter()
@@ -98,18 +100,15 @@ class Eager:
         def forward(tensors: list[Tensor]) -> Any:
             observer.reset(Calls(self.root, self.opened))
             inputs = self.call.inputs(tensors)
-            with intercepting(observer.handle):
+            with intercepting(observer.handle), functions_patched(_refuse_reentrant):
                 return self.root(*inputs.args, **inputs.kwargs)
 
         try:
             run = self.measure(forward, training, point)
-        except RuntimeError as error:
+        except RuntimeError:
             if not (training and self.input_gradients) or self._runs:
                 raise
-            if "use_reentrant" in str(error):  # such checkpoints know .backward() only
-                self.whole_backward = True
-            else:
-                self.input_gradients = False  # an in-place op on the input, say: users do not ask for these
+            self.input_gradients = False  # an in-place op on the input, say: users do not ask for these
             run = self.measure(forward, training, point)
         run.calls = observer.calls
         self._objects += observer.objects
@@ -156,16 +155,22 @@ class Eager:
         wanted |= {f"input '{n}'": t for n, t in zip(self.call.names, leaves, strict=True) if t.requires_grad}
         if not wanted:
             return
-        if self.whole_backward:
-            for tensor in wanted.values():
-                tensor.grad = None
-            run.loss.backward()
-            found = tuple(tensor.grad for tensor in wanted.values())
-        else:
-            found = torch.autograd.grad(run.loss, list(wanted.values()), allow_unused=True)
+        found = torch.autograd.grad(run.loss, list(wanted.values()), allow_unused=True)
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         run.gradients = dict(zip(wanted, dense, strict=True))
         run.loss = run.loss.detach()
+
+
+def _refuse_reentrant(
+    function: type[torch.autograd.Function], call: Callable[[], Any], args: Any, kwargs: Any
+) -> Any:
+    if function is CheckpointFunction:  # behind a cut no input needs a gradient, and it would train nothing
+        raise CaptureError(
+            f"activation checkpointing with use_reentrant=True, at {user_code()}, gives no gradient "
+            "where no input needs one, as at the entry of a module; pass use_reentrant=False (Hugging Face: "
+            "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}))"
+        )
+    return call()
 
 
 class _Observer:
@@ -266,6 +271,8 @@ def eager_run(eager: Eager, training: bool, point: Point) -> Run:
     """
     try:
         return eager.run(training, point)
+    except CaptureError:
+        raise
     except Exception as error:
         mode = "train" if training else "eval"
         raise CaptureError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from locc.errors import SplitError
 from locc.ir.captured import Inputs
+from locc.snapshot import preserved
 
 
 @dataclass
@@ -67,14 +67,13 @@ class _Operations(TorchDispatchMode):
 
 def _profile(model: nn.Module, inputs: Inputs, count: int) -> dict[str, _Unit]:
     try:
-        # A copy, so that neither buffers nor hooks of the user's model see the run.
-        model = copy.deepcopy(model)
         units = {name: _Unit(name, module, 0.0) for name, module in model.named_modules()}
-        _measure(model, inputs, {unit.module: unit for unit in units.values()})
+        with preserved(model):
+            _measure(model, inputs, {unit.module: unit for unit in units.values()})
     except Exception as error:
         raise SplitError(
-            f"splits={count}: the cost of the submodules cannot be measured, which takes a copy of the model "
-            f"and one call of it: {type(error).__name__}: {error}; name the splits instead"
+            f"splits={count}: the cost of the submodules cannot be measured, which takes one call of the "
+            f"model: {type(error).__name__}: {error}; name the splits instead"
         ) from error
     for unit in units.values():
         unit.cost += sum(p.numel() for p in unit.module.parameters())

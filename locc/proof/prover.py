@@ -18,7 +18,7 @@ from locc.proof.experiment.runner import plans_of
 from locc.proof.experiment.worlds import reason
 from locc.proof.findings import REACHABILITY, SENTINEL, STORAGE, WALK, refuse
 from locc.proof.memory import estimate
-from locc.quiet import quiet
+from locc.quiet import attempting
 from locc.runtime import Compiled, Learner, checked
 from locc.snapshot import preserved
 
@@ -55,7 +55,7 @@ def prove(
     optimizers = {owner: learner.optimizer for owner, learner in learners.items()}
     seen = Evidence(training=training, warnings=list(advice))
     _static(ir, name, learners, seen)
-    with preserved(ir.root, values=False), quiet():
+    with preserved(ir.root, values=False), attempting():
         if not ir.root.model.training:
             ir.root.train()
         with seen.timed():

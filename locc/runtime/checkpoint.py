@@ -131,8 +131,14 @@ def _misfits(
     fits = {f"state/{path}.value": held.fits for path, held in states(program.root)}
     for name in {**state(own), **state(tensors)}:
         a, b = own.get(name), tensors.get(name)
-        if a is None or b is None or a.dtype != b.dtype or not fits.get(name, a.shape.__eq__)(b.shape):
-            yield f"tensor '{name.removeprefix('state/')}' is missing or has another shape or dtype"
+        path = name.removeprefix("state/")
+        if a is None or b is None:
+            yield f"tensor '{path}' is in {'the file' if a is None else 'the program'} only"
+        elif a.dtype != b.dtype or not fits.get(name, a.shape.__eq__)(b.shape):
+            yield (
+                f"tensor '{path}' is {list(b.shape)}, {b.dtype} in the file and {list(a.shape)}, {a.dtype} "
+                "here; if the model gives it its size at the first call, train one step and load then"
+            )
     for key, what in (
         ("optimizers", "optimizers"),
         ("schedulers", "schedulers"),

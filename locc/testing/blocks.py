@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 Maker = Callable[[int, Tensor], nn.Module]
@@ -130,6 +132,19 @@ class Frozen(_Layer):
         return found
 
 
+class Adapted(_Layer):
+    """A frozen layer with a trained one of rank one beside it."""
+
+    def __init__(self, width: int, constant: Tensor) -> None:
+        super().__init__(width, constant)
+        self.linear.requires_grad_(False)
+        self.down, self.up = nn.Linear(width, 1, bias=False), nn.Linear(1, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return torch.tanh(self.linear(x) + 2 * self.up(self.down(x)))
+
+
 class Attention(nn.Module):
     """A transformer block with causal attention."""
 
@@ -162,6 +177,26 @@ def _conv(width: int) -> nn.Module:
     return nn.Conv2d(width, width, 3, padding=1)
 
 
+def _normed(width: int) -> nn.Module:
+    found: nn.Module = parametrizations.weight_norm(nn.Linear(width, width))
+    return found
+
+
+def _normed_by_hooks(width: int) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # many models still have it
+        found: nn.Module = weight_norm(nn.Linear(width, width))
+    return found
+
+
+def _spectral(width: int) -> nn.Module:
+    return parametrizations.spectral_norm(nn.Linear(width, width))
+
+
+def _spectral_conv(width: int) -> nn.Module:
+    return parametrizations.spectral_norm(_conv(width))
+
+
 def _tanh(_: int) -> nn.Module:
     return nn.Tanh()
 
@@ -186,6 +221,7 @@ TOKENS: dict[str, Maker] = {
     "in_place": InPlace,
     "checkpoint": Checkpointed,
     "running_mean": RunningMean,
+    "weight_norm": _row(_normed, _tanh),
 }
 
 VECTORS: dict[str, Maker] = {
@@ -203,13 +239,20 @@ VECTORS: dict[str, Maker] = {
     "custom_function": CustomFunction,
     "twice": Twice,
     "frozen": Frozen,
+    "adapter": Adapted,
+    "weight_norm": TOKENS["weight_norm"],
+    "weight_norm_hook": _row(_normed_by_hooks, _tanh),
+    "spectral_norm": _row(_spectral, _tanh),
 }
+
+FEW: dict[str, Maker] = {kind: VECTORS[kind] for kind in ("tanh", "batch_norm", "dropout")}
 
 CONVOLUTIONS: dict[str, Maker] = {
     "tanh": _row(_conv, _tanh),
     "relu": _row(_conv, _relu),
     "batch_norm": _row(_conv, nn.BatchNorm2d, _relu_in_place),
     "dropout": _row(_conv, lambda _: nn.Dropout2d(0.3), _tanh),
+    "spectral_norm": _row(_spectral_conv, _tanh),
 }
 
 RECURRENT: dict[str, Maker] = {

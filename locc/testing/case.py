@@ -40,6 +40,8 @@ class Case:
         optimizer: a key of `OPTIMIZERS`.
         schedule: "lockstep" or "sequential".
         seed: of auxiliaries, dropout and noise.
+        tied: what becomes of a parameter that several modules use: "owner" or "copy".
+        dynamic: whether lengths (sizes of images) may vary beside the batch.
     """
 
     model: ModelSpec = field(default_factory=ModelSpec)
@@ -50,14 +52,21 @@ class Case:
     optimizer: str = "sgd"
     schedule: str = "lockstep"
     seed: int = 0
+    tied: str = "owner"
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise LoccError(f"optimizer={self.optimizer!r} is unknown; {nearest(self.optimizer, OPTIMIZERS)}")
 
-    def batch(self, number: int = 0) -> tuple[Any, Tensor]:
-        """Return batch `number`: inputs as `program.step` takes them, and their target."""
-        return self.model.batch(self.batch_size, number)
+    def batch(self, number: int = 0, more: int = 0) -> tuple[Any, Tensor]:
+        """Return batch `number`: inputs as `program.step` takes them, and their target.
+
+        Args:
+            number: which batch.
+            more: by how much its sequences are longer (its images larger), where these may vary.
+        """
+        return self.model.batch(self.batch_size, number, more)
 
     def compile(self, **overrides: Any) -> Program:
         """Return a new program of a new model.
@@ -69,11 +78,12 @@ class Case:
             LoccError: as `locc.compile` does; a note on the error names the case.
         """
         arguments: dict[str, Any] = {
-            "loss": self.model.loss,
+            "loss": self.model.criterion,
             "example_inputs": self.batch()[0],
+            "dynamic": "auto" if self.dynamic else None,
             "optimizer": OPTIMIZERS[self.optimizer],
             "schedule": self.schedule,
-            "tied": "owner",  # where nothing is tied, the policy changes nothing
+            "tied": self.tied,
             "seed": self.seed,
             **self.options,
         }
@@ -106,4 +116,6 @@ class Case:
 
 def undefined(error: MethodError) -> bool:
     """Whether an error says that a method or a schedule is undefined, rather than that something is wrong."""
-    return "undefined on this model" in str(error) or str(error).startswith("schedule='sequential'")
+    text = str(error)
+    varies = "dynamic" in text  # what the method adds needs one size
+    return varies or "undefined on this model" in text or text.startswith("schedule='sequential'")

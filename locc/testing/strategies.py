@@ -70,13 +70,16 @@ def models(draw: st.DrawFn, families: Sequence[str] = tuple(FAMILIES), max_block
     """
     family = draw(st.sampled_from(list(families)))
     kinds = st.sampled_from(list(family_of(family).blocks))
-    return ModelSpec(
+    spec = ModelSpec(
         family,
         tuple(draw(st.lists(kinds, min_size=1, max_size=max_blocks))),
         draw(st.sampled_from(WIDTHS)),
         draw(st.sampled_from(["cross_entropy", "mse"])),
         draw(SEEDS),
     )
+    frozen = draw(st.lists(st.sampled_from(spec.freezable), max_size=2, unique=True))
+    shared = len(set(spec.blocks)) < len(spec.blocks) and draw(st.booleans())
+    return replace(spec, frozen=tuple(sorted(frozen, key=spec.freezable.index)), shared=shared)
 
 
 def splits(model: ModelSpec | nn.Module, example_inputs: Any = None) -> st.SearchStrategy[tuple[str, ...]]:
@@ -147,10 +150,10 @@ def cases(
     method: st.SearchStrategy[str] | str | None = None,
     schedules: Sequence[str] = ("lockstep", "sequential"),
 ) -> Case:
-    """Draw model, method, splits, batch size, optimizer and schedule together.
+    """Draw model, method, splits, batch size, optimizer, schedule and what may vary together.
 
     Where a method is undefined on a model, another example is drawn; a schedule that the method does not
-    admit gives way to "lockstep".
+    admit gives way to "lockstep", and dimensions that vary to fixed ones.
 
     Args:
         draw: given by Hypothesis.
@@ -164,16 +167,18 @@ def cases(
         spec,
         name,
         draw(_options(name)),
-        draw(splits(spec) | st.integers(2, len(spec.blocks) + 2)),
+        draw(splits(spec) | st.integers(2, spec.parts) if spec.parts > 1 else splits(spec)),
         draw(st.integers(2, 5)),
         draw(st.sampled_from(list(OPTIMIZERS))),
         draw(st.sampled_from(list(schedules))),
         draw(SEEDS),
+        draw(st.sampled_from(["owner", "copy"])),
+        family_of(spec.family).grows and draw(st.booleans()),
     )
     if case.refusal() is None:
         return case
-    other = replace(case, schedule="lockstep")
-    if other == case or "lockstep" not in schedules or other.refusal() is not None:
+    other = replace(case, schedule="lockstep", dynamic=False)
+    if other == case or other.schedule not in schedules or other.refusal() is not None:
         reject()
     return other
 

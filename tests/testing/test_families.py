@@ -57,11 +57,31 @@ def test_every_block_of_every_family_is_clean(family: str, kind: str) -> None:
     case = Case(spec, splits=spec.splits, batch_size=3)
     model, (x, y) = spec.build(), case.batch()
     inputs = Inputs.of(model, x)
-    output = model(*inputs.args, **inputs.kwargs)
-    assert output.shape == (*y.shape, FAMILIES[family].classes)
+    outputs = flat(model(*inputs.args, **inputs.kwargs))
+    assert len(outputs) == 1 + FAMILIES[family].outputs
+    assert {tuple(output.shape) for output in outputs} == {(*y.shape, FAMILIES[family].classes)}
     program = case.compile()
     assert program.certificate.complete
     assert len(program.ir.modules) == len(spec.splits) + 1
+
+
+@pytest.mark.parametrize("family", [name for name, found in FAMILIES.items() if found.grows])
+def test_a_family_that_grows_takes_longer_inputs(family: str) -> None:
+    case = Case(ModelSpec(family, tuple(FAMILIES[family].blocks)[:1]), dynamic=True)
+    program = case.compile(verify=False)
+    assert all(spec.free for spec in program.ir.captured.signature.specs)
+    program.step(*case.batch(more=3))
+
+
+def test_what_is_frozen_and_shared() -> None:
+    spec = ModelSpec(
+        "chain", ("tanh", "spectral_norm", "tanh"), frozen=("stem.weight", "blocks.1"), shared=True
+    )
+    model = spec.build()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"stem.bias", "blocks.0.0.weight", "blocks.0.0.bias", "head.weight", "head.bias"}
+    assert model.blocks[2][0].weight is model.blocks[0][0].weight
+    assert spec.parts == 3  # blocks.0, blocks.2 and the head
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -99,6 +119,7 @@ def test_a_refusal_is_told_and_an_error_is_raised() -> None:
         (lambda: ModelSpec("chains"), "there is no family 'chains'; nearest: 'chain'"),
         (lambda: ModelSpec(blocks=("tan",)), "family 'chain' has no block 'tan'; nearest: .*'tanh'"),
         (lambda: ModelSpec("recurrent"), "family 'recurrent' has no block 'tanh'"),
+        (lambda: ModelSpec(frozen=("body",)).build(), "the model has no parameter under 'body'"),
         (lambda: ModelSpec(loss="l1"), "loss='l1': give 'cross_entropy' or 'mse'"),
         (lambda: Case(optimizer="sdg"), "optimizer='sdg' is unknown; nearest: 'sgd'"),
     ],

@@ -166,7 +166,7 @@ class Sequences(ModelSpec):
             torch.manual_seed(self.seed)
             return Recurrent()
 
-    def batch(self, size: int = 2, number: int = 0) -> Batch:
+    def batch(self, size: int = 2, number: int = 0, more: int = 0) -> Batch:
         return next(itertools.islice(chunks(size, torch.float32), number, None))
 
 

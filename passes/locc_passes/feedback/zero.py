@@ -23,6 +23,7 @@ class ZeroWeights(Pass):
         """Note the initial values; compilation writes them once nothing can fail any more."""
         for layer in ir.root.model.modules():
             if isinstance(layer, LAYERS):
-                for parameter in layer.parameters(recurse=False):
-                    if parameter.requires_grad:
+                # of a weight that is normalised, zero has no direction: it keeps its own values
+                for parameter in map(layer._parameters.get, ("weight", "bias")):
+                    if parameter is not None and parameter.requires_grad:
                         ir.initial.append((parameter, torch.zeros_like(parameter)))
