@@ -133,7 +133,7 @@ def _hidden_products(ir: TrainingGraph) -> Iterator[str]:
         if not isinstance(module, nn.Module) or isinstance(module, LAYERS):
             continue
         for name, part in module.named_modules():
-            matrices = [p for p in part.parameters(recurse=False) if p.dim() > 1]
+            matrices = [p for p in part.parameters(recurse=False) if p.dim() > 1 and not _scales(p)]
             if matrices and not isinstance(part, _NO_PRODUCT):
                 where = strip(f"{node.target}.{name}" if name else str(node.target))
                 found.setdefault(type(part).__name__, []).append(where)
@@ -143,6 +143,11 @@ def _hidden_products(ir: TrainingGraph) -> Iterator[str]:
             f"'{names[0]}' is a {kind}{more}, whose weights no feedback matrix can stand in for; feedback is "
             "defined for linear and convolution layers, so build it from these"
         )
+
+
+def _scales(parameter: nn.Parameter) -> bool:
+    """Whether a parameter can only scale or shift channels, as LayerScale's gamma of shape [C,1,1] does."""
+    return parameter.dim() > 2 and sum(n > 1 for n in parameter.shape) <= 1
 
 
 def _in_product(node: fx.Node) -> bool:
