@@ -18,6 +18,7 @@ from locc.capture.graphs import Trace
 from locc.capture.state import random_state, same_state
 from locc.capture.tree import flatten, leaves_of, spell
 from locc.errors import CaptureError
+from locc.ir.calls import Interpreter
 from locc.ir.captured import Root, strip
 from locc.ir.spec import BatchDim, Point, TensorSpec, fit
 
@@ -32,7 +33,7 @@ class _Seen:
     stateless: set[fx.Node] = field(default_factory=set)
 
 
-class _Watching(fx.Interpreter):
+class _Watching(Interpreter):
     """Runs a graph and notes the shape of each value, what each node changes and whether it draws."""
 
     def __init__(self, root: Root, graph: fx.Graph) -> None:

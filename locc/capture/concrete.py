@@ -76,9 +76,11 @@ def trace(
     with preserved(root), torch.enable_grad():
         root.train(training)
         recorder.run(call, runs[points[0]])
-    if recorder.stashed and eager.remembers(training, points[0]):
+    kept = [f"the forward sets '{strip(path)}'" for path in recorder.stashed]
+    kept += [f"'{strip(c.path)}' changes its arguments" for c in runs[points[0]].calls if c.refilled]
+    if kept and eager.remembers(training, points[0]):
         raise RefusalError(
-            f"the forward sets '{strip(recorder.stashed[0])}' and its next call gives another output, so one "
+            f"{kept[0]} and its next call gives another output, so one "
             "call feeds the next; make it a buffer (register_buffer), or take it as an input and return it"
         )
     tidy(graph)

@@ -17,7 +17,7 @@ from locc.capture.patches import functions_patched
 from locc.capture.source import user_code
 from locc.capture.state import seed_all
 from locc.capture.targets import unchanging
-from locc.capture.tree import LEAF, Path, Structure, flatten, leaves_of
+from locc.capture.tree import LEAF, Path, Structure, flatten
 from locc.errors import CaptureError
 from locc.ir.captured import Root, strip
 from locc.ir.spec import Dim, FreeDim, Point, fit
@@ -38,15 +38,29 @@ class Sight:
     same: bool = False  # it is that argument, as an object
 
 
+@dataclass(frozen=True)
+class Refill:
+    """What a leaf put into a container that it was given; `result` is where it returned the same object."""
+
+    value: Any
+    result: Path | None
+
+
 @dataclass
 class LeafCall:
-    """One call of a closed module."""
+    """One call of a closed module.
+
+    Attributes:
+        refilled: what it put into the containers that it was given, by path in (args, kwargs).
+        resized: it added items to one, or removed some.
+    """
 
     path: str
     results: list[Any] = field(default_factory=list)
     structure: Structure = LEAF
     mutated: set[Path] = field(default_factory=set)
-    refilled: str | None = None
+    refilled: dict[Path, Refill] = field(default_factory=dict)
+    resized: bool = False
 
 
 @dataclass
@@ -210,10 +224,15 @@ class _Observer:
         finally:
             self.inside = False
         seen.mutated = {where for where, version in versions.items() if tensors[where]._version != version}
-        after = leaves_of(given)
-        if len(after) != len(values) or any(a is not b for a, b in zip(after, values, strict=True)):
-            seen.refilled = "an argument"
         results, seen.structure = flatten(result)
+        returned = dict(zip(map(id, results), seen.structure.paths(), strict=True))
+        after, now = flatten(given)
+        seen.resized = now != structure
+        if not seen.resized:
+            for where, old, new in zip(structure.paths(), values, after, strict=True):
+                if new is not old:
+                    value = _sight(new, tensors) if isinstance(new, Tensor) else new
+                    seen.refilled[where] = Refill(value, returned.get(id(new)))
         seen.results = [_sight(value, tensors) if isinstance(value, Tensor) else value for value in results]
         return result
 

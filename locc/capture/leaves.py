@@ -22,7 +22,7 @@ from locc.ir.captured import strip
 def record(ledger: Ledger, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
     """Write one call of a closed module into the graph and return its result on fake tensors."""
     calls = ledger.records.next(path)
-    _check_arguments(ledger, module, path, args, kwargs, calls[0])
+    _check_arguments(ledger, module, path, args, kwargs, calls)
     region = Region.now()
     if region.autocast != ledger.outside.autocast or region.inference != ledger.outside.inference:
         raise RefusalError(
@@ -38,7 +38,10 @@ def record(ledger: Ledger, module: nn.Module, path: str, args: Any, kwargs: Any)
     near = list(given.values())
     node = ledger.emit("call_module", path, ledger.argument(args, near), ledger.argument(kwargs, near))
     detach = not region.grad and ledger.outside.grad
-    return _results(ledger, path, node, calls, given, detach)
+    returned = _results(ledger, path, node, calls, given, detach)
+    if calls[0].refilled:
+        _refill(ledger, path, (args, kwargs), calls, given, returned)
+    return calls[0].structure.build(list(returned.values()))
 
 
 def _results(
@@ -48,13 +51,14 @@ def _results(
     calls: list[LeafCall],
     given: dict[Path, Tensor],
     detach: bool,
-) -> Any:
+) -> dict[Path, Any]:
+    """Return what the module returned, by path."""
     first = calls[0]
-    results: list[Any] = []
+    results: dict[Path, Any] = {}
     for i, where in enumerate(first.structure.paths()):
         seen = [call.results[i] for call in calls]
         if not isinstance(seen[0], Sight):
-            results.append(_constant(ledger, path, where, seen))
+            results[where] = _constant(ledger, path, where, seen)
             continue
         fake, renamed = _fake(ledger, path, seen, given, first.mutated)
         part = access(ledger.graph, node, where)
@@ -62,8 +66,39 @@ def _results(
         if detach:  # the module ran under no_grad: same values, no tape
             part = ledger.emit("call_method", "detach", (part,), {})
             fake = fake if renamed else fake.detach()
-        results.append(ledger.bind(fake, part))
-    return first.structure.build(results)
+        results[where] = ledger.bind(fake, part)
+    return results
+
+
+def _refill(
+    ledger: Ledger,
+    path: str,
+    arguments: Any,
+    calls: list[LeafCall],
+    given: dict[Path, Tensor],
+    returned: dict[Path, Any],
+) -> None:
+    """Change the caller's lists and dicts as the module did, in so far as the graph has the values."""
+    for where, refill in calls[0].refilled.items():
+        seen = [call.refilled[where].value for call in calls]
+        if refill.result is not None:
+            value = returned[refill.result]
+        elif isinstance(refill.value, Sight):
+            value, _ = _fake(ledger, path, seen, given, set())
+            name = argument_name(ledger.root.get_submodule(path), where)
+            ledger.lose(
+                value, f"what '{strip(path)}' put into its argument '{name}', and did not return, is used"
+            )
+        else:
+            value = _constant(ledger, path, where, seen)
+        *above, (kind, key) = where
+        container = arguments
+        for step, inner in above:
+            container = getattr(container, inner) if step == "attr" else container[inner]
+        if kind == "attr":
+            object.__setattr__(container, key, value)
+        else:
+            container[key] = value
 
 
 def _fake(
@@ -131,11 +166,12 @@ def _constant(ledger: Ledger, path: str, where: Path, seen: list[Any]) -> Any:
 
 
 def _check_arguments(
-    ledger: Ledger, module: nn.Module, path: str, args: Any, kwargs: Any, seen: LeafCall
+    ledger: Ledger, module: nn.Module, path: str, args: Any, kwargs: Any, calls: list[LeafCall]
 ) -> None:
-    if seen.refilled is not None:
+    seen = calls[0]
+    if seen.resized or any(call.refilled.keys() != seen.refilled.keys() for call in calls):
         raise CaptureError(
-            f"'{strip(path)}' changes a list or dict that it is given, at {user_code()}; "
+            f"'{strip(path)}' adds to, or takes from, a list or dict that it is given, at {user_code()}; "
             "return the value instead"
         )
     values, structure = flatten((args, kwargs))

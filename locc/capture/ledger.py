@@ -40,6 +40,7 @@ class Ledger:
         self._nodes: dict[int, fx.Node] = {}
         self._fakes: dict[int, Tensor] = {}
         self._read: dict[int, Tensor] = {}
+        self._lost: dict[int, str] = {}
         self._held: list[Any] = []  # so that an id names one object
 
     def bind(self, fake: Tensor, node: fx.Node) -> Tensor:
@@ -47,6 +48,11 @@ class Ledger:
         self._nodes[id(fake)] = node
         self._held.append(fake)
         return fake
+
+    def lose(self, fake: Tensor, why: str) -> None:
+        """Let no node stand for a fake tensor: whoever uses it gets `why`, which ends in "is used"."""
+        self._lost[id(fake)] = why
+        self._held.append(fake)
 
     def as_fake(self, tensor: Tensor) -> Tensor:
         """Return the fake tensor of a parameter, buffer or constant."""
@@ -64,7 +70,8 @@ class Ledger:
         if id(fake) not in self._nodes:
             real = self._read.get(id(fake))
             if real is None:
-                raise CaptureError(f"a tensor of unknown origin is used at {user_code()}")
+                why = self._lost.get(id(fake), "a tensor of unknown origin is used")
+                raise CaptureError(f"{why} at {user_code()}")
             self.bind(fake, self._outside_tensor(real))
         return self._nodes[id(fake)]
 

@@ -29,6 +29,9 @@ def trace(root: Root, call: Call, opened: frozenset[str], training: bool, eager:
     Raises:
         CaptureError: the opened code needs values, mutates tensors or changes ambient settings.
     """
+    for seen in eager.calls:
+        if seen.refilled or seen.resized:
+            raise CaptureError(f"'{strip(seen.path)}' changes a list or dict that it is given")
     tracer = _Tracer(Calls(root, opened), call, eager)
     with (
         preserved(root),

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from locc.errors import ExportError
 from locc.export.names import flat_outputs
 from locc.ir import TrainingGraph
+from locc.ir.calls import Interpreter
 from locc.ir.captured import owned_tensor
 from locc.markers import split
 
@@ -75,7 +76,7 @@ def stage_graph(stage: Stage) -> fx.Graph:
     return graph
 
 
-class Recorder(fx.Interpreter):
+class Recorder(Interpreter):
     """Runs the whole inference graph and keeps the values that cross between stages."""
 
     def __init__(self, module: fx.GraphModule, wanted: set[str]) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from locc.errors import MethodError
+from locc.ir.calls import given as arguments
 from locc.ir.captured import owned_tensor
 from locc.ir.likeness import likeness
 from locc.ir.memory import memories
@@ -180,8 +181,8 @@ class _Trial:
         with mode or nullcontext():
             values = {n: map_specs(lambda s: _filled(s, point), n.meta.get("spec")) for n in self.inputs}
             values.update((n, _copied(m, mode)) for n, m in self.modules.items())
-            args: Any = fx.map_arg(self.args, values.__getitem__)
-            kwargs: Any = fx.map_arg(self.kwargs, values.__getitem__)
+            args: Any = arguments(self.args, values.__getitem__)
+            kwargs: Any = arguments(self.kwargs, values.__getitem__)
             given = memories(list(values.values()))
             if self.op == "call_module":
                 module = _copied(self.target, mode)

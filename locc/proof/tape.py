@@ -18,6 +18,8 @@ _VIEWS = re.compile(
     r"^(T|Transpose|Permute|View|UnsafeView|Expand|ToCopy|Reshape(Alias)?|Unsqueeze|Squeeze|Slice|Select|Split|Alias|"
     r"Mul|Cat|Clone|AsStrided|Unbind)Backward"
 )
+_SUMS = re.compile(r"^(Add|Sub|Rsub|Cat|Stack|CopySlices|Where|IndexPut|MaskedFill|Copy)Backward|^CopySlices")
+_SCALES = re.compile(r"^(Mul|Div)Backward")
 
 
 @dataclass
@@ -67,16 +69,18 @@ class Tape:
         """Whether the gradient of the scalar with respect to `leaf` is multiplied by trained matrices.
 
         True where, on the way to the leaf, an operation also has a trained parameter of two or more
-        dimensions as an operand, possibly through views.
+        dimensions as an operand, possibly through views. A sum multiplies nothing, and an elementwise
+        product with a parameter of one dimension, such as LayerScale's [C,1,1], only scales.
         """
         found = self.leaves.get(id(leaf))
         end = found[1] if found is not None else leaf.grad_fn
         if end is None or end not in self.parent:
             return False
         return any(
-            sibling is not None and sibling not in way and self._is_matrix(sibling, trained)
+            sibling is not None and sibling not in way and self._is_matrix(sibling, trained, node)
             for way in [self._ways_to(end)]
             for node in way
+            if not _SUMS.match(node.name())
             for sibling, _ in node.next_functions
         )
 
@@ -94,12 +98,14 @@ class Tape:
         return way
 
     @staticmethod
-    def _is_matrix(node: Any, trained: Callable[[Tensor], bool]) -> bool:
+    def _is_matrix(node: Any, trained: Callable[[Tensor], bool], product: Any) -> bool:
+        least = 2 if _SCALES.match(product.name()) else 1
         todo, seen = [node], {node}
         while todo:
             step = todo.pop()
             variable = getattr(step, "variable", None)
-            if isinstance(variable, Tensor) and variable.dim() >= 2 and trained(variable):
+            large = isinstance(variable, Tensor) and sum(n >= least for n in variable.shape) >= 2
+            if large and trained(variable):
                 return True
             if _VIEWS.match(step.name()):
                 new = [n for n, _ in step.next_functions if n is not None and n not in seen]

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from locc.errors import RunError
 from locc.ir import ops
+from locc.ir.calls import given
 from locc.ir.captured import owned_tensor
 from locc.ir.tape import changers
 from locc.ir.view import draws
@@ -124,8 +125,8 @@ class _Meaning:
         self.round, self.commits = 0, before
 
     def _compute(self, node: fx.Node) -> Any:
-        args: Any = fx.map_arg(node.args, self.values.__getitem__)
-        kwargs: Any = fx.map_arg(node.kwargs, self.values.__getitem__)
+        args: Any = given(node.args, self.values.__getitem__)
+        kwargs: Any = given(node.kwargs, self.values.__getitem__)
         if node.op == "get_attr":
             return owned_tensor(self.ir.root, str(node.target))
         if node.target is ops.assign:

@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from locc.capture import capture
+from locc.capture import capture, export
 from locc.errors import CaptureError, RunError
 from locc.ir.captured import Inputs, Root
 from zoo import find
 from zoo.hf import HAS_TRANSFORMERS, gpt2_with_cache
 from zoo.two import Two, sample, take, targets
+
+
+def refuse(*args: Any) -> Any:
+    raise CaptureError("refused here")
 
 
 def allowed(found: Any) -> list[int]:
@@ -198,6 +202,38 @@ def test_a_state_in_an_attribute_is_refused() -> None:
 
     with pytest.raises(CaptureError, match=r"sets 'carry'.*register_buffer"):
         take(Two(between), sample())
+
+
+class Puts(nn.Module):
+    """Puts a tensor into a list, and returns another."""
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        x[0] = x[0] * 2
+        return x[0] + 1
+
+
+def test_what_a_leaf_puts_into_a_list_and_does_not_return_is_not_taken_for_what_was_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def between(m: Any, x: Tensor) -> Tensor:
+        parts = [m.a(x)]
+        return m.b(m.leaf(parts) + parts[0])
+
+    assert take(Two(between, Puts()), sample()).origin == "export"
+    monkeypatch.setattr(export, "trace", refuse)
+    with pytest.raises(CaptureError, match=r"what 'leaf' put into its argument 'x\[0\]', .*is used at"):
+        take(Two(between, Puts()), sample())
+
+
+def test_a_list_that_outlives_the_call_and_is_changed_by_a_leaf_is_refused() -> None:
+    def between(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.a(x) * m.leaf(m.kept))
+
+    model = Two(between, Puts())
+    model.kept = [torch.ones(6)]  # type: ignore[assignment]
+    with pytest.raises(CaptureError, match=r"'leaf' changes its arguments and its next call gives another"):
+        take(model, sample())
+    assert torch.equal(model.kept[0], torch.ones(6))
 
 
 def test_python_randomness_is_refused() -> None:

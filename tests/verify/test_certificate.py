@@ -84,6 +84,35 @@ def test_feedback_alignment_is_locked_but_transports_no_weights() -> None:
     assert all("by fixed matrices, not their trained weights" in how for _, how in certificate.gradients)
 
 
+class Scaled(nn.Module):
+    """A block whose convolution's result is scaled by one number a channel, and shifted by position."""
+
+    def __init__(self, scale: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(2, 2, 3, padding=1), scale
+        self.shift = nn.Parameter(torch.zeros(1, 2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale(torch.tanh(self.conv(x)) + self.shift)
+
+
+class Gamma(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full(shape, 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * x
+
+
+@pytest.mark.parametrize(("method", "by"), [("fa", "by fixed matrices"), ("bp", "by their trained weights")])
+def test_a_scale_for_each_channel_is_no_matrix(method: str, by: str) -> None:
+    model = nn.Sequential(Scaled(Gamma(2, 1, 1)), Scaled(Gamma(1, 2, 1, 1)), nn.Flatten(), nn.Linear(32, 3))
+    program = locc.compile(model, method, ["0"], example_inputs=torch.randn(4, 2, 4, 4))
+    ((_, how),) = program.certificate.gradients
+    assert by in how
+
+
 def test_direct_feedback_alignment_waits_for_the_output_but_for_no_backward_pass() -> None:
     certificate = _program("dfa").certificate
     for owner in certificate.owners[:-1]:

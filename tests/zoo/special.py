@@ -202,6 +202,34 @@ class ItemBetween(BranchBetween):
         return self.head(self.block(x))
 
 
+class Branches(nn.Module):
+    """Changes the list that it is given, as HRNet's stages do, and returns one of the new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Linear(6, 6), nn.Linear(8, 8)])
+        self.mix = nn.Linear(14, 8)
+
+    def forward(self, x: list[Any]) -> list[Tensor]:
+        for i, branch in enumerate(self.branches):
+            x[i] = torch.relu(branch(x[i]))
+        x[2] = None
+        return [x[0], self.mix(torch.cat(x[:2], 1))]
+
+
+class ChangedList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stage, self.head = nn.Linear(6, 8), Branches(), nn.Linear(14, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts: list[Any] = [x, self.stem(x), x]
+        _, mixed = self.stage(parts)
+        if parts[2] is None:
+            mixed = torch.cat([mixed, parts[0]], 1)
+        return self.head(mixed)
+
+
 class Notes:
     """A plain mutable object that modules write to."""
 
@@ -265,6 +293,8 @@ CASES: list[Case] = [
     case("custom_function", CustomFunction, normal(6), FOUR, [["body"], ["body.0", "middle"]], tags="custom"),
     case("branch_in_leaf", BranchInLeaf, normal(6), FOUR, [["stem"], ["stem", "block"]],
          tags="data-dependent"),
+    case("changed_list", ChangedList, normal(6), FOUR, [["stem"], ["stage"]], tags="structured",
+         origins=("concrete", "concrete")),
     case("mutable_object", PassesNotes, normal(6), FOUR, [["first"]], tags="export", origins=("export",)),
 ]  # fmt: skip
 

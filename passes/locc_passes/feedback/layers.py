@@ -154,8 +154,13 @@ def opened(model: nn.Module) -> Iterator[str]:
 
 def _multiplies(module: nn.Module) -> bool:
     """Whether a module has matrices of its own, and is none of those that only look them up or scale."""
-    matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+    matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1 and not _scales(p)]
     return bool(matrices) and not isinstance(module, _NO_PRODUCT)
+
+
+def _scales(parameter: nn.Parameter) -> bool:
+    """Whether a parameter can only scale or shift channels, as LayerScale's gamma of shape [C,1,1] does."""
+    return parameter.dim() > 2 and sum(n > 1 for n in parameter.shape) <= 1
 
 
 def _hooked(layer: nn.Module) -> bool:

@@ -1,0 +1,34 @@
+"""The arguments of a node as the code that it calls gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+
+def given(value: Any, value_of: Callable[[fx.Node], Any]) -> Any:
+    """Return (part of) a node's arguments with values for nodes, in lists and dicts of their own.
+
+    `fx.map_arg` gives lists that refuse to be changed, and a module may change a list that it is given.
+    """
+    if isinstance(value, fx.Node):
+        return value_of(value)
+    if isinstance(value, list):
+        return [given(v, value_of) for v in value]
+    if isinstance(value, dict):
+        return {k: given(v, value_of) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(*(given(v, value_of) for v in (value.start, value.stop, value.step)))
+    if type(value) is tuple:
+        return tuple(given(v, value_of) for v in value)
+    return fx.map_arg(value, value_of)
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph node by node, as its generated code would."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a node."""
+        return given(n.args, self.env.__getitem__), given(n.kwargs, self.env.__getitem__)
