@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from locc import registry
 from locc.capture import Dynamic, capture, marker_ancestors
-from locc.errors import CaptureError, LoccError, LoccWarning, MethodError
+from locc.errors import CaptureError, LoccError, LoccWarning, MethodError, RunError
 from locc.ir import Inputs, Root, TrainingGraph
+from locc.ir.captured import Captured
 from locc.losses import MODEL, Loss, own_loss
 from locc.lower import stages
 from locc.partition import TiedPolicy, opened_by, partition, resolve
@@ -33,6 +34,9 @@ from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings
 from locc.runtime.fingerprint import fingerprint
 from locc.snapshot import undone_on_failure
+
+FEW = 3
+"""Samples on which a model is captured: it runs on them, and on one less."""
 
 _HOME = os.path.dirname(__file__) + os.sep
 
@@ -55,6 +59,7 @@ class Request:
     settings: Settings
     verify: bool
     dynamic: Dynamic = None
+    cache: bool = False
 
 
 def compile(
@@ -76,6 +81,7 @@ def compile(
     seed: int | None = None,
     atomic: bool = False,
     verify: bool = True,
+    cache: bool = False,
     **method_options: Any,
 ) -> Program:
     """Compile a model for local learning.
@@ -109,7 +115,15 @@ def compile(
         atomic: undo a whole step when an objective is not finite, earlier modules' updates included;
             keeps a copy of all parameters and optimizer state during the step.
         verify: prove locality before returning.
+        cache: keep what capturing this model has shown, and use it the next time; see below.
         **method_options: hyper-parameters of the method.
+
+    With `cache=True` a file is kept in the folder `$LOCC_CACHE` (by default `locc` in the user's folder of
+    caches: `~/.cache/locc` on Linux). It is found by the source of locc and of the model's classes, the
+    versions of Python and PyTorch, the model's tensors, the inputs' shapes, splits and `dynamic`; it is JSON
+    and holds no code. The model is traced again each time: the file says that the very same graph has been
+    compared with the model, so that the output at one size is all that is compared anew. A file that does
+    not fit or is broken is noted in the log and replaced; any file may be deleted.
 
     Returns:
         The program.
@@ -127,7 +141,7 @@ def compile(
     settings = Settings(
         trained, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic, loss == MODEL
     )
-    request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify, dynamic)
+    request = Request(Root(model), chosen, name, splits, Loss(loss), tied, settings, verify, dynamic, cache)
     TiedPolicy(tied)
     program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
     if example_inputs is not None:
@@ -242,18 +256,35 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
     root = request.root
-    marked, markers = marker_ancestors(root, inputs)
+    few = inputs.head(FEW)
+    marked, markers = marker_ancestors(root, few)
     cuts = resolve(root, request.splits, markers, inputs)
     named = [cut.name for cut in cuts if not cut.marker]
     layers = [f"model.{name}" for name in request.method.opened(root.model, named)]
     opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
-    captured = capture(root, inputs, opened, request.dynamic)
+    captured = captured_on_few(request, inputs, few, opened)
     ir = partition(captured, cuts, request.loss, policy)
     if request.loss.name == MODEL:
         own_loss(ir.output_structure())
     reads = ir.prediction.name if ir.output is not ir.prediction else ""
     ir.loss_function = request.loss.on(ir.prediction.meta["spec"], _gives_tokens(ir), reads)
     return ir
+
+
+def captured_on_few(request: Request, inputs: Inputs, few: Inputs, opened: frozenset[str]) -> Captured:
+    """Capture on a few samples; on all, where the model cannot be captured so or treats them otherwise.
+
+    Capturing runs the model end to end and several times, which takes time and may not fit in memory.
+    """
+    try:
+        captured = capture(request.root, few, opened, request.dynamic, request.cache)
+        captured.signature.bind(inputs)
+    except (CaptureError, RunError):
+        if few is inputs:
+            raise
+        return capture(request.root, inputs, opened, request.dynamic, request.cache)
+    captured.example = inputs
+    return captured
 
 
 def _gives_tokens(ir: TrainingGraph) -> bool:
