@@ -22,7 +22,7 @@ from locc.ir import Inputs, Root, TrainingGraph
 from locc.ir.captured import Captured
 from locc.losses import MODEL, Loss, own_loss
 from locc.lower import stages
-from locc.partition import TiedPolicy, opened_by, partition, resolve
+from locc.partition import Cut, TiedPolicy, opened_by, partition, resolve
 from locc.program import Program
 from locc.proof import prove
 from locc.proof.experiment.batch import accepts, made_up, small_batch
@@ -255,14 +255,15 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
 
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
-    root = request.root
     few = inputs.head(FEW)
-    marked, markers = marker_ancestors(root, few)
-    cuts = resolve(root, request.splits, markers, inputs)
-    named = [cut.name for cut in cuts if not cut.marker]
-    layers = [f"model.{name}" for name in request.method.opened(root.model, named)]
-    opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
-    captured = captured_on_few(request, inputs, few, opened)
+    try:
+        captured, cuts = captured_on(request, few, inputs)
+        captured.signature.bind(inputs)
+    except (CaptureError, RunError):  # it takes no other batch, or treats a large one otherwise
+        if few is inputs:
+            raise
+        captured, cuts = captured_on(request, inputs, inputs)
+    captured.example = inputs
     ir = partition(captured, cuts, request.loss, policy)
     if request.loss.name == MODEL:
         own_loss(ir.output_structure())
@@ -271,20 +272,19 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     return ir
 
 
-def captured_on_few(request: Request, inputs: Inputs, few: Inputs, opened: frozenset[str]) -> Captured:
-    """Capture on a few samples; on all, where the model cannot be captured so or treats them otherwise.
+def captured_on(request: Request, samples: Inputs, inputs: Inputs) -> tuple[Captured, list[Cut]]:
+    """Capture on some samples of the inputs, and resolve the splits.
 
-    Capturing runs the model end to end and several times, which takes time and may not fit in memory.
+    Capturing runs the model end to end and several times, which takes time and may not fit in memory: a
+    few samples will do for most models.
     """
-    try:
-        captured = capture(request.root, few, opened, request.dynamic, request.cache)
-        captured.signature.bind(inputs)
-    except (CaptureError, RunError):
-        if few is inputs:
-            raise
-        return capture(request.root, inputs, opened, request.dynamic, request.cache)
-    captured.example = inputs
-    return captured
+    root = request.root
+    marked, markers = marker_ancestors(root, samples)
+    cuts = resolve(root, request.splits, markers, inputs)
+    named = [cut.name for cut in cuts if not cut.marker]
+    layers = [f"model.{name}" for name in request.method.opened(root.model, named)]
+    opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
+    return capture(root, samples, opened, request.dynamic, request.cache), cuts
 
 
 def _gives_tokens(ir: TrainingGraph) -> bool:
