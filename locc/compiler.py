@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from locc import registry
 from locc.capture import Dynamic, capture, marker_ancestors
-from locc.errors import CaptureError, LoccError, LoccWarning, MethodError
+from locc.errors import CaptureError, LoccError, LoccWarning, MethodError, RunError
 from locc.ir import Inputs, Root, TrainingGraph
+from locc.ir.captured import Captured
 from locc.losses import MODEL, Loss, own_loss
 from locc.lower import stages
-from locc.partition import TiedPolicy, opened_by, partition, resolve
+from locc.partition import Cut, TiedPolicy, opened_by, partition, resolve
 from locc.program import Program
 from locc.proof import prove
 from locc.proof.experiment.batch import accepts, made_up, small_batch
@@ -34,6 +35,9 @@ from locc.runtime import Built, Compiled, Executor, Settings
 from locc.runtime.fingerprint import fingerprint
 from locc.snapshot import undone_on_failure
 from locc.tasks import tasks_of
+
+FEW = 3
+"""Samples on which a model is captured: it runs on them, and on one less."""
 
 _HOME = os.path.dirname(__file__) + os.sep
 
@@ -57,6 +61,7 @@ class Request:
     verify: bool
     dynamic: Dynamic = None
     prediction: str | None = None
+    cache: bool = False
 
 
 def compile(
@@ -79,6 +84,7 @@ def compile(
     seed: int | None = None,
     atomic: bool = False,
     verify: bool = True,
+    cache: bool = False,
     **method_options: Any,
 ) -> Program:
     """Compile a model for local learning.
@@ -118,7 +124,15 @@ def compile(
         atomic: undo a whole step when an objective is not finite, earlier modules' updates included;
             keeps a copy of all parameters and optimizer state during the step.
         verify: prove locality before returning.
+        cache: keep what capturing this model has shown, and use it the next time; see below.
         **method_options: hyper-parameters of the method.
+
+    With `cache=True` a file is kept in the folder `$LOCC_CACHE` (by default `locc` in the user's folder of
+    caches: `~/.cache/locc` on Linux). It is found by the source of locc and of the model's classes, the
+    versions of Python and PyTorch, the model's tensors, the inputs' shapes, splits and `dynamic`; it is JSON
+    and holds no code. The model is traced again each time: the file says that the very same graph has been
+    compared with the model, so that the output at one size is all that is compared anew. A file that does
+    not fit or is broken is noted in the log and replaced; any file may be deleted.
 
     Returns:
         The program.
@@ -137,7 +151,17 @@ def compile(
         trained, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic, loss == MODEL
     )
     request = Request(
-        Root(model), chosen, name, splits, Loss(loss), tied, settings, verify, dynamic, prediction
+        Root(model),
+        chosen,
+        name,
+        splits,
+        Loss(loss),
+        tied,
+        settings,
+        verify,
+        dynamic,
+        prediction,
+        cache,
     )
     TiedPolicy(tied)
     program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
@@ -253,13 +277,15 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
 
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
-    root = request.root
-    marked, markers = marker_ancestors(root, inputs)
-    cuts = resolve(root, request.splits, markers, inputs)
-    named = [cut.name for cut in cuts if not cut.marker]
-    layers = [f"model.{name}" for name in request.method.opened(root.model, named)]
-    opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
-    captured = capture(root, inputs, opened, request.dynamic)
+    few = inputs.head(FEW)
+    try:
+        captured, cuts = captured_on(request, few, inputs)
+        captured.signature.bind(inputs)
+    except (CaptureError, RunError):  # it takes no other batch, or treats a large one otherwise
+        if few is inputs:
+            raise
+        captured, cuts = captured_on(request, inputs, inputs)
+    captured.example = inputs
     ir = partition(captured, cuts, request.loss, policy)
     if request.loss.name == MODEL:
         own_loss(ir.output_structure())
@@ -270,6 +296,21 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     path = main.path if request.prediction is not None else ()
     ir.loss_function = request.loss.on(main.spec, tokens, reads, path)
     return ir
+
+
+def captured_on(request: Request, samples: Inputs, inputs: Inputs) -> tuple[Captured, list[Cut]]:
+    """Capture on some samples of the inputs, and resolve the splits.
+
+    Capturing runs the model end to end and several times, which takes time and may not fit in memory: a
+    few samples will do for most models.
+    """
+    root = request.root
+    marked, markers = marker_ancestors(root, samples)
+    cuts = resolve(root, request.splits, markers, inputs)
+    named = [cut.name for cut in cuts if not cut.marker]
+    layers = [f"model.{name}" for name in request.method.opened(root.model, named)]
+    opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
+    return capture(root, samples, opened, request.dynamic, request.cache), cuts
 
 
 def _gives_tokens(ir: TrainingGraph) -> bool:

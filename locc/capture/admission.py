@@ -5,6 +5,7 @@ The same runs of the graph yield the metadata of its nodes: specs, mutations, ra
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 from locc.capture.eager import Eager, Run, eager_run
 from locc.capture.graphs import Trace
 from locc.capture.state import random_state, same_state
+from locc.capture.targets import InRegion
 from locc.capture.tree import flatten, leaves_of, spell
 from locc.errors import CaptureError
 from locc.ir.calls import Interpreter
@@ -26,7 +28,9 @@ _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.bfloat16: 3e-2,
 
 
 @dataclass
-class _Seen:
+class Seen:
+    """What the nodes of a graph did in one run."""
+
     values: dict[fx.Node, Any] = field(default_factory=dict)
     mutates: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
     random: set[fx.Node] = field(default_factory=set)
@@ -38,7 +42,7 @@ class _Watching(Interpreter):
 
     def __init__(self, root: Root, graph: fx.Graph) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
-        self.seen = _Seen()
+        self.seen = Seen()
         self._tensors: list[tuple[fx.Node, Tensor]] = []
 
     def run_node(self, n: fx.Node) -> Any:
@@ -84,7 +88,7 @@ def _is_buffer(node: fx.Node, value: Any) -> bool:
 def _look(value: Any) -> Any:
     """Return a nested value with each tensor replaced by what is asked of it."""
     if isinstance(value, Tensor):
-        return _Look(tuple(value.shape), value.dtype, value.requires_grad)
+        return Look(tuple(value.shape), value.dtype, value.requires_grad)
     if isinstance(value, (tuple, list)):
         return tuple(_look(v) for v in value)
     _, structure = flatten(value)
@@ -98,46 +102,103 @@ def _part(value: Any, kind: str, key: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
+    """What is asked of a tensor that a node returned."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
     grad: bool
 
 
-def admit(root: Root, trace: Trace, eager: Eager, training: bool, points: list[Point], pure: bool) -> None:
+def admit(
+    root: Root, trace: Trace, eager: Eager, training: bool, points: list[Point], origin: str
+) -> dict[Point, Seen]:
     """Compare a trace with eager at each point and annotate its nodes.
+
+    Outputs and buffers are compared at every point, gradients at the first, and at the others where the
+    graph holds something whose backward pass may know a size that its forward does not show.
+
+    Returns:
+        What the nodes did at each point.
 
     Raises:
         CaptureError: something differs; the message names the first tensor that does.
     """
-    seen = {point: compare(root, trace, eager, training, point) for point in points}
-    if pure:
-        _require_pure(seen[points[0]])
-    _annotate(trace.graph, seen, eager)
+    first, *others = points
+    seen = {first: compare(root, trace, eager, training, first)}
+    trace.whole = origin == "export" or any(_knows_sizes(node, seen[first]) for node in trace.graph.nodes)
+    seen |= {point: compare(root, trace, eager, training, point, trace.whole) for point in others}
+    if origin == "fx":
+        _require_pure(seen[first])
+    _annotate(trace, seen, eager)
     if training:
-        _mark_constants(trace.graph, seen[points[0]])
+        _mark_constants(trace.graph, seen[first])
+    return seen
 
 
-def compare(root: Root, trace: Trace, eager: Eager, training: bool, point: Point) -> _Seen:
+def admit_known(
+    root: Root, trace: Trace, eager: Eager, training: bool, looks: dict[Point, list[Any]], origin: str
+) -> None:
+    """Admit a trace that has been admitted before, with what its nodes returned at each point.
+
+    Raises:
+        CaptureError: an output or a buffer differs at the first point, or what a node returns does.
+    """
+    first, *others = looks
+    seen = {first: compare(root, trace, eager, training, first, backward=False)}
+    if [_shapes(seen[first].values[n]) for n in trace.graph.nodes] != [_shapes(v) for v in looks[first]]:
+        raise CaptureError("a value has another shape than it had")
+    seen |= {point: Seen(dict(zip(trace.graph.nodes, looks[point], strict=True))) for point in others}
+    if origin == "fx":
+        _require_pure(seen[first])
+    _annotate(trace, seen, eager)
+    if training:
+        _mark_constants(trace.graph, seen[first])
+
+
+def admit_in_eval(root: Root, trace: Trace, eager: Eager, trained: dict[Point, Seen], origin: str) -> None:
+    """Admit a copy of a training trace for inference, where the opened code does not know the mode.
+
+    Then only the closed modules can differ, so one size is enough: at others the graph has been compared
+    in train mode.
+
+    Raises:
+        CaptureError: something differs from eager, or a value has another shape than in train mode.
+    """
+    point, train = next(iter(trained.items()))
+    seen = compare(root, trace, eager, False, point)
+    twins = dict(zip(trace.graph.nodes, train.values, strict=True))
+    for node, twin in twins.items():
+        if _shapes(seen.values[node]) != _shapes(train.values[twin]):
+            raise CaptureError(f"'{node.name}' has another shape than in train mode")
+    if origin == "fx":
+        _require_pure(seen)
+    others = {p: Seen({n: run.values[t] for n, t in twins.items()}) for p, run in trained.items()}
+    _annotate(trace, {**others, point: seen}, eager)
+
+
+def compare(
+    root: Root, trace: Trace, eager: Eager, training: bool, point: Point, backward: bool = True
+) -> Seen:
     """Run a trace beside eager at one point and return what its nodes did.
 
     Raises:
         CaptureError: something differs; the message names the first tensor that does.
     """
-    real = eager_run(eager, training, point)
+    real = eager_run(eager, training, point, backward)
     watching = _Watching(root, trace.graph)
-    run = _run(watching, eager, training, point)
-    _compare(real, run, training, eager.call.text(point))
+    run = _run(watching, eager, training, point, backward)
+    _compare(real, run, training, eager.call.text(point), backward)
     return watching.seen
 
 
-def _run(watching: _Watching, eager: Eager, training: bool, point: Point) -> Run:
+def _run(watching: _Watching, eager: Eager, training: bool, point: Point, backward: bool) -> Run:
     def forward(tensors: list[Tensor]) -> Any:
-        watching.seen, watching._tensors = _Seen(), []
+        watching.seen, watching._tensors = Seen(), []
         return watching.run(*tensors)
 
     try:
-        return eager.measure(forward, training, point)
+        return eager.measure(forward, training, point, backward)
     except Exception as error:
         raise CaptureError(
             f"the captured graph fails where the model does not ({eager.call.text(point)}): "
@@ -145,7 +206,7 @@ def _run(watching: _Watching, eager: Eager, training: bool, point: Point) -> Run
         ) from error
 
 
-def _compare(real: Run, run: Run, training: bool, sizes: str) -> None:
+def _compare(real: Run, run: Run, training: bool, sizes: str, backward: bool) -> None:
     mode = "train" if training else "eval"
     where = f"in {mode} mode at {sizes}"
     paths = [
@@ -160,7 +221,7 @@ def _compare(real: Run, run: Run, training: bool, sizes: str) -> None:
     scale = max(
         (float(g.abs().max()) for g in real.gradients.values() if g is not None and g.numel()), default=0.0
     )
-    for name, gradient in real.gradients.items():
+    for name, gradient in real.gradients.items() if backward else ():
         _require(f"the gradient of {name}", gradient, run.gradients.get(name), where, 1e-3 * scale)
     for name, buffer in real.buffers.items():
         _require(f"buffer '{strip(name)}' after the step", buffer, run.buffers.get(name), where)
@@ -198,7 +259,7 @@ def _distance(real: Tensor, found: Tensor, floor: float) -> tuple[float, float]:
     return float(gap), _TOLERANCE.get(real.dtype, 1e-4) * scale
 
 
-def _require_pure(seen: _Seen) -> None:
+def _require_pure(seen: Seen) -> None:
     for node, changed in seen.mutates.items():
         if node.op != "call_module":
             raise CaptureError(f"'{node.name}' changes '{changed[0].name}' in place")
@@ -209,11 +270,44 @@ def _require_pure(seen: _Seen) -> None:
             raise CaptureError(f"the shape of '{node.name}' depends on data")
 
 
-def _data_dependent(node: fx.Node, seen: _Seen) -> bool:
+def _knows_sizes(node: fx.Node, seen: Seen) -> bool:
+    """Whether the backward pass of a node may use a size that a constant, a closure or an argument holds.
+
+    An operator of PyTorch differentiates what its forward computes; a hook, a custom function and a module
+    that is told a size may do otherwise.
+    """
+    if node.op == "call_module":
+        return any(_holds_no_tensor(seen.values[given]) for given in node.all_input_nodes)
+    if node.op == "call_method":
+        return node.target == "register_hook"
+    target = node.target.function if isinstance(node.target, InRegion) else node.target
+    return node.op == "call_function" and not _plain(target)
+
+
+def _plain(function: Any) -> bool:
+    module = getattr(function, "__module__", None) or ""
+    if inspect.isbuiltin(function) or inspect.ismethoddescriptor(function):
+        return True
+    return module in ("locc.markers", "locc.ir.ops") or module.partition(".")[0] in (
+        "torch",
+        "_operator",
+        "operator",
+    )
+
+
+def _shapes(look: Any) -> Any:
+    if isinstance(look, dict):
+        return {key: _shapes(part) for key, part in look.items()}
+    if isinstance(look, tuple):
+        return tuple(_shapes(part) for part in look)
+    return (look.shape, look.dtype) if isinstance(look, Look) else None
+
+
+def _data_dependent(node: fx.Node, seen: Seen) -> bool:
     if node.op == "call_function" and node.target is operator.getitem:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         looks = [seen.values[i] for i in index if isinstance(i, fx.Node)]
-        return any(isinstance(look, _Look) and look.dtype == torch.bool for look in looks)
+        return any(isinstance(look, Look) and look.dtype == torch.bool for look in looks)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive")
 
@@ -223,12 +317,13 @@ def _holds_no_tensor(value: Any) -> bool:
         value = tuple(value.values())
     if isinstance(value, tuple):
         return all(_holds_no_tensor(part) for part in value)
-    return not isinstance(value, _Look)
+    return not isinstance(value, Look)
 
 
-def _annotate(graph: fx.Graph, seen: dict[Point, _Seen], eager: Eager) -> None:
+def _annotate(trace: Trace, seen: dict[Point, Seen], eager: Eager) -> None:
     first = next(iter(seen.values()))
-    for node in graph.nodes:
+    trace.looks = {point: [run.values[node] for node in trace.graph.nodes] for point, run in seen.items()}
+    for node in trace.graph.nodes:
         looks = {point: run.values[node] for point, run in seen.items()}
         node.meta.setdefault("stack", ())
         node.meta["spec"] = _spec(looks, node, eager)
@@ -240,11 +335,11 @@ def _annotate(graph: fx.Graph, seen: dict[Point, _Seen], eager: Eager) -> None:
             node.meta["random"] = True
 
 
-def _mark_constants(graph: fx.Graph, seen: _Seen) -> None:
+def _mark_constants(graph: fx.Graph, seen: Seen) -> None:
     """Note values that could carry a gradient and do not: made under no_grad, or of frozen parameters."""
     for node in graph.nodes:
         look = seen.values[node]
-        if isinstance(look, _Look) and not look.grad and node.op not in ("placeholder", "get_attr"):
+        if isinstance(look, Look) and not look.grad and node.op not in ("placeholder", "get_attr"):
             node.meta["constant"] = True
 
 
@@ -254,7 +349,7 @@ def _spec(looks: dict[Point, Any], node: fx.Node, eager: Eager) -> Any:
         return {key: _spec({p: v[key] for p, v in looks.items()}, node, eager) for key in first}
     if isinstance(first, tuple):
         return tuple(_spec({p: v[i] for p, v in looks.items()}, node, eager) for i in range(len(first)))
-    if not isinstance(first, _Look):
+    if not isinstance(first, Look):
         return None
     dims = fit({p: look.shape for p, look in looks.items()}, eager.call.dims)
     if dims is None:

@@ -68,7 +68,7 @@ def trace(
     Raises:
         CaptureError: a value steers the opened code, or something cannot be written into a graph.
     """
-    runs = {point: eager.run(training, point) for point in points}
+    runs = {point: eager.run(training, point, backward=False) for point in points}
     graph = fx.Graph()
     batched = any(point.batch != points[0].batch for point in points)
     sizes = Sizes(points[0], batched, call.dims)

@@ -73,6 +73,7 @@ class Run:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
     calls: list[LeafCall] = field(default_factory=list)
+    backward: bool = True
 
 
 class Eager:
@@ -85,11 +86,11 @@ class Eager:
         self._objects: list[Any] = []  # held, so that an id names one object
         self._seen: Counter[int] = Counter()
 
-    def run(self, training: bool, point: Point) -> Run:
-        """Return the run in a mode at some sizes; errors are the model's own."""
+    def run(self, training: bool, point: Point, backward: bool = True) -> Run:
+        """Return the run in a mode at some sizes, with gradients if asked for; errors are the model's own."""
         key = (training, point)
-        if key not in self._runs:
-            self._runs[key] = self._run(training, point)
+        if key not in self._runs or (backward and not self._runs[key].backward):
+            self._runs[key] = self._run(training, point, backward)
         return self._runs[key]
 
     def takes(self, tensors: list[Tensor], training: bool) -> bool:
@@ -108,7 +109,7 @@ class Eager:
         """Whether an object that a leaf received was there in several runs, so none of them made it."""
         return self._seen[id(value)] > 1 or unchanging(value)
 
-    def _run(self, training: bool, point: Point) -> Run:
+    def _run(self, training: bool, point: Point, backward: bool) -> Run:
         observer = _Observer(Calls(self.root, self.opened))
 
         def forward(tensors: list[Tensor]) -> Any:
@@ -118,18 +119,20 @@ class Eager:
                 return self.root(*inputs.args, **inputs.kwargs)
 
         try:
-            run = self.measure(forward, training, point)
+            run = self.measure(forward, training, point, backward)
         except RuntimeError:
             if not (training and self.input_gradients) or self._runs:
                 raise
             self.input_gradients = False  # an in-place op on the input, say: users do not ask for these
-            run = self.measure(forward, training, point)
+            run = self.measure(forward, training, point, backward)
         run.calls = observer.calls
         self._objects += observer.objects
         self._seen.update({id(value) for value in observer.objects})
         return run
 
-    def measure(self, forward: Callable[[list[Tensor]], Any], training: bool, point: Point) -> Run:
+    def measure(
+        self, forward: Callable[[list[Tensor]], Any], training: bool, point: Point, backward: bool = True
+    ) -> Run:
         """Run `forward` on the call's tensors from a fixed seed, and leave the model as it was."""
         tensors = self.call.at(point)
         with preserved(self.root), torch.set_grad_enabled(training):
@@ -140,10 +143,13 @@ class Eager:
             # an in-place op on an input is legal in eager, where inputs need no gradient: hence the clone
             result = forward([t.clone() if t.requires_grad else t for t in leaves])
             outputs, structure = flatten(result)
-            run = Run([_detached(value) for value in outputs], structure)
+            run = Run([_detached(value) for value in outputs], structure, backward=backward or not training)
             if training:
                 run.loss = _synthetic_loss(outputs)
-                self._backward(run, leaves)
+                if backward:
+                    self._backward(run, leaves)
+                if run.loss is not None:
+                    run.loss = run.loss.detach()
             run.buffers = {name: b.detach().clone() for name, b in self.root.named_buffers()}
         return run
 
@@ -172,7 +178,6 @@ class Eager:
         found = torch.autograd.grad(run.loss, list(wanted.values()), allow_unused=True)
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         run.gradients = dict(zip(wanted, dense, strict=True))
-        run.loss = run.loss.detach()
 
 
 def _refuse_reentrant(
@@ -282,14 +287,14 @@ def _synthetic_loss(outputs: list[Any]) -> Tensor | None:
     return total
 
 
-def eager_run(eager: Eager, training: bool, point: Point) -> Run:
+def eager_run(eager: Eager, training: bool, point: Point, backward: bool = True) -> Run:
     """Return a run that must succeed.
 
     Raises:
         CaptureError: the model itself fails.
     """
     try:
-        return eager.run(training, point)
+        return eager.run(training, point, backward)
     except CaptureError:
         raise
     except Exception as error:

@@ -16,6 +16,7 @@ from locc.capture.tree import Path, Structure, flatten, spell
 from locc.errors import CaptureError
 from locc.ir.captured import Root, SizeGuard
 from locc.ir.ops import Rebuild
+from locc.ir.spec import Point
 
 
 class RefusalError(CaptureError):
@@ -24,11 +25,20 @@ class RefusalError(CaptureError):
 
 @dataclass
 class Trace:
-    """A candidate: one graph, and what must hold for it."""
+    """A candidate: one graph, and what must hold for it.
+
+    Attributes:
+        whole: whether gradients have to be compared at every size, and not at the first alone.
+        points: where it was traced.
+        looks: what each node returned where it was admitted, in the order of the nodes.
+    """
 
     graph: fx.Graph
     guards: list[SizeGuard] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    whole: bool = True
+    points: list[Point] = field(default_factory=list)
+    looks: dict[Point, list[Any]] = field(default_factory=dict)
 
 
 def placeholder_name(name: str) -> str:

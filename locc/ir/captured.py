@@ -63,11 +63,16 @@ class Inputs:
         return cls((x,), {})
 
     def head(self, samples: int) -> Inputs:
-        """Return the first samples of the batch; the batch is the first tensor's first dimension."""
+        """Return the first samples of the batch; the batch is the first tensor's first dimension.
+
+        There are a few more where another tensor, that has no batch, has that first dimension.
+        """
         tensors = [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
         if not tensors or tensors[0].dim() == 0 or tensors[0].shape[0] <= samples:
             return self
         size = tensors[0].shape[0]
+        while samples < size and any(t.dim() > 0 and t.shape[0] == samples for t in tensors):
+            samples += 1
 
         def cut(value: Any) -> Any:
             batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size

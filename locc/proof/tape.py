@@ -105,7 +105,7 @@ class Tape:
             step = todo.pop()
             variable = getattr(step, "variable", None)
             large = isinstance(variable, Tensor) and sum(n >= least for n in variable.shape) >= 2
-            if large and trained(variable):
+            if large and isinstance(variable, Tensor) and trained(variable):
                 return True
             if _VIEWS.match(step.name()):
                 new = [n for n, _ in step.next_functions if n is not None and n not in seen]
