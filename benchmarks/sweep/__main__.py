@@ -7,6 +7,7 @@ import fnmatch
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -115,6 +116,8 @@ def sweep(options: argparse.Namespace, results: Results) -> None:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     print(f"{len(chosen)} models, {len(left)} trials to run", flush=True)
+    # Told to end, the run ends its processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     limits = Limits(options.limit, options.memory, options.budget - (time.monotonic() - started))
     for records in run(left, attempt, options.workers, limits):
         results.add(records)

@@ -78,9 +78,15 @@ class _Reasons:
 
 def _pattern(text: str) -> str:
     """Return a message without its names and numbers."""
+    text = _anywhere(text)
     text = re.sub(r"'[^']*'(, '[^']*')*( and \d+ more)?", "'…'", text)
     text = re.sub(r"\[[^\]]*\]|\([^)]*\)", "[…]", text)
     return re.sub(r"\d[\d.,]*", "n", text)[:300]
+
+
+def _anywhere(text: str) -> str:
+    """Return a message without the folder that libraries are installed in."""
+    return re.sub(r"/\S*/site-packages/", "", text)
 
 
 def _where(found: Sequence[Record]) -> str:
@@ -100,7 +106,7 @@ def _some(keys: Sequence[str], most: int = 8) -> str:
 
 def _line(text: str, most: int = 700) -> str:
     """Return a message as one line of Markdown."""
-    flat = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    flat = " ".join(_anywhere(text).split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
     return flat if len(flat) <= most else f"{flat[:most]}…"
 
 
@@ -119,7 +125,8 @@ batches of two. Made by `make sweep`; nothing here is written by hand.
 - {versions}
 - {len(models)} models ({libraries}); {len(working)} compile with at least one method
 - each method cuts the model into four modules of balanced cost (`splits=4`); column `named` is `dgl` cut
-  where a user of the family would (`blocks.*`)
+  where a user of the family would (`blocks.*`); where modules share a parameter, the first trains it
+  (`tied="owner"`)
 - ✓: {OUTCOMES["ok"]}; r: {OUTCOMES["refused"]}; e: {OUTCOMES["error"]};
   time, mem: {OUTCOMES["time"]}, or the memory limit; crash: {OUTCOMES["crash"]}; empty: not tried
 - onnx: ✓: exported, and onnxruntime agrees with PyTorch at three batch sizes

@@ -46,7 +46,13 @@ def attempt(
     try:
         with _timed(facts, stage):
             program = locc.compile(
-                sample.model, method, chosen, loss=sample.loss, example_inputs=sample.inputs, seed=0
+                sample.model,
+                method,
+                chosen,
+                loss=sample.loss,
+                example_inputs=sample.inputs,
+                tied="owner",
+                seed=0,
             )
         facts["modules"] = len(program.module_programs)
         stage = "step"
