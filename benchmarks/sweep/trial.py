@@ -45,15 +45,7 @@ def attempt(
         return
     try:
         with _timed(facts, stage):
-            program = locc.compile(
-                sample.model,
-                method,
-                chosen,
-                loss=sample.loss,
-                example_inputs=sample.inputs,
-                tied="owner",
-                seed=0,
-            )
+            program = _compile(sample, method, chosen)
         facts["modules"] = len(program.module_programs)
         stage = "step"
         with _timed(facts, stage):
@@ -76,6 +68,17 @@ def attempt(
     except Exception as error:
         refused = "refused" if isinstance(error, locc.LoccError) else "error"
         yield record(*_outcome(refused, error), what=EXPORT)
+
+
+def _compile(sample: Sample, method: str, splits: Splits) -> locc.Program:
+    """Compile as a user would who has read the refusals: some methods want tied parameters copied."""
+    policy = {"loss": sample.loss, "example_inputs": sample.inputs, "seed": 0}
+    try:
+        return locc.compile(sample.model, method, splits, tied="owner", **policy)
+    except locc.LoccError as error:
+        if "tied='copy'" not in str(error):
+            raise
+    return locc.compile(sample.model, method, splits, tied="copy", **policy)
 
 
 class _timed:  # noqa: N801 (reads as a verb)
