@@ -6,6 +6,7 @@
 #   make mutants  plant leaks in every method's graphs and mistakes in its plans: each must be found (ten minutes)
 #   make lint     ruff and mypy --strict      make format   let ruff rewrite the sources
 #   make bench    local against end-to-end    make defaults what each method reaches on MNIST (forty minutes)
+#   make sweep    every method on a model of each family of torchvision, timm and transformers: docs/models.md (hours)
 #   make clean    remove the environment and the caches
 #
 #   make test ARGS="tests/passes -k dtp"      passes arguments on to the command behind a target
@@ -23,7 +24,7 @@ ARGS ?=
 WORKERS ?= 2
 SOURCES := locc passes tests examples benchmarks
 
-.PHONY: help setup demo test slow property mutants lint format bench defaults clean
+.PHONY: help setup demo test slow property mutants lint format bench defaults sweep clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +87,11 @@ bench: $(READY)
 
 defaults: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.defaults $(ARGS)
+
+# What the sweep needs beside the rest is large, so it is installed when it is asked for; what is done is not done again.
+sweep: $(READY)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[sweep]'
+	@$(BIN)/python -m benchmarks.sweep --workers $(WORKERS) $(ARGS)
 
 clean:
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out

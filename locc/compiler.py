@@ -92,9 +92,10 @@ def compile(
     Args:
         model: any module; its own parameters are trained in place.
         method: the id of a registered method (`locc.methods()`), or a configured one (`locc.method`).
-        splits: submodules after which to cut, by name or glob (a container ends with its last child); or K
-            for K modules of balanced cost (counted operations and parameters). Markers (`locc.split`) in the
-            forward are used as well.
+        splits: submodules after which to cut, by name or glob (a container ends with its last child; a glob
+            leaves out cuts beside which nothing could train); or K for K modules of balanced cost (counted
+            operations and parameters), cut where the fewest parameters are shared. Markers (`locc.split`)
+            in the forward are used as well.
         loss: "cross_entropy", "mse", "bce", "l1"; "model" for the loss that the model's own forward returns
             (Hugging Face, with `labels` among the inputs); or a callable(output, target) that returns a 0-d
             tensor. Local heads train on the part of it that reads the predictions.

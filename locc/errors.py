@@ -68,9 +68,9 @@ def _first(reasons: list[str], most: int) -> str:
     first, *rest = dict.fromkeys(reasons)
     if not rest:
         return first
-    names: list[str] = [_apart(first, other) for other in rest]
+    names = list(dict.fromkeys(_apart(first, other) for other in rest))
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{first} (and so for {', '.join(names[:most])}{more}: {len(names) + 1} in all)"
+    return f"{first} (and so for {', '.join(names[:most])}{more}: {len(rest) + 1} in all)"
 
 
 def _apart(first: str, other: str) -> str:

@@ -27,6 +27,10 @@ def test_a_reason_that_holds_for_every_module_is_given_once():
         (["module 'a' is odd", "module 'a' is odd"], "module 'a' is odd"),
         (["'a' is odd", "no loss", "'b' is odd"], "'a' is odd (and so for 'b': 2 in all); no loss"),
         (["'x' of 'a' is odd", "'x' of 'b' is odd"], "'x' of 'a' is odd (and so for 'b': 2 in all)"),
+        (
+            ["'a' reads 'x'", "'b' reads 'x'", "'b' reads 'y'"],
+            "'a' reads 'x' (and so for 'b': 3 in all)",
+        ),
         (["f32[B,3] of 'a'", "f32[B,4] of 'b'"], "f32[B,3] of 'a'; f32[B,4] of 'b'"),
     ],
 )

@@ -21,16 +21,23 @@ class _Unit:
     path: str
     module: nn.Module
     cost: float
-    calls: int = 0
-    order: int = -1
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    rows: int | None = None
     children: list[str] = field(default_factory=list)
+
+    @property
+    def calls(self) -> int:
+        """How often it is called."""
+        return len(self.spans)
 
 
 def balanced_cuts(model: nn.Module, inputs: Inputs, count: int) -> list[str]:
     """Return the submodules after which to cut for `count` modules of balanced cost.
 
     The cost of a submodule is the number of floating-point operations of its forward on the example
-    inputs (matrix products and convolutions), plus its parameters, which cost an update each.
+    inputs (matrix products and convolutions), plus its parameters, which cost an update each. Places that
+    part two users of one parameter, or where a value has not one row for each sample (windows, patches),
+    are taken only where there are no others.
 
     Raises:
         SplitError: the model has fewer than `count` submodules that could stand alone.
@@ -47,7 +54,10 @@ def balanced_cuts(model: nn.Module, inputs: Inputs, count: int) -> list[str]:
             f"splits={count}: the model has only {sum(trains)} submodules with parameters that are called "
             "once and could become a module; give fewer, or names"
         )
-    return [groups[i].path for i in _partition(weights, trains, count)]
+    faults, samples = _parted(units, groups), _rows(inputs)
+    for i, unit in enumerate(groups):
+        faults[i] += unit.rows not in (None, samples)
+    return [groups[i].path for i in _partition(weights, trains, faults, count)]
 
 
 class _Operations(TorchDispatchMode):
@@ -85,22 +95,42 @@ def _profile(model: nn.Module, inputs: Inputs, count: int) -> dict[str, _Unit]:
 
 def _measure(model: nn.Module, inputs: Inputs, units: dict[nn.Module, _Unit]) -> None:
     """Run the model, and note for each submodule when it is called and how many operations that takes."""
-    counter, started, order = _Operations(), list[int](), itertools.count()
+    counter, clock, started = _Operations(), itertools.count(), list[tuple[int, int]]()
 
     def enter(module: nn.Module, *_: object) -> None:
-        unit = units[module]
-        unit.calls += 1
-        unit.order = next(order)
-        started.append(counter.count)
+        started.append((counter.count, next(clock)))
 
-    def leave(module: nn.Module, *_: object) -> None:
-        units[module].cost += counter.count - started.pop()
+    def leave(module: nn.Module, _: object, output: object) -> None:
+        unit, (count, start) = units[module], started.pop()
+        unit.cost += counter.count - count
+        unit.spans.append((start, next(clock)))
+        unit.rows = _rows(output)
 
     for module in units:
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, always_call=True)
     with torch.random.fork_rng(), torch.no_grad(), counter:
         model(*inputs.args, **inputs.kwargs)
+
+
+def _rows(value: Any) -> int | None:
+    """Return the leading size of the first tensor in a value."""
+    leaves = torch.utils._pytree.tree_leaves(
+        (value.args, value.kwargs) if isinstance(value, Inputs) else value
+    )
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+
+
+def _parted(units: dict[str, _Unit], groups: list[_Unit]) -> list[int]:
+    """Count, for a cut after each of `groups`, the parameters that are used before and behind it."""
+    users: dict[nn.Parameter, list[tuple[int, int]]] = {}
+    for unit in units.values():
+        for parameter in unit.module.parameters(recurse=False):
+            if parameter.requires_grad:
+                users.setdefault(parameter, []).extend(unit.spans)
+    shared = [spans for spans in users.values() if len(spans) > 1]
+    ends = [unit.spans[0][1] for unit in groups]
+    return [sum(min(spans)[1] <= end < max(spans)[0] for spans in shared) for end in ends]
 
 
 def _expand(units: dict[str, _Unit], count: int) -> list[_Unit]:
@@ -113,7 +143,7 @@ def _expand(units: dict[str, _Unit], count: int) -> list[_Unit]:
         chains = [u for u in large if _is_chain(u.module) and u.cost * count > total]
         candidates = chains or (large if parametric < count else [])
         if not candidates:
-            return sorted(chosen, key=lambda u: u.order)
+            return sorted(chosen, key=lambda u: u.spans[-1])
         largest = max(candidates, key=lambda u: u.cost)
         inside = _direct(units, largest.path)
         chosen = [u for u in chosen if u is not largest] + inside
@@ -137,23 +167,24 @@ def _is_chain(module: nn.Module) -> bool:
     return False
 
 
-def _partition(weights: list[float], trains: list[bool], count: int) -> list[int]:
-    """Return the last index of each group but the last, minimising the largest group's weight."""
+def _partition(weights: list[float], trains: list[bool], faults: list[int], count: int) -> list[int]:
+    """Return the last index of each group but the last: the fewest faults, then the least largest weight."""
     size = len(weights)
     sums = [0.0]
     for weight in weights:
         sums.append(sums[-1] + weight)
-    best = [[float("inf")] * (size + 1) for _ in range(count + 1)]
+    best = [[(float("inf"), float("inf"))] * (size + 1) for _ in range(count + 1)]
     cut = [[0] * (size + 1) for _ in range(count + 1)]
-    best[0][0] = 0.0
+    best[0][0] = (0, 0.0)
     for k in range(1, count + 1):
         for end in range(k, size + 1):
             for start in range(k - 1, end):
                 if not any(trains[start:end]):
                     continue
-                worst = max(best[k - 1][start], sums[end] - sums[start])
-                if worst < best[k][end]:
-                    best[k][end], cut[k][end] = worst, start
+                faulty, worst = best[k - 1][start]
+                found = faulty + (faults[end - 1] if end < size else 0), max(worst, sums[end] - sums[start])
+                if found < best[k][end]:
+                    best[k][end], cut[k][end] = found, start
     ends, end = [], size
     for k in range(count, 0, -1):
         end = cut[k][end]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx, nn
 
@@ -21,12 +22,13 @@ def assign(
     """Return each node's module index, and the cuts in forward order.
 
     A cut falls after the last node of its submodule (of a container that is not called itself, after the
+    A cut falls after the last node of its submodule (of a container that is not called itself, after the
     last of its children that is), and everything up to it belongs to the modules before it. What is computed
     beside the split submodules (a shortcut) belongs to the module that reads it first, wherever the forward
     computes it. Where fewer values cross a little later, before anything with parameters runs (after the
     addition that ends a residual block), the cut falls there. Where submodules take turns (recurrent cells in
     a loop over time), each split submodule is a module of its own, and what lies between them goes to the
-    later one.
+    later one. Among cuts from a glob, what has no parameters joins the module before it.
 
     Raises:
         SplitError: a cut is unreachable, a module would be empty or have no parameters (one whose
@@ -52,6 +54,7 @@ def assign(
         if _divides(root, owners):
             owners = _undivided(root, nodes, [inside[c] for c in ordered]) or owners
     _keep_structures_at_home(owners)
+    ordered = _join_empty(root, owners, ordered)
     _reject_empty(root, owners, ordered)
     return owners, ordered
 
@@ -182,14 +185,34 @@ def _by_level(nodes: Sequence[fx.Node], inside: Sequence[list[fx.Node]]) -> dict
     return level
 
 
+def _join_empty(root: nn.Module, owners: dict[fx.Node, int], cuts: Sequence[Cut]) -> list[Cut]:
+    """Leave out cuts from a glob beside a module that could not train; return the others, as if named."""
+    left, k = list(cuts), 0
+    while k <= len(left):
+        beside = [j for j in (k - 1, k) if 0 <= j < len(left) and left[j].glob]
+        if not beside or all(_contained(root, owners, k)):
+            k += 1
+            continue
+        k = beside[0]
+        del left[k]
+        owners.update({node: owner - 1 for node, owner in owners.items() if owner > k})
+    return [replace(cut, glob=False) for cut in left]
+
+
+def _contained(
+    root: nn.Module, owners: dict[fx.Node, int], k: int
+) -> tuple[list[fx.Node], list[nn.Parameter]]:
+    """Return what a module runs, and the parameters that it uses."""
+    nodes = [n for n, owner in owners.items() if owner == k and n.target is not marker]
+    return [n for n in nodes if n.op != "get_attr"], [p for n in nodes for p in _parameters(root, n)]
+
+
 def _reject_empty(root: nn.Module, owners: dict[fx.Node, int], cuts: Sequence[Cut]) -> None:
     names = [cut.name for cut in cuts]
     trains = False
     for k in range(len(names) + 1):
-        nodes = [n for n, owner in owners.items() if owner == k and n.target is not marker]
-        held = [p for n in nodes for p in _parameters(root, n)]
+        work, held = _contained(root, owners, k)
         trains = trains or any(p.requires_grad for p in held)
-        work = [n for n in nodes if n.op != "get_attr"]
         if names and not (work and held):
             raise SplitError(_empty(names, k, bool(work)))
     if not trains:

@@ -15,10 +15,14 @@ from locc.partition.balance import balanced_cuts
 
 @dataclass(frozen=True)
 class Cut:
-    """One split point: after the submodule `name`, or at the marker `name` in a forward."""
+    """One split point: after the submodule `name`, or at the marker `name` in a forward.
+
+    One that a glob has found is left out where it would part nothing.
+    """
 
     name: str
     marker: bool = False
+    glob: bool = False
 
     @property
     def path(self) -> str:
@@ -74,7 +78,7 @@ def _match(model: nn.Module, names: Iterable[str], markers: Sequence[str]) -> li
         elif name in known:
             found.append(Cut(name))
         elif any(c in name for c in "*?["):
-            found.extend(Cut(match) for match in _glob(name, known))
+            found.extend(Cut(match, glob=True) for match in _glob(name, known))
         else:
             raise SplitError(f"split '{name}' matches no submodule; {nearest(name, known)}")
     return found

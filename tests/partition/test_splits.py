@@ -320,7 +320,34 @@ class Token(nn.Module):
 
 def test_balancing_counts_where_parameters_are_called_upon():
     program = locc.compile(Token(), "bp", 2, example_inputs=torch.randn(4, 4))
-    assert [module.name for module in program.ir.modules] == ["body", "output"]
+    # a cut after `body` would part the two uses of its first layer
+    assert [module.name for module in program.ir.modules] == ["late", "head"]
+
+
+class Folded(nn.Sequential):
+    """Folds four rows into the batch around its second layer, as MobileViT does with patches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self[0](x)
+        x = self[2](self[1](x.reshape(4 * len(x), 2))).reshape(x.shape)
+        told: Tensor = self[4](self[3](x))
+        return told
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_balancing_cuts_where_there_is_one_row_for_each_sample(tie):
+    model = Folded(nn.Linear(8, 8), nn.Linear(2, 16), nn.Linear(16, 2), nn.Linear(8, 8), nn.Linear(8, 8))
+    if tie:
+        model[3].weight = model[0].weight
+    found = modules(model, 2 if tie else 3, example_inputs=torch.randn(3, 8), loss="mse")
+    assert found == (["3", "4"] if tie else ["0", "3", "4"])
+
+
+def test_a_glob_leaves_out_what_parts_nothing():
+    model = nn.Sequential(nn.ReLU(), *(part for _ in range(3) for part in (nn.Linear(8, 8), nn.ReLU())))
+    assert modules(model, "*", example_inputs=torch.randn(3, 8), loss="mse") == ["2", "4", "5"]
+    with pytest.raises(SplitError, match="has no parameters; leave one of the splits out"):
+        compiled(model, "bp", [str(k) for k in range(6)], example_inputs=torch.randn(3, 8), loss="mse")
 
 
 def test_a_model_that_cannot_be_measured_is_named_so():
