@@ -157,7 +157,8 @@ def test_the_oracle_sees_the_gradients_of_a_real_step(
     found = subject.__wrapped__(method, shape)
     if found is None:
         return  # the method refuses the model: there is no such program
-    monkeypatch.setattr(torch, "randn_like", torch.ones_like)  # the two draw their noise from other streams
+    for draw in ("randn_like", "rand_like"):  # the two draw their noise from other streams
+        monkeypatch.setattr(torch, draw, torch.ones_like)
     seen = oracle.run(found.program.ir, _tensors(found), found.y, 0, draw=False, dtype=torch.float32)
     parameters = dict(found.program.root.named_parameters())
     trained: dict[str, Tensor] = {}

@@ -34,8 +34,8 @@ SIGNED: Mapping[object, Callable[..., Tensor]] = {feedback_layer: signed_layer}
 
 def sizes(x: Tensor, shape: Sequence[int], scale: float, normal: bool) -> Tensor:
     """Draw sizes of at least 0 on the device of `x`: |N(0, scale^2)|, or U(0, scale)."""
-    drawn = torch.empty(tuple(shape), dtype=x.dtype, device=x.device)
-    return drawn.normal_(0, scale).abs_() if normal else drawn.uniform_(0, scale)
+    like = x.new_empty(tuple(shape))
+    return scale * (torch.randn_like(like).abs() if normal else torch.rand_like(like))
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,14 @@ def tensors(program: locc.Program, method: str) -> dict[str, Tensor]:
             continue
         # The inverse of the last module is named after the output.
         number = key[1] if key[0] == "f" else str(DEPTH)
-        held[f"feedback{number}.weight"] = network.linear.weight
-        if network.linear.bias is not None:
-            held[f"feedback{number}.bias"] = network.linear.bias
+        held.update({f"feedback{number}.{n.split('.')[-1]}": p for n, p in network.named_parameters()})
     return held
+
+
+def matrix(network: nn.Module) -> Tensor:
+    """The weight of a feedback network."""
+    (weight,) = (p for name, p in network.named_parameters() if name.endswith("weight"))
+    return weight
 
 
 def program_of(
@@ -216,7 +220,7 @@ def test_several_returns_share_what_they_undo(monkeypatch: pytest.MonkeyPatch) -
     options: dict[str, Any] = {"sigma": 0.2, "eta": 0.5, "activation": "linear"}
     program = compiled(model, "dtp-drl", ["inp", "blocks.0"], optimizer=sgd(1.0), example_inputs=x, **options)
     block, straight, top = (
-        program.root.aux[f"{name}"].linear.weight
+        matrix(program.root.aux[name])
         for name in ("blocks_0_inverse", "output_inverse_inp", "output_inverse_blocks_0")
     )
     weights = [block, straight, model.inp.weight]
@@ -257,7 +261,7 @@ def test_the_optimum_is_the_damped_pseudo_inverse(
         optimizer=lambda held: torch.optim.SGD(held, lr=0.5, weight_decay=decay),
     )  # fmt: skip
     names = {"dtp-drl": "2_inverse", "ddtp-linear": f"{below - 1}_feedback"}
-    q = program.root.aux[names[method]].linear.weight
+    q = matrix(program.root.aux[names[method]])
     jacobian = model[2].weight.detach() @ (model[1].weight.detach() if below == 1 else torch.eye(6).double())
     d = jacobian.shape[1]
     best = torch.linalg.solve(
