@@ -22,7 +22,6 @@ def assign(
     """Return each node's module index, and the cuts in forward order.
 
     A cut falls after the last node of its submodule (of a container that is not called itself, after the
-    A cut falls after the last node of its submodule (of a container that is not called itself, after the
     last of its children that is), and everything up to it belongs to the modules before it. What is computed
     beside the split submodules (a shortcut) belongs to the module that reads it first, wherever the forward
     computes it. Where fewer values cross a little later, before anything with parameters runs (after the
