@@ -370,8 +370,7 @@ def in_double(value: Any) -> Any:
 @settings(max_examples=15)
 @given(cases(deterministic, "bp", ["lockstep"]), st.sampled_from([1, 2]))
 def test_backpropagation_in_pieces_is_backpropagation(case, accumulate):
-    model = case.model.build().double()
-    eager = copy.deepcopy(model)
+    model, eager = (case.model.build().double() for _ in range(2))
     x, y = in_double(case.batch())
     splits = case.splits if isinstance(case.splits, int) else case.splits[::-1]  # any order will do
     options = {"loss": case.model.criterion, "optimizer": sgd(), "accumulate": accumulate}
