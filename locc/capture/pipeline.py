@@ -94,6 +94,11 @@ def _candidate(
     root: Root, mechanism: Mechanism, eager: Eager, training: bool, points: list[Point], origin: str
 ) -> Trace:
     trace = mechanism(training)
+    for guard in trace.guards:
+        if not guard.holds(_sizes(eager, points[0])):  # torch.export may generalise past its own example
+            raise CaptureError(
+                f"it does not cover {eager.call.text(points[0])}, where it was taken: {guard.text}"
+            )
     only = points[0].batch
     if only is not None and all(point.batch == only for point in points):
         text = f"B == {only}: the model fails at other batch sizes"
