@@ -303,6 +303,11 @@ class Recorder(Ledger, TorchFunctionMode):
         """Return what would leave the code that runs now inside a closed module."""
         path = self.calls.now()[-1][0]
         if path in ("", "model"):
+            if any(node.target == "labels" for node in self.graph.nodes if node.op == "placeholder"):
+                return (
+                    "where it is part of the loss that the model makes of `labels`, leave these out of the "
+                    'inputs and give loss="cross_entropy"'
+                )
             return "it is in the model's own forward; move it into one submodule that no split cuts"
         name = strip(path)
         return (

@@ -334,6 +334,17 @@ def test_routing_by_data_is_refused_with_the_module_that_would_keep_it_inside() 
         take(model, sample(), "model", "model.leaf", "model.leaf.0")
 
 
+class OwnLoss(Two):
+    def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+        kept = (labels >= 0).nonzero()
+        return self.b(self.a(x))[kept].mean()
+
+
+def test_a_shape_that_depends_on_labels_is_refused_with_the_loss_to_give_instead() -> None:
+    with pytest.raises(CaptureError, match=r'leave these out of the inputs and give loss="cross_entropy"'):
+        take(OwnLoss(lambda m, x: x), (sample(), torch.zeros(4, dtype=torch.long)))
+
+
 def test_an_unregistered_parameter_is_refused() -> None:
     hidden = [nn.Linear(6, 6)]
     with pytest.raises(CaptureError, match="that the model does not register"):
