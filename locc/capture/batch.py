@@ -117,9 +117,12 @@ def _without_cache(model: nn.Module, inputs: Inputs) -> dict[str, bool]:
     base = getattr(model, "get_base_model", lambda: model)()  # peft hands on keywords that it does not know
     parameters = inspect.signature(base.forward).parameters
     position = list(parameters).index("use_cache") if "use_cache" in parameters else None
+    # some causal models (GraniteMoe) name the cache, and hand `use_cache` on among the rest
+    handed = "past_key_values" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = "use_cache" in inputs.kwargs or (position is not None and position < len(inputs.args))
     caches = getattr(getattr(model, "config", None), "use_cache", False) is True
-    return {"use_cache": False} if caches and position is not None and not given else {}
+    takes = position is not None or handed
+    return {"use_cache": False} if caches and takes and not given else {}
 
 
 def _other_arguments(inputs: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from locc.capture.batch import Call
 from locc.capture.calls import Calls, intercepting
 from locc.capture.eager import Eager, Records, Run
 from locc.capture.graphs import (
+    COLLECTED,
     RefusalError,
     Trace,
     access,
@@ -128,8 +129,10 @@ class Recorder(Ledger, TorchFunctionMode):
         except Exception as error:
             if type(error).__name__ in _DYNAMIC:
                 raise self._data_dependent("a shape or a decision") from error
+            hooked = any(m._forward_hooks and self.calls.is_leaf(m) for m in self.root.modules())
             raise CaptureError(
                 f"the forward fails on fake tensors: {type(error).__name__}: {error}"
+                + (f"; if it misses values, {COLLECTED}" if hooked else "")
             ) from error
 
     def _placeholder(self, name: str, index: int, call: Call) -> Tensor:
@@ -293,7 +296,22 @@ class Recorder(Ledger, TorchFunctionMode):
     def _data_dependent(self, what: str) -> RefusalError:
         return RefusalError(
             f"{what} steers the forward between modules that stay closed, at {user_code()}\n"
-            "A graph has no such branch: move it into one submodule that no split cuts, or use torch.where"
+            f"A graph has no such branch: {self._inside()}, or use torch.where"
+        )
+
+    def _inside(self) -> str:
+        """Return what would leave the code that runs now inside a closed module."""
+        path = self.calls.now()[-1][0]
+        if path in ("", "model"):
+            if any(node.target == "labels" for node in self.graph.nodes if node.op == "placeholder"):
+                return (
+                    "where it is part of the loss that the model makes of `labels`, leave these out of the "
+                    'inputs and give loss="cross_entropy"'
+                )
+            return "it is in the model's own forward; move it into one submodule that no split cuts"
+        name = strip(path)
+        return (
+            f"'{name}' can keep it inside if no split lies within '{name}' (a split at '{name}' itself may)"
         )
 
     def _refuse_setter(self, func: Any) -> None:

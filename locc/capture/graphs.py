@@ -18,6 +18,11 @@ from locc.ir.captured import Root, SizeGuard
 from locc.ir.ops import Rebuild
 from locc.ir.spec import Point
 
+COLLECTED = (
+    "where hooks inside of closed modules collect them, switch that off (Hugging Face: "
+    "output_router_logits, output_hidden_states, output_attentions)"
+)
+
 
 class RefusalError(CaptureError):
     """A refusal that no other mechanism can lift."""
@@ -81,9 +86,15 @@ def _match(
         return [node]
     if node is not None:
         return [access(graph, node, below) for below in structure.paths()]
-    _, other = flatten(value)
+    leaves, other = flatten(value)
     if other != structure and other.steps != structure.steps:
-        raise CaptureError(f"the traced forward returns '{spell(path)}' in another structure than eager does")
+        name = spell(path) or "its output"
+        if len(leaves) < len(structure.paths()):
+            raise CaptureError(
+                f"the model returns '{name}' with {len(structure.paths())} parts, and {len(leaves)} of them "
+                f"come from its open code; {COLLECTED}"
+            )
+        raise CaptureError(f"the traced forward returns '{name}' in another structure than eager does")
     found: list[Any] = []
     parts = _children(value, structure)
     for step, branch, part in zip(structure.steps, structure.branches, parts, strict=True):

@@ -182,6 +182,10 @@ def _admit(
 ) -> dict[Point, Seen]:
     _pin(trace, points)
     for guard in trace.guards:
+        if not guard.holds(_sizes(eager, points[0])):  # torch.export may generalise past its own example
+            raise CaptureError(
+                f"it does not cover {eager.call.text(points[0])}, where it was taken: {guard.text}"
+            )
         free = guard.names - {"B"}
         if free and not guard.holds(_sizes(eager, Point(points[0].batch, 1))):
             raise FixedError(free, guard.text)

@@ -23,6 +23,7 @@ import torch
 from locc.errors import ExportError
 from locc.export import proto
 from locc.export.compare import compare
+from locc.export.decompositions import decomposed
 from locc.export.network import Network
 from locc.export.samples import axis, buffers_kept
 from locc.ir import BatchDim, TensorSpec
@@ -113,7 +114,7 @@ def _export(network: Network, path: Path, options: Options, automatic: bool) -> 
     )
     exported = torch.export.export(network.module, tuple(network.trace), dynamic_shapes=shapes, strict=False)
     program: Any = torch.onnx.export(
-        exported,
+        decomposed(exported),
         (),
         dynamo=True,
         verbose=False,

@@ -104,8 +104,8 @@ class Tape:
         while todo:
             step = todo.pop()
             variable = getattr(step, "variable", None)
-            large = isinstance(variable, Tensor) and sum(n >= least for n in variable.shape) >= 2
-            if large and isinstance(variable, Tensor) and trained(variable):
+            shape = variable.shape if isinstance(variable, Tensor) and trained(variable) else ()
+            if sum(n >= least for n in shape) >= 2:
                 return True
             if _VIEWS.match(step.name()):
                 new = [n for n, _ in step.next_functions if n is not None and n not in seen]

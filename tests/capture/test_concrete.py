@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -261,6 +262,87 @@ def test_reading_a_value_is_refused_with_its_line(read: Any) -> None:
 
     with pytest.raises(CaptureError, match=r"(?s)steers the forward.*test_concrete.py:\d+: .*read"):
         take(Two(between), sample())
+
+
+class Cached(nn.Module):
+    """Names its cache and hands `use_cache` on among the rest, as some of Hugging Face's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+        x = self.b(self.a(x))
+        return (x, DynamicCache()) if kwargs.get("use_cache", self.config.use_cache) else (x,)
+
+
+class DynamicCache:
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []
+
+
+def test_a_cache_is_switched_off_through_the_remaining_keywords() -> None:
+    found = take(Cached(), sample())
+    assert "captured with use_cache=False: training keeps no cache" in found.notes
+
+
+class Observed(nn.Module):
+    """Collects by a hook what a module inside its leaf returns, as Transformers does for router logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.head, self.seen = nn.Linear(6, 4), []
+        self.block[0].register_forward_hook(lambda module, args, output: self.seen.append(output))
+
+    def forward(self, x: Tensor) -> Any:
+        self.seen.clear()
+        return {"logits": self.head(self.block(x)), "seen": tuple(self.seen)}
+
+
+def test_what_hooks_inside_closed_modules_collect_is_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(export, "trace", refuse)
+    with pytest.raises(CaptureError, match=r"'seen' with 1 parts, and 0 .*hooks inside of closed modules"):
+        take(Observed(), sample())
+    model = Observed()
+    model.register_forward_hook(lambda module, args, output: output["seen"][0])
+    with pytest.raises(CaptureError, match=r"IndexError.*hooks inside of closed modules"):
+        take(model, sample())
+
+
+class Routed(nn.Module):
+    """Chooses its expert by the data, between two submodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 1), nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[int(self.gate(x).mean() > 0)](x)  # type: ignore[no-any-return]
+
+
+def test_routing_by_data_is_refused_with_the_module_that_would_keep_it_inside() -> None:
+    def between(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.leaf(m.a(x)))
+
+    model = Two(between, nn.Sequential(Routed(), nn.Tanh()))
+    assert take(model, sample(), "model", "model.leaf").origin in ("fx", "concrete")
+    with pytest.raises(CaptureError, match=r"'leaf.0' can keep it inside if no split lies within 'leaf.0'"):
+        take(model, sample(), "model", "model.leaf", "model.leaf.0")
+
+
+class OwnLoss(Two):
+    def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+        kept = (labels >= 0).nonzero()
+        return self.b(self.a(x))[kept].mean()
+
+
+def test_a_shape_that_depends_on_labels_is_refused_with_the_loss_to_give_instead() -> None:
+    with pytest.raises(CaptureError, match=r'leave these out of the inputs and give loss="cross_entropy"'):
+        take(OwnLoss(lambda m, x: x), (sample(), torch.zeros(4, dtype=torch.long)))
 
 
 def test_an_unregistered_parameter_is_refused() -> None:

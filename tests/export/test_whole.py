@@ -19,6 +19,7 @@ from locc.export.names import identifier, unique
 from locc.export.samples import resized
 from locc.ir.spec import Point
 from zoo import CASES, Case, find
+from zoo.hf import HAS_TRANSFORMERS
 
 QUICK = ("mlp", "two_inputs", "keyword_inputs", "dict_output", "dataclass_output", "running_mean",
          "hooks", "functional_dropout", "custom_function", "unet", "lstm_lm", "gru_cells",
@@ -339,3 +340,32 @@ def test_difference() -> None:
     assert difference(one + np.float32(0.5), one) == pytest.approx(0.005)
     assert difference(np.zeros(4, np.float32), one) == np.inf
     assert difference(np.array([1]), np.array([2])) == np.inf
+
+
+class Experts(nn.Module):
+    """Sorts rows by expert and multiplies each group by its own matrix, as Hugging Face's experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.weight = nn.Linear(6, 3), nn.Parameter(torch.randn(3, 6, 6) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, expert = self.gate(x).max(-1)
+        expert, order = torch.sort(expert)
+        ends = torch.cumsum(torch.histc(expert.float(), bins=3, min=0, max=2), 0, dtype=torch.int32)
+        rows = torch.ops.transformers.grouped_mm_fallback(x[order], self.weight, ends)
+        return torch.zeros_like(x).index_add(0, order, rows * scores[order, None])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs transformers")
+def test_groups_of_experts_are_written(tmp_path: Path) -> None:
+    import transformers.integrations.moe  # noqa: F401  it registers the product of groups
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), Experts(), nn.Linear(6, 4))
+    program = compiled(model, splits=["0"])
+    program.export_onnx(tmp_path / "experts.onnx")
+    x = torch.randn(9, 6)
+    (found,) = run(tmp_path / "experts.onnx", x)
+    np.testing.assert_allclose(found, program.eval()(x).detach().numpy(), atol=1e-5)
