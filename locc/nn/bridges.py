@@ -19,17 +19,17 @@ from locc.nn.building import MAX_WEIGHTS, agree_on_rows, check_shapes, numel, pl
 from locc.nn.layout import Layout, guess_layout
 from locc.nn.maps import affine_map, coarse_grid, he_normal_, with_channels
 
-BETWEEN_MAPS = 2**22
-"""Most entries of a bridge's dense weight between two maps, which the authors' networks never have."""
+TO_A_MAP = 2**22
+"""Most entries of a bridge's dense weight where the code is a map: in the authors' networks it never is."""
 
 
 class SigmoidMap(nn.Module):
     """One or two (affine map, sigmoid), see `locc.nn.maps`.
 
     The hidden layer of two is a vector, as the authors': each unit of a label's code is about the whole
-    sample, and no local map can tell it. It has `hidden` times as many units as the result, fewer where a
-    dense weight between maps would be large. With `per_position`, for labels that are one a position, it has
-    `hidden` times the channels at each position of the result.
+    sample, and no local map can tell it. It has `hidden` times as many units as the result, fewer where that
+    is a map and a dense weight would be large. With `per_position`, for labels that are one a position, it
+    has `hidden` times the channels at each position of the result.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class SigmoidMap(nn.Module):
         at: Any = placement(from_spec, device, dtype)
         way = [(from_spec, source), (to_spec, target)]
         if hidden is not None and not (per_position and target.kind != "flat"):
-            if "flat" not in (source.kind, target.kind):
-                max_weights = min(max_weights, BETWEEN_MAPS)
+            if target.kind != "flat":
+                max_weights = min(max_weights, TO_A_MAP)
             units = _units(from_spec, to_spec, source, target, hidden, max_weights)
             flat = TensorSpec((to_spec.shape[target.batch_dim], units), to_spec.dtype)
             way.insert(1, (flat, Layout.flat()))

@@ -130,8 +130,8 @@ def similarity_matrix(v: Tensor) -> Tensor:
 
     Feature maps give each channel's standard deviation over its positions (flattened instead where there
     are fewer than four channels or one position); then subtract each sample's mean feature, L2-normalise,
-    and take the Gram matrix, clamped to [-1,1]. A sample whose features are all equal has similarity 0 to all,
-    and no gradient. S is invariant to v -> a v + b with a > 0 and b per sample.
+    and take the Gram matrix, clamped to [-1,1]. A sample whose features are all equal has similarity 0 to
+    all, and no gradient. S is invariant to v -> a v + b with a > 0 and b per sample.
 
     Args:
         v: [B,D] or [B,D,*positions].

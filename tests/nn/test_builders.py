@@ -155,6 +155,49 @@ def test_the_bridge_is_two_dense_layers():
         aux.build_bridge(spec(B, 64, 32, 32), spec(B, 10), max_weights=10_000)
 
 
+def weights(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+BIG = {
+    "map to map": (spec(B, 64, 56, 56), spec(B, 512, 7, 7)),
+    "map to vector": (spec(B, 64, 56, 56), spec(B, 512)),
+    "vector to map": (spec(B, 1000), spec(B, 64, 56, 56)),
+    "tokens to fewer": (spec(B, 3136, 96), spec(B, 784, 192)),
+    "tokens to more": (spec(B, 784, 192), spec(B, 3136, 96)),
+    "map to tokens": (spec(B, 64, 56, 56), spec(B, 197, 192)),
+    "vector to tokens": (spec(B, 1000), spec(B, 3137, 96)),
+}
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_maps_of_real_networks_need_few_weights(name):
+    s, t = (spec(*x.shape, dtype=torch.float32) for x in BIG[name])
+    for build in (aux.build_bridge, aux.build_label_encoder, aux.build_inverse):
+        net = build(s, t, device="meta")
+        assert weights(net) < 25e6
+        x = torch.empty(s.concrete(2), device="meta")
+        assert net(x).shape == t.concrete(2)
+
+
+def test_tokens_are_mixed_by_one_matrix_and_channels_by_another():
+    g = aux.build_inverse(spec(B, 5, 6), spec(B, 9, 8), "linear")
+    x, t = value(spec(B, 5, 6)), g.map
+    expected = torch.einsum("st,btd,ed->bse", t.mix.weight, x, t.linear.weight)
+    torch.testing.assert_close(g(x), expected, atol=1e-12, rtol=0)
+    unit(torch.kron(t.mix.weight, t.linear.weight))
+
+
+def test_a_code_of_the_sample_reaches_every_position_of_a_map_from_every_other():
+    net, x = aux.build_bridge(spec(B, 3, 9, 9), spec(B, 4, 5, 5), expansion=1), value(spec(B, 3, 9, 9), 1)
+    (grad,) = torch.autograd.grad(net(x.requires_grad_())[0, 0, 0, 0], x)
+    assert grad.ne(0).all()
+    tokens = aux.build_bridge(spec(B, 6, 8), spec(B, 6, 4), per_position=True)
+    x = value(spec(B, 6, 8), 1).requires_grad_()
+    (grad,) = torch.autograd.grad(tokens(x)[0, 2].sum(), x)
+    assert grad.abs().sum(2).nonzero().tolist() == [[0, 2]]
+
+
 @pytest.mark.parametrize(("a", "b"), PAIRS)
 def test_decoders_give_the_input_in_the_unit_interval(a, b):
     (s, hint), (t, other) = BOUNDARIES[a], BOUNDARIES[b]

@@ -17,9 +17,10 @@ class AL(Method):
 
     Of Q modules the first K = Q // 2 are the encoders f_i of the input and the last K, from the end, the
     decoders h_i of the label; label encoders g_i and bridges b_i are auxiliary. A middle module is the
-    top bridge; without one an auxiliary bridge is, and becomes part of the network. Component i has two
-    owners: f_i with b_i, and h_i with g_i. Inference is h_1(..h_K(b_K(f_K(..f_1(x))))), and its output are
-    scores whose sigmoids were trained: the user's loss serves only to evaluate.
+    top bridge. Without one, or behind one that gives a map, an auxiliary bridge becomes part of the network.
+    Component i has two owners: f_i with b_i, and h_i with g_i. Inference is
+    h_1(..h_K(b_K(f_K(..f_1(x))))), and its output are scores whose sigmoids were trained: the user's loss
+    serves only to evaluate.
     """
 
     family: ClassVar[str] = "associated"

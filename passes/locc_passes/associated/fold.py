@@ -33,7 +33,9 @@ _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmin)
 class MergeMiddle(Pass):
     """With an odd number of modules, gives the middle one to the module before it, as its top bridge.
 
-    Both then train on one objective, with one optimizer.
+    Both then train on one objective, with one optimizer. A middle module that gives a map of features joins
+    the top bridge but is not the whole of it where labels are one a sample: what it gives at a position has
+    seen a part of the sample.
     """
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
@@ -54,7 +56,9 @@ class MergeMiddle(Pass):
                 node.meta["owner"] = lower.name
         del ir.owners[middle.name]
         (top,) = ir.boundaries(lower.name)
-        top.value.meta["bridged"] = True
+        pooled = guess_layout(top.spec, layout_at(ir, top.value)).kind != "flat"
+        if not pooled or _label_layout(ir).kind != "flat":
+            top.value.meta["bridged"] = True
         ir.folded = True
 
 
@@ -203,7 +207,8 @@ def unfoldable(ir: TrainingGraph) -> Iterator[str]:
                 f"'{boundary.value.name}' skips from module '{boundary.producer}' to '{boundary.consumer}', "
                 "so the network does not fold; split where no skip connection crosses"
             )
-    decoders = modules[len(modules) - len(modules) // 2 :]
+    half = len(modules) - len(modules) // 2
+    decoders = modules[half:]
     for module in decoders:
         for node in ir.nodes(module.name):
             for source in node.all_input_nodes:
@@ -212,8 +217,8 @@ def unfoldable(ir: TrainingGraph) -> Iterator[str]:
                         f"module '{module.name}' of the upper half reads the input '{source.name}', but it "
                         "decodes labels, which know no input; split so that only lower modules read it"
                     )
-    if len(modules) % 2 == 0 and not list(_bad_link(ir, modules[len(modules) // 2 - 1], decoders[0])):
-        lower = [m.name for m in modules[: len(modules) // 2]]
+    if not list(_bad_link(ir, modules[half - 1], decoders[0])):
+        lower = [m.name for m in modules[:half]]
         if len(_crossing(ir, lower)) != 1:
             yield "in eval mode, other values cross the fold than in training; split where both agree"
 

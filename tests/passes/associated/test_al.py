@@ -463,6 +463,40 @@ def test_a_convolutional_network_folds():
     assert program.evaluate(validation).accuracy > 0.8
 
 
+class Block(nn.Module):
+    def __init__(self, inner, outer, stride):
+        super().__init__()
+        self.conv = nn.Conv2d(inner, outer, 3, stride, 1)
+        self.norm, self.skip = nn.BatchNorm2d(outer), nn.Conv2d(inner, outer, 1, stride)
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.conv(x)) + self.skip(x))
+
+
+@pytest.mark.parametrize("splits", [("1",), ("0", "1")])
+def test_a_residual_network_folds_on_maps(splits):
+    torch.manual_seed(0)
+    blocks = (Block(1, 8, 2), Block(8, 8, 1), Block(8, 16, 1))
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(256, 10))
+    train, validation = loaders(batch_size=32)
+    program = locc.compile(
+        model, "al", splits, example_inputs=digits().train_x[:4], optimizer=adam(0.005), seed=0, expansion=1
+    )
+    assert program.certificate.verdict == "strictly modular"
+    program.fit(train, epochs=5, progress=False)
+    assert program.evaluate(validation).accuracy > 0.8
+
+
+def test_labels_of_tokens_are_encoded_token_by_token():
+    model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 6), nn.Linear(6, 7))
+    x = torch.randint(0, 7, (16, 5))
+    program = locc.compile(model, "al", ["0", "2", "3"], example_inputs=x, optimizer=adam(0.02), seed=0)
+    for _ in range(150):
+        program.step(x, (x + 1) % 7)
+    program.eval()
+    assert (program(x).argmax(-1) == (x + 1) % 7).double().mean() > 0.6  # 0.14 is chance
+
+
 class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
