@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from locc.errors import LoccError, MethodError
+from locc.errors import LoccError
 from locc.ir import BatchDim, Boundary, Owner, TensorSpec, TrainingGraph, node_parameters, owned_tensor
-from locc.nn import Factory, build_bridge, build_label_encoder, check_shapes, one_hot
-from locc.rewrite import Pass, divided, has_rows, own_target
+from locc.nn import Factory, build_bridge, build_label_encoder, one_hot
+from locc.rewrite import Pass, build_custom, divided, has_rows, own_target
 
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmin)
 
@@ -88,9 +88,8 @@ class LabelStream(Pass):
         ir.folded = True
 
     def _encode(self, ir: TrainingGraph, owner: str, source: fx.Node, link: Boundary) -> fx.Node:
-        network = _built(
-            self.factory or build_label_encoder, source.meta["spec"], link.spec, "the label encoder"
-        )
+        make = self.factory or build_label_encoder
+        network = build_custom(make, owner, source.meta["spec"], link.spec, "label encoder")
         path = ir.add_module(f"encoder_{owner}", network)
         return ir.call(owner, path, source, role="label")
 
@@ -121,7 +120,7 @@ class Bridges(Pass):
             target = ir.stop_gradient(module.name, value.meta.pop("meets"))
             spec = value.meta["spec"]
             if "bridged" not in value.meta:
-                network = self._bridge(spec, target.meta["spec"])
+                network = self._bridge(module.name, spec, target.meta["spec"])
                 path = ir.add_module(f"bridge_{module.name}", network)
                 if module == lower[-1]:
                     _fold_inference(ir, path, lower, target.meta["spec"])
@@ -129,9 +128,9 @@ class Bridges(Pass):
             loss = ir.emit(module.name, functional.mse_loss, value, target, role="associate")
             ir.objective(module.name, loss, "associated")
 
-    def _bridge(self, source: TensorSpec, target: TensorSpec) -> nn.Module:
+    def _bridge(self, owner: str, source: TensorSpec, target: TensorSpec) -> nn.Module:
         if self.factory is not None:
-            return _built(self.factory, source, target, "the bridge")
+            return build_custom(self.factory, owner, source, target, "bridge")
         return build_bridge(source, target, expansion=self.expansion)
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
@@ -215,14 +214,6 @@ def _output_of(ir: TrainingGraph, lower: Owner, link: Boundary) -> fx.Node:
         return link.value
     (below,) = ir.boundaries(producer=lower.name)
     return below.value
-
-
-def _built(factory: Factory, source: TensorSpec, target: TensorSpec, what: str) -> nn.Module:
-    network = factory(source, target)
-    if not isinstance(network, nn.Module):
-        raise MethodError(f"the factory of {what} returned a {type(network).__name__}, not a torch.nn.Module")
-    check_shapes(network, (source,), target, what)
-    return network
 
 
 def _crossing(ir: TrainingGraph, lower: list[str]) -> list[fx.Node]:

@@ -352,7 +352,7 @@ def test_factories_and_their_shapes_are_checked():
     )
     assert isinstance(program.root.get_submodule("aux.bridge_a"), nn.Linear)
     program.step(torch.randn(5, 12), torch.randint(0, 4, (5,)))
-    with pytest.raises(MethodError, match="the bridge"):
+    with pytest.raises(MethodError, match="bridge of module 'a'"):
         locc.compile(
             Structured(), "al", ["a"], example_inputs=torch.randn(5, 12), bridge=lambda s, t: nn.Linear(8, 5)
         )
