@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from locc.facts.derive import Derivation
 from locc.facts.names import Names, some
@@ -130,6 +130,26 @@ def auxiliaries(ir: TrainingGraph) -> dict[str, list[str]]:
     for owner in ir.owners.values():
         if owner.auxiliary:
             found.setdefault(owner.name, [])
+    return found
+
+
+_ROLES = {"synthetic": "synthesiser", "label": "encoder"}
+"""What the network is that nodes of some roles call."""
+
+
+def by_role(ir: TrainingGraph) -> dict[str, dict[str, nn.Module]]:
+    """Return the auxiliary networks of each module by role, as `Program.auxiliaries` gives them."""
+    names = {owner.index: owner.name for owner in ir.modules}
+    found: dict[str, dict[str, nn.Module]] = {}
+    for node in ir.graph.nodes:
+        if node.op != "call_module" or not str(node.target).startswith("aux."):
+            continue
+        held = found.setdefault(names[ir.owners[node.meta["owner"]].index], {})
+        network = ir.root.get_submodule(str(node.target))
+        if not any(network is other for other in held.values()):
+            role = _ROLES.get(node.meta["role"], node.meta["role"])
+            count = sum(key.rstrip("_0123456789") == role for key in held)
+            held[role if not count else f"{role}_{count + 1}"] = network
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from locc.errors import GraphError
+from locc.errors import GraphError, MethodError
 from locc.ir import ops
 from locc.ir.captured import owned_tensor
 from locc.ir.infer import infer
@@ -124,7 +124,16 @@ class Writer(View):
         self.owners[name] = replace(self.owners[name], lr_scale=lr_scale)
 
     def add_module(self, name: str, module: nn.Module) -> str:
-        """Register an auxiliary network and return its path."""
+        """Register an auxiliary network and return its path.
+
+        Raises:
+            MethodError: it is registered already; two places would train one network.
+        """
+        if any(module is held for held in self.root.aux.values()):
+            raise MethodError(
+                f"one network is given for two places, the second of them '{name}'; give a factory, or a "
+                "network for each"
+            )
         key = name.replace(".", "_")
         while key in self.root.aux:  # submodules `a.b_c` and `a_b.c` would share one name
             key += "_"

@@ -8,7 +8,7 @@ A pass emits nodes with the verbs of `locc.ir.TrainingGraph`.
 """
 
 from locc.recipes import OptimizerSpec, Recipe
-from locc.rewrite.building import build, build_custom
+from locc.rewrite.building import Given, build, build_custom, given_for
 from locc.rewrite.chain import GradientChain, handed_down, returning
 from locc.rewrite.crossing import LentGradients, activations, has_rows, read_by, rows, unreached
 from locc.rewrite.dropout import before_dropout, give_copy, in_place, is_dropout
@@ -30,6 +30,7 @@ __all__ = [
     "NUMBERS",
     "Activation",
     "AttachHeads",
+    "Given",
     "GradientChain",
     "InverseMaker",
     "LentGradients",
@@ -53,6 +54,7 @@ __all__ = [
     "draw",
     "ending",
     "give_copy",
+    "given_for",
     "handed_down",
     "has_norms",
     "has_rectifiers",

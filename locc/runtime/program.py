@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from locc.errors import CaptureError, LoccError, RunError, nearest
 from locc.facts import Certificate
+from locc.facts.traffic import by_role
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.ir.state import begin, states
 from locc.ir.view import node_modules
@@ -184,6 +185,15 @@ class Compiled(nn.Module):
         if self.built.certificate is None:
             raise RunError("the program was compiled with verify=False; call locc.verify(program)")
         return self.built.certificate
+
+    @property
+    def auxiliaries(self) -> dict[str, dict[str, nn.Module]]:
+        """The auxiliary networks by module and role: {"layer1": {"head": ...}}.
+
+        Roles: "head", "sim_head", "inverse", "synthesiser", "bridge", "encoder", "feedback". Where a module
+        has several of a role, they are "head", "head_2", ... in the graph's order.
+        """
+        return by_role(self.ir)
 
     @property
     def loss_function(self) -> Callable[[Any, Any], Tensor]:

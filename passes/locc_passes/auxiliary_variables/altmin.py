@@ -25,10 +25,12 @@ class FitCodes(Pass):
     """
 
     lambda_w: float = 0.0
+    output_lr: float = 1.0
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the objectives; all of them read the same weights, those of before the update."""
         ir.apply_loss()  # of the plain forward: a step reports it, and it moves the last module's buffers
+        ir.scale_lr(ir.last.name, self.output_lr)
         for module in ir.modules:
             owner = module.name
             codes = {b.entry: ir.stop_gradient(owner, code_of(b)) for b in coded(ir, consumer=owner)}
@@ -111,7 +113,18 @@ class AltMin(Method):
         default=0.0, metadata={"help": "weight of the mean size of the weights", "range": (0.0, 0.1)}
     )
 
+    output_lr: float = field(
+        default=1.0,
+        metadata={
+            "help": "learning rate of the last module, in units of the others'",
+            "range": (0.01, 10.0),
+            "scale": "log",
+        },
+    )
+
     def __post_init__(self) -> None:
+        if not self.output_lr > 0:
+            raise ValueError(f"output_lr={self.output_lr}: give a factor above 0")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: at least one inner step is needed")
         if not self.mu > 0:
@@ -131,4 +144,4 @@ class AltMin(Method):
     def passes(self) -> Sequence[Pass]:
         """Return the inner steps and the objectives."""
         inner = InnerSteps(self.steps, self.rate, self.momentum, self.mu, self.mu_step, self.lambda_c)
-        return (inner, FitCodes(self.lambda_w))
+        return (inner, FitCodes(self.lambda_w, self.output_lr))

@@ -6,24 +6,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import fx
+from torch import Tensor, fx, nn
 
-from locc.errors import MethodError
-from locc.ir import Task, TrainingGraph, inner
+from locc.errors import MethodError, nearest
+from locc.ir import Task, TensorSpec, TrainingGraph, inner
 from locc.nn import BroadcastFeedback, plan_readout
 from locc.rewrite import (
+    Given,
     LentGradients,
     Method,
     OutputLoss,
     Pass,
     Recipe,
     add_all,
+    given_for,
     has_rows,
     output_error,
     unreached,
 )
 from locc_passes.feedback.published import RECIPE, advice
 from locc_passes.feedback.zero import ZeroWeights
+
+INITS = ("uniform", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class DirectFeedback(Pass):
     once from U(+-1/sqrt(n)) for every value that the module sends on; inside the module the rest is its
     own backward pass. With several tasks it is the sum over their errors, each with its own B.
     """
+
+    init: str = "uniform"
+    given: Given | None = None
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Refuse boundaries to which no matrix leads from the output."""
@@ -55,25 +62,42 @@ class DirectFeedback(Pass):
         for module in ir.modules[:-1]:
             terms = []
             for i, value in enumerate(taught(ir, module.name)):
-                delta = broadcast(ir, errors, value, i)
+                delta = self.broadcast(ir, errors, value, i)
                 terms.append(ir.emit(module.name, inner, value, delta, role="feedback"))
             if terms:
                 ir.objective(module.name, add_all(ir, module.name, terms), "feedback")
+
+    def broadcast(
+        self, ir: TrainingGraph, errors: list[tuple[Task, fx.Node]], value: fx.Node, number: int
+    ) -> fx.Node:
+        """Return the sum of B e over tasks, for a value that a module sends, its `number`-th."""
+        owner, sent = value.meta["owner"], []
+        for i, (task, error) in enumerate(errors, start=number * len(errors)):
+            name = f"feedback_{owner}" + (f"_{i}" if i else "")
+            matrix = ir.add_module(name, self._feedback(owner, value.meta["spec"], task.spec))
+            sent.append(ir.call(owner, matrix, ir.stop_gradient(owner, error), role="feedback"))
+        return add_all(ir, owner, sent)
+
+    def _feedback(self, owner: str, spec: TensorSpec, output: TensorSpec) -> BroadcastFeedback:
+        network = BroadcastFeedback(spec, output)
+        if self.init != "uniform":
+            getattr(nn.init, f"{self.init}_")(network.matrix)
+        if self.given is None:
+            return network
+        found, wanted = given_for(self.given, owner, spec, output, "feedback"), tuple(network.matrix.shape)
+        if not isinstance(found, Tensor) or tuple(found.shape) not in (
+            wanted,
+            (network.readout.in_features, wanted[1]),
+        ):
+            text = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise MethodError(f"feedback of module '{owner}': give a tensor of shape {wanted}; found {text}")
+        network.matrix = found.detach().clone().to(network.matrix)
+        return network
 
 
 def errors_of(ir: TrainingGraph) -> list[tuple[Task, fx.Node]]:
     """Return each task with the error at its prediction."""
     return [(task, output_error(ir, task)) for task in ir.tasks]
-
-
-def broadcast(ir: TrainingGraph, errors: list[tuple[Task, fx.Node]], value: fx.Node, number: int) -> fx.Node:
-    """Return the sum of B e over tasks, for a value that a module sends, its `number`-th; draws each B."""
-    owner, sent = value.meta["owner"], []
-    for i, (task, error) in enumerate(errors, start=number * len(errors)):
-        name = f"feedback_{owner}" + (f"_{i}" if i else "")
-        matrix = ir.add_module(name, BroadcastFeedback(value.meta["spec"], task.spec))
-        sent.append(ir.call(owner, matrix, ir.stop_gradient(owner, error), role="feedback"))
-    return add_all(ir, owner, sent)
 
 
 def taught(ir: TrainingGraph, owner: str) -> list[fx.Node]:
@@ -94,15 +118,34 @@ class DFA(Method):
     reference: ClassVar[str] = "Nøkland 2016"
     recipe: ClassVar[Recipe] = RECIPE
 
+    init: str = field(
+        default="uniform",
+        metadata={
+            "help": "law of the feedback matrices [n,C]: uniform (U(+-1/sqrt(n)), as published), or "
+            "torch.nn.init's kaiming_ or xavier_, uniform or normal",
+            "choices": INITS,
+        },
+    )
+    feedback: Given | None = field(
+        default=None,
+        metadata={
+            "help": "your own matrices: a dict by module of tensors [n,C], or a factory (boundary spec, "
+            "output spec[, module's name]) -> tensor"
+        },
+    )
     zero_init: bool = field(
         default=False,
         metadata={"help": "start all forward weights and biases at zero (for tanh and sigmoid networks)"},
     )
 
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise MethodError(f"init={self.init!r}; {nearest(str(self.init), INITS)}")
+
     def passes(self) -> Sequence[Pass]:
         """Return the loss of the last module and the direct feedback of the others."""
         start = (ZeroWeights(),) if self.zero_init else ()
-        return (*start, OutputLoss(), DirectFeedback(), LentGradients())
+        return (*start, OutputLoss(), DirectFeedback(self.init, self.feedback), LentGradients())
 
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
         """Warn of ReLUs without normalisation."""

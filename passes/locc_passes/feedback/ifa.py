@@ -21,7 +21,7 @@ from locc.rewrite import (
     push,
     read_by,
 )
-from locc_passes.feedback.dfa import DirectFeedback, broadcast, errors_of, taught
+from locc_passes.feedback.dfa import DirectFeedback, errors_of, taught
 from locc_passes.feedback.layers import LAYERS
 from locc_passes.feedback.published import RECIPE, advice
 from locc_passes.feedback.zero import ZeroWeights
@@ -54,7 +54,7 @@ class IndirectFeedback(DirectFeedback):
                 if arriving:
                     sent = push(ir, module.name, arriving, before)
                 else:
-                    sent = broadcast(ir, errors, value, number)
+                    sent = self.broadcast(ir, errors, value, number)
                 terms.append(ir.emit(module.name, inner, value, sent, role="feedback"))
                 deltas[value] = pull(ir, value, sent)
             if terms:

@@ -31,7 +31,8 @@ class DGL(Method):
     head: str | Factory = field(
         default="auto",
         metadata={
-            "help": "mlp-sr, mlp or linear; each adapts to flat, sequence and image boundaries. auto: mlp-sr "
+            "help": "mlp-sr (the paper's), or locc's own mlp (pool, linear, ReLU, linear; not the paper's "
+            "MLP variant) or linear; each adapts to flat, sequence and image boundaries. auto: mlp-sr "
             "on images, as in the paper, and linear elsewhere. From Python also a factory (boundary spec, "
             "output spec) -> module",
             "choices": ("auto", "mlp-sr", "mlp", "linear"),

@@ -69,6 +69,10 @@ class PredSim(Method):
         default=None,
         metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
     )
+    zero_output: bool = field(
+        default=False,
+        metadata={"help": "start the weight of the output layer at zero, as the released code does"},
+    )
     sim_head: Factory | None = field(
         default=None, metadata={"help": "factory (boundary spec, output spec) -> module of z(h)"}
     )
@@ -101,7 +105,11 @@ class PredSim(Method):
         weight = self.output_weight
         if weight is None:
             weight = complement(self.beta) if 0 < self.beta < 1 else 1.0
-        return (*steps, LocalErrors(self.beta, self.local_loss, self.label), OutputError(weight))
+        return (
+            *steps,
+            LocalErrors(self.beta, self.local_loss, self.label),
+            OutputError(weight, self.zero_output),
+        )
 
 
 @dataclass(frozen=True)

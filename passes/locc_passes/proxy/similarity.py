@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor, fx, nn
 
 from locc.errors import MethodError
@@ -124,11 +125,27 @@ class OutputError(Pass):
     """
 
     weight: float
+    zero: bool = False
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        """A start at zero needs a layer that gives the output."""
+        if self.zero and not _output_weights(ir):
+            yield "zero_output needs a linear or convolution layer that gives the output; leave it out"
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the loss and its objective."""
+        if self.zero:
+            ir.initial += [(weight, torch.zeros_like(weight)) for weight in _output_weights(ir)]
         loss = ir.apply_loss()
         ir.objective(ir.last.name, weigh(ir, loss, self.weight if len(ir.modules) > 1 else 1.0), "loss")
+
+
+def _output_weights(ir: TrainingGraph) -> list[Tensor]:
+    """Return the weights of the layers that give the predictions."""
+    nodes = [task.value for task in ir.tasks if task.value.op == "call_module"]
+    layers = [ir.root.get_submodule(str(node.target)) for node in nodes]
+    ends = [layer[-1] if isinstance(layer, nn.Sequential) and len(layer) else layer for layer in layers]
+    return [end.weight for end in ends if isinstance(end, (nn.Linear, nn.modules.conv._ConvNd))]
 
 
 def complement(beta: float) -> float:

@@ -72,7 +72,10 @@ class DNI(Method):
     )
     factory: Factory | None = field(
         default=None,
-        metadata={"help": "(value's spec, output's spec) -> network of the value (cdni: and the labels)"},
+        metadata={
+            "help": "(value's spec, output's spec) -> network of the value; for cdni of (value, labels), "
+            "which are class ids in the shape of the value's rows, or vectors with the classes last"
+        },
     )
 
     def __post_init__(self) -> None:

@@ -180,28 +180,26 @@ def test_each_independent_output_has_a_head_and_their_losses_add_up() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.left, self.right, self.out = nn.Linear(4, 5), nn.Linear(4, 6), nn.Linear(11, 3)
+            self.towers = nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 6)])
+            self.of_left, self.of_right = nn.Linear(5, 3), nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            left, right = self.left(x), self.right(x)
-            return self.out(torch.cat([left, right], 1))
+            left, right = (tower(x) for tower in self.towers)
+            return self.of_left(left) + self.of_right(right)
 
     x, y = batch(dtype=torch.float64)
     torch.manual_seed(1)
     model = Two().double()
-    program = locc.compile(model, "dgl", ["right"], example_inputs=x, optimizer=sgd(), head="linear")
+    program = locc.compile(model, "dgl", ["towers"], example_inputs=x, optimizer=sgd(), head="linear")
     twin, heads = copy.deepcopy(model), [copy.deepcopy(h) for h in program.root.aux.values()]
     report = program.step(x, y)
-    # One cut after both branches: cat may run before it, and then one value crosses with one head.
-    if len(heads) == 1:
-        losses = F.cross_entropy(heads[0](torch.cat([twin.left(x), twin.right(x)], 1)), y)
-    else:
-        losses = F.cross_entropy(heads[0](twin.left(x)), y) + F.cross_entropy(heads[1](twin.right(x)), y)
-    torch.testing.assert_close(report.objectives["right.loss"], losses, atol=1e-12, rtol=0)
+    losses = sum(F.cross_entropy(head(own(x)), y) for head, own in zip(heads, twin.towers, strict=True))
+    assert isinstance(losses, Tensor)
+    torch.testing.assert_close(report.objectives["towers.loss"], losses, atol=1e-12, rtol=0)
     losses.backward()
-    for name in ("left", "right"):
-        wanted = getattr(twin, name).weight - 0.1 * getattr(twin, name).weight.grad
-        torch.testing.assert_close(getattr(model, name).weight, wanted, atol=1e-12, rtol=0)
+    for trained, own in zip(model.towers, twin.towers, strict=True):
+        wanted = own.weight - 0.1 * own.weight.grad
+        torch.testing.assert_close(trained.weight, wanted, atol=1e-12, rtol=0)
 
 
 def test_several_outputs_of_a_recurrent_layer() -> None:

@@ -265,7 +265,7 @@ def test_unusable_options_are_refused(options: dict[str, Any]) -> None:
 
 def test_options_of_the_presets() -> None:
     known = {name: set(info.options) for name, info in locc.methods().items()}
-    shared = {"output_weight", "undropped", "layout"}
+    shared = {"output_weight", "undropped", "layout", "zero_output"}
     assert known["predsim"] == shared | {"beta", "dim_in_decoder", "local_loss", "sim_head", "pred_head"}
     assert known["sim"] == shared | {"sim_head"}
     assert known["pred"] == shared | {"dim_in_decoder", "local_loss", "pred_head"}
