@@ -31,7 +31,16 @@ def test_it_answers_without_pytorch(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     if name == "completion":
-        assert done.stdout.split() == ["dfa", "dgl", "dni", "dtp"]
+        assert done.stdout.split() == [
+            "ddtp-linear",
+            "ddtp-rhl",
+            "dfa",
+            "dgl",
+            "dladmm",
+            "dni",
+            "dtp",
+            "dtp-drl",
+        ]
 
 
 @pytest.mark.parametrize("package", [locc, locc.testing], ids=lambda p: p.__name__)

@@ -97,7 +97,11 @@ class DenseDecoder(nn.Module):
         guard_weights(max(n, m), n, max_weights, f"the decoder from {spec} to {image}")
         at = placement(spec, device, dtype)
         self.net = nn.Sequential(
-            nn.Linear(n, n, **at), nn.BatchNorm1d(n, **at), nn.ReLU(), nn.Linear(n, m, **at), _squash(bounded)
+            nn.Linear(n, n, bias=False, **at),
+            nn.BatchNorm1d(n, **at),
+            nn.ReLU(),
+            nn.Linear(n, m, **at),
+            _squash(bounded),
         )
 
     def forward(self, h: Tensor) -> Tensor:

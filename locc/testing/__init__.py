@@ -18,7 +18,7 @@ from locc.errors import LoccError
 from locc.lazy import lazily
 
 if TYPE_CHECKING:
-    from locc.testing.case import Case
+    from locc.testing.case import OPTIMIZERS, Case
     from locc.testing.checks import CONFORMANCE
     from locc.testing.conformance import CONFORMANCE_MODELS, Conformance, assert_conforms
     from locc.testing.families import FAMILIES, ModelSpec
@@ -33,6 +33,7 @@ __all__ = [
     "CONFORMANCE",
     "CONFORMANCE_MODELS",
     "FAMILIES",
+    "OPTIMIZERS",
     "Case",
     "Conformance",
     "ModelSpec",
@@ -56,6 +57,7 @@ _HOMES = {
     "CONFORMANCE": "checks",
     "CONFORMANCE_MODELS": "conformance",
     "FAMILIES": "families",
+    "OPTIMIZERS": "case",
     "Case": "case",
     "Conformance": "conformance",
     "ModelSpec": "families",

@@ -101,7 +101,8 @@ class Case:
             LoccError: the case cannot be compiled for another reason.
         """
         try:
-            self.compile(verify=False)
+            program = self.compile(verify=False)
+            return program.built.misfit(self.batch()[1], self.batch_size)
         except MethodError as error:
             if not undefined(error):
                 raise

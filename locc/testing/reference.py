@@ -125,8 +125,7 @@ class _Meaning:
         self.round, self.commits = 0, before
 
     def _compute(self, node: fx.Node) -> Any:
-        args: Any = given(node.args, self.values.__getitem__)
-        kwargs: Any = given(node.kwargs, self.values.__getitem__)
+        args, kwargs = (given(part, self.values.__getitem__) for part in (node.args, node.kwargs))
         if node.op == "get_attr":
             return owned_tensor(self.ir.root, str(node.target))
         if node.target is ops.assign:

@@ -15,6 +15,7 @@ from hypothesis import Phase, example, given, reject, seed, settings
 from locc import Program, RunError
 from locc.ir import Inputs
 from locc.testing import (
+    OPTIMIZERS,
     Case,
     ModelSpec,
     assert_isolated,
@@ -23,7 +24,6 @@ from locc.testing import (
     assert_pipeline_exact,
     cases,
 )
-from locc.testing.case import OPTIMIZERS
 
 EXAMPLES = settings().max_examples
 ROUND = 10
