@@ -40,6 +40,8 @@ def unchanged(before: Tensor, x: Tensor) -> Tensor:
 
 def kept(same: Tensor, before: Tensor, start: Tensor | float) -> Tensor:
     """Return an auxiliary variable as the step before left it, or its start on another batch."""
+    # A number in torch.where would be rounded to float32.
+    start = start if isinstance(start, Tensor) else torch.full_like(before, start)
     return torch.where(same, before, start)
 
 

@@ -210,7 +210,7 @@ class DLADMM(Method):
     opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
     rho: float = field(
-        default=1e-6, metadata={"help": "weight of every constraint", "range": (1e-6, 1.0), "scale": "log"}
+        default=0.1, metadata={"help": "weight of every constraint", "range": (1e-6, 1.0), "scale": "log"}
     )
     sweeps: int = field(default=1, metadata={"help": "times down and up in a step", "range": (1, 10)})
     output: str = field(

@@ -139,7 +139,7 @@ class Bend:
     def derivative(self, u: Tensor) -> Tensor:
         """Return sigma'(u)."""
         if self.slope is not None:
-            return torch.where(u > 0, 1.0, self.slope).to(u.dtype)
+            return torch.where(u > 0, torch.ones_like(u), torch.full_like(u, self.slope))
         _, transposed = torch.func.vjp(self.function, u)
         (found,) = transposed(torch.ones_like(u))
         assert isinstance(found, Tensor)
