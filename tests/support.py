@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 import locc
 from locc import Program
+from locc.rewrite import Method
 from locc.runtime import checkpoint
+from locc.testing import CONFORMANCE_MODELS, Case
 
 
 class Residual(nn.Module):
@@ -76,6 +79,12 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two states are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def usual_case(method: str | Method) -> Case:
+    """A chain with BatchNorm and dropout under a method, or a plain one where it refuses these."""
+    norm, plain = (replace(CONFORMANCE_MODELS[name], method=method) for name in ("norm", "mlp"))
+    return norm if norm.refusal() is None else plain
 
 
 def everything(program: Program) -> dict[str, Tensor]:

@@ -115,8 +115,8 @@ class Settings:
         unused = [setting for setting, is_given in given.items() if is_given]
         if unused and not ir.objectives():
             raise MethodError(
-                f"{unused[0]}= is given, and method '{name}' has no gradients and no optimizer: it sets every "
-                "parameter by a formula of the batch; leave it out, or change the size of the batch"
+                f"{unused[0]}= is given, and method '{name}' has no gradients and no optimizer: it sets "
+                "every parameter by a formula of the batch; leave it out, or change the size of the batch"
             )
 
     def training(self, learners: Mapping[str, Learner]) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 import locc
 from locc import testing
+from support import usual_case
 
 NAMES = sorted(locc.methods())
 EVERYWHERE = (
@@ -26,20 +27,19 @@ def test_some_methods_are_registered() -> None:
 
 @pytest.mark.parametrize("method", NAMES)
 def test_on_every_model(method: str) -> None:
-    """The checks in which the model matters most; every method admits a chain with a norm and dropout."""
+    """The checks in which the model matters most; every method admits a plain chain."""
     report = testing.assert_conforms(method, checks=EVERYWHERE)
-    assert "norm" in report.admitted
+    assert "mlp" in report.admitted
 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_thoroughly_on_two(method: str) -> None:
-    """Every other check, where dropout and batch norm are and where tokens are."""
-    models = {name: testing.CONFORMANCE_MODELS[name] for name in ("norm", "transformer")}
+    """Every other check, where dropout and batch norm are, if it admits them, and where tokens are."""
+    models = {"usual": usual_case(method), "transformer": testing.CONFORMANCE_MODELS["transformer"]}
     testing.assert_conforms(method, models, checks=THOROUGHLY)
 
 
 def test_some_methods_are_pipeline_exact_and_some_are_not() -> None:
     """The check of pipelines has something to compare."""
-    case = testing.CONFORMANCE_MODELS["norm"]
-    programs = (testing.Case(case.model, name, splits=case.splits).compile() for name in NAMES)
+    programs = (usual_case(name).compile() for name in NAMES)
     assert {program.certificate.pipeline_exact for program in programs} == {True, False}

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from locc.ir import TensorSpec, TrainingGraph
-from locc.ir.view import DATA
-from locc.rewrite import Method, give_copy, in_place, spec_of
+from locc.rewrite import Method, Recipe, give_copy, in_place, spec_of
 from locc_passes.auxiliary_variables.formulas import OUTPUTS, labels, output_step
 from locc_passes.auxiliary_variables.layers import Layer, layers_of
+
+UNUSED = Recipe(source="not used: what trains is set by formulas")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Blocks:
     """The blocks of a network as they are at one point of a sweep, and how to set one.
 
     With N layers, layer i computes U_i = W_i V_(i-1) + b_i and V_i = sigma_i(U_i), V_0 the data; `pre` and
-    `post` are the letters that a method has for U and V. Each variable is a value of one module: W_i, b_i, U_i
-    and V_(i-1) of the module of layer i, V_N of the last layer's. `set` and `run` bring in those of others.
+    `post` are the letters that a method has for U and V. Each variable is a value of one module: W_i, b_i,
+    U_i and V_(i-1) of the module of layer i, V_N of the last layer's. `set` and `run` bring in those of
+    others.
     """
 
     ir: TrainingGraph
@@ -95,7 +97,9 @@ class Blocks:
         """Return the value of a variable; None for the bias of a layer that has none."""
         return self.values.get(name)
 
-    def run(self, owner: str, function: Callable[..., Any], *args: Any, name: str, spec: Any = None) -> fx.Node:
+    def run(
+        self, owner: str, function: Callable[..., Any], *args: Any, name: str, spec: Any = None
+    ) -> fx.Node:
         """Add a call to a module's program, on variables by name, values of any module and numbers."""
         found = [self.values.get(a) if isinstance(a, str) else a for a in args]
         brought = [self._brought(owner, a) if isinstance(a, fx.Node) else a for a in found]
@@ -150,7 +154,7 @@ class Blocks:
                 self.ir.assign(layer.owner, f"{layer.path}.{'weight' if name[0] == 'W' else 'bias'}", value)
 
     def _brought(self, owner: str, node: fx.Node) -> fx.Node:
-        return node if node.meta["owner"] in (owner, DATA) else self.ir.stop_gradient(owner, node)
+        return node if node.meta["owner"] == owner else self.ir.stop_gradient(owner, node)
 
 
 def check(method: Method, positive: tuple[str, ...], counts: tuple[str, ...]) -> None:

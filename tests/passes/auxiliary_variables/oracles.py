@@ -13,8 +13,6 @@ Where authors' code is public it was read beside the papers:
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
 LENGTHS = (0.0, 1.0, 0.5, 0.125)
@@ -171,11 +169,13 @@ class DLADMM:
     @staticmethod
     def descend(point, energy, slope):
         """A gradient step, its weight doubled from 1 while the energy lies above the quadratic majoriser."""
-        for k in itertools.count():
-            ahead = -slope / 2**k
-            bound = energy(point) + (slope * ahead).sum() + 2**k / 2 * (ahead**2).sum()
-            if energy(point + ahead) <= bound :
+        weight = 1
+        while True:
+            ahead = -slope / weight
+            bound = energy(point) + (slope * ahead).sum() + weight / 2 * (ahead**2).sum()
+            if energy(point + ahead) <= bound:
                 return point + ahead
+            weight *= 2
 
     def W(self, i):
         n, aim = self.net, self.aim(i)

@@ -1,6 +1,7 @@
 """bcd2, bcd3, admm and dladmm: against their equations, their authors' numbers, and what they promise."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ WIDTHS = (9, 8, 11, 7, 4)
 
 
 def mlp(widths=WIDTHS, activation=nn.ReLU):
-    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), activation())]
+    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), activation())]
     return nn.Sequential(*layers[:-1]).to(D)
 
 
@@ -66,7 +67,7 @@ def rule(method, net):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_against_the_equations(method):
-    """Three steps on one batch, which continue, and one on another, which begins anew; inplace ReLU as well."""
+    """Three steps on one batch, which continue, and one on another, which begins anew."""
     model = mlp(activation=lambda: nn.ReLU(inplace=True))
     x, y = batch()
     options = {"sweeps": 4} if method == "admm" else {}
@@ -88,8 +89,10 @@ def test_against_the_equations(method):
 
 @pytest.mark.parametrize(
     ("method", "options", "letters", "steps"),
-    [("bcd3", {"old_weight": True}, "UV", {1: "sweep1", 3: "sweep3"})]
-    + [("dladmm", {}, "za", {1: "iteration1", 3: "iteration3"})],
+    [
+        ("bcd3", {"old_weight": True}, "UV", {1: "sweep1", 3: "sweep3"}),
+        ("dladmm", {}, "za", {1: "iteration1", 3: "iteration3"}),
+    ],
 )
 def test_the_numbers_of_the_authors_code(method, options, letters, steps):
     path = GOLDEN / f"{method}.npz"
@@ -115,7 +118,9 @@ def test_the_numbers_of_the_authors_code(method, options, letters, steps):
         found |= {f"b{i}": m.bias[:, None] for i, m in enumerate(layers_of(model), start=1)}
         for name, value in found.items():
             wanted = golden[f"{steps[number]}.{name}"]
-            np.testing.assert_allclose(value.detach().numpy(), wanted, rtol=0, atol=1e-9 * abs(wanted).max(), err_msg=name)
+            np.testing.assert_allclose(
+                value.detach().numpy(), wanted, rtol=0, atol=1e-9 * abs(wanted).max(), err_msg=name
+            )
 
 
 def convolutional(activation=nn.ReLU):
@@ -144,7 +149,9 @@ def objective(program, x, y, method, gamma=1.0, rho=1.0):
     hot = nn.functional.one_hot(y, 4).to(D)
     for number, group in enumerate(groups, start=1):
         at = next(i for i, m in enumerate(group) if layers_of(m))
-        bent = next((i for i, m in enumerate(group) if i > at and not isinstance(m, (nn.AvgPool2d, nn.Flatten))), None)
+        bent = next(
+            (i for i, m in enumerate(group) if i > at and not isinstance(m, (nn.AvgPool2d, nn.Flatten))), None
+        )
         u = nn.Sequential(*group[: at + 1])(v)
         sigma = group[bent] if bent is not None else nn.Identity()
         rest = nn.Sequential(*group[(at if bent is None else bent) + 1 :])
@@ -173,7 +180,7 @@ def test_the_objective_never_rises(method, build, activation):
         program.step(x, y)
         with torch.no_grad():
             values.append(objective(program, x, y, method))
-    assert all(b < a for a, b in zip(values, values[1:], strict=False)), values
+    assert all(b < a for a, b in itertools.pairwise(values)), values
     assert values[-1] < 0.8 * values[0]
 
 
@@ -219,8 +226,14 @@ LINEAR = nn.Linear(9, 9)
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.Linear(9, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)), "'1', a BatchNorm1d, is no"),
-        (nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 4)), "'2', a Dropout, draws a mask"),
+        (
+            nn.Sequential(nn.Linear(9, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)),
+            "'1', a BatchNorm1d, is no",
+        ),
+        (
+            nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 4)),
+            "'2', a Dropout, draws a mask",
+        ),
         (nn.Sequential(LINEAR, nn.ReLU(), LINEAR, nn.ReLU(), nn.Linear(9, 4)), "'0' is called twice"),
         (nn.Sequential(nn.Linear(9, 8), nn.PReLU(), nn.Linear(8, 4)), "'1', a PReLU, is no"),
         (Skipping(), "joins 2 values|'add' in module"),
@@ -243,14 +256,18 @@ def test_what_nothing_below_learns_is_data():
     program = locc.compile(model, "bcd3", [], example_inputs=batch()[0], verify=False)
     program.step(*batch())
     after = snapshot(model)
-    moved = {n for n, t in after.items() if not torch.equal(before[n], t) and "running" not in n and "num" not in n}
+    moved = {
+        n for n, t in after.items() if not torch.equal(before[n], t) and "running" not in n and "num" not in n
+    }
     assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
 def test_settings_of_gradients_are_refused():
     x, _ = batch()
     for setting in ({"accumulate": 2}, {"clip": 1.0}, {"scheduler": lambda o: None}):
-        with pytest.raises(MethodError, match=f"{next(iter(setting))}= is given, and method 'bcd3' has no gradients"):
+        with pytest.raises(
+            MethodError, match=f"{next(iter(setting))}= is given, and method 'bcd3' has no gradients"
+        ):
             locc.compile(mlp(), "bcd3", [], example_inputs=x, **setting)
     for wrong in ({"alpha": 0}, {"sweeps": 0}, {"output": "l1"}):
         with pytest.raises(MethodError, match=next(iter(wrong))):
@@ -288,7 +305,9 @@ def test_rho_of_dladmm_grows_where_the_cost_keeps_rising():
 def test_it_learns_digits(method, epochs, full, least):
     torch.manual_seed(0)
     data, (train, validation) = digits(), loaders()
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10)
+    )
     program = locc.compile(model, method, ["2", "4"], example_inputs=data.train_x[:4], verify=False)
     program.fit([(data.train_x, data.train_y)] if full else train, epochs=epochs, progress=False)
     assert program.evaluate(validation).accuracy > least
