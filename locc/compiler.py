@@ -180,6 +180,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         ir = rewrite(request, inputs, TiedPolicy(request.tied, request.method.ties))
         program.root.aux.to(program.device)
         phases = stages(ir, request.name, request.settings.schedule == "sequential")
+        request.settings.check_used(ir, request.name)
         learners = request.settings.learners(ir)
         training = request.settings.training(learners)
         rates = {name: learner.rate for name, learner in learners.items()}

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import locc
-from locc import Program, testing
+from locc import Program
+from locc.rewrite import Method
 from locc.runtime import checkpoint
+from locc.testing import CONFORMANCE_MODELS, Case
 
 
 class Residual(nn.Module):
@@ -79,6 +81,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def usual_case(method: str | Method) -> Case:
+    """A chain with BatchNorm and dropout under a method; where it refuses these a plain one, or convolutions."""
+    cases = [replace(CONFORMANCE_MODELS[name], method=method) for name in ("norm", "mlp", "convolution")]
+    return next(case for case in cases if case.refusal() is None)
+
+
 def everything(program: Program) -> dict[str, Tensor]:
     """Every tensor and number that training depends on."""
     tensors, header = checkpoint._state(program)
@@ -90,9 +98,3 @@ def compiled(model: nn.Module, method: Any = "bp", splits: Any = (), **options: 
     """Compile for `batch()` unless example inputs are given."""
     options.setdefault("example_inputs", batch(dtype=next(model.parameters()).dtype)[0])
     return locc.compile(model, method, splits, **options)
-
-
-def somewhere(method: str, **overrides: Any) -> Program:
-    """Return a program of a method, of a chain with a norm or, if it refuses that, of convolutions."""
-    cases = [replace(testing.CONFORMANCE_MODELS[name], method=method) for name in ("norm", "convolution")]
-    return next(case for case in cases if case.refusal() is None).compile(**overrides)

@@ -11,7 +11,7 @@ from torch import nn
 
 import locc
 from locc import LoccError, LoccWarning, OptimizerSpec, Recipe
-from support import batch, compiled, same, sgd, snapshot, somewhere
+from support import batch, compiled, same, sgd, snapshot, usual_case
 
 X, Y = batch()
 NAMES = sorted(locc.methods())
@@ -33,7 +33,7 @@ SPLITS = ["0", "1", "2"]
 
 @pytest.mark.parametrize("method", NAMES)
 def test_without_an_optimizer_each_owner_has_that_of_the_recipe(method):
-    program = somewhere(method, optimizer=None)
+    program = usual_case(method).compile(optimizer=None)
     recipe = locc.methods()[method].recipe
     for name, optimizer in program.optimizers.items():
         owner = program.ir.owners[name]

@@ -42,7 +42,7 @@ class State(nn.Module):
     ) -> None:
         super().__init__()
         self.owner, self.name, self.spec, self.resize, self.delays = owner, name, spec, resize, delays
-        self.register_buffer("initial", torch.as_tensor(initial).detach().to(spec.dtype).clone())
+        self.register_buffer("initial", torch.as_tensor(initial, dtype=spec.dtype).detach().clone())
         self.starts = float(self.initial) if self.initial.dim() == 0 else None
         self.register_buffer("value", self._start(0))
 

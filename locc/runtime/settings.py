@@ -105,12 +105,28 @@ class Settings:
                 found[name] = Learner(name, parameters, optimizer, self.clip)
         return found
 
+    def check_used(self, ir: TrainingGraph, name: str) -> None:
+        """Refuse settings of gradients for a method without any.
+
+        Raises:
+            MethodError: `accumulate`, `clip` or `scheduler` is given, and no owner has an objective.
+        """
+        given = {"accumulate": self.accumulate != 1, "clip": self.clip, "scheduler": self.scheduler}
+        unused = [setting for setting, is_given in given.items() if is_given]
+        if unused and not ir.objectives():
+            raise MethodError(
+                f"{unused[0]}= is given, and method '{name}' has no gradients and no optimizer: it sets "
+                "every parameter by a formula of the batch; leave it out, or change the size of the batch"
+            )
+
     def training(self, learners: Mapping[str, Learner]) -> str:
         """Say in one line by which optimizers a program trains, and where these come from."""
+        if not learners:
+            return "no optimizer: what trains is set by formulas"
         if isinstance(self.optimizer, Recipe):
             return str(self.optimizer)
         kinds = dict.fromkeys(type(learner.optimizer).__name__ for learner in learners.values())
-        return f"{', '.join(kinds) or 'no optimizer'} (the caller's own)"
+        return f"{', '.join(kinds)} (the caller's own)"
 
     def _optimizer(
         self, of: Owner, parameters: list[nn.Parameter], paths: dict[int, str]

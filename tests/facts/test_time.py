@@ -15,7 +15,7 @@ from locc import Method, Pass, Program
 from locc.facts import NOT, STRICT, WEAK, Flow
 from locc.facts.critical import critical_path
 from locc.ir import TrainingGraph, inner
-from locc.lower import Backward, instructions_of
+from locc.lower import Assign, Backward, instructions_of
 from locc.rewrite import OutputLoss, add_all, returning, squared_distance
 from locc.testing import assert_lowered, assert_pipeline_exact, assert_side_by_side
 from support import batch, compiled
@@ -214,10 +214,16 @@ def test_a_late_activation_locks_nothing_and_may_run_in_a_pipeline() -> None:
 
 
 def _later_in_plan(found: Program, owner: str) -> set[str]:
-    """Return the later modules whose work an owner's backward passes need, by the plan's reads and writes."""
+    """Return the later modules whose work an owner's updates need, by the plan's reads and writes."""
     instructions = list(instructions_of(found.plan().instructions))
     maker = {name: i for i in instructions for name in i.writes}
-    todo = [i for i in instructions if isinstance(i, Backward) and i.owner == owner and i.objectives]
+    parameters = dict(found.root.named_parameters())
+    todo = [
+        i
+        for i in instructions
+        if i.owner == owner
+        and ((isinstance(i, Backward) and i.objectives) or (isinstance(i, Assign) and i.path in parameters))
+    ]
     seen: list[object] = []
     while todo:
         instruction = todo.pop()

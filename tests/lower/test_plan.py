@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -16,9 +16,8 @@ from locc.ir import TrainingGraph, carry, stop_gradient
 from locc.ir.view import Phase, Repeat
 from locc.lower import Backward, Instruction, Loop, Plan, Segment, Update, lower
 from locc.rewrite import Method, Pass
-from locc.testing import CONFORMANCE_MODELS
 from runtime.turns import Probing, norms
-from support import Residual, batch, compiled, mlp, sgd
+from support import Residual, batch, compiled, mlp, sgd, usual_case
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def wrongly_kept(instructions: list[Instruction], leaving: set[str]) -> set[str]
 @pytest.mark.parametrize("method", [*sorted(locc.methods()), Probing()], ids=str)
 def test_a_value_goes_with_its_last_reader_and_nothing_is_left_at_the_end_of_a_step(method):
     """In each phase, in the whole plan and in each module's own program."""
-    case = replace(CONFORMANCE_MODELS["norm"], method=method)
+    case = usual_case(method)
     program = case.compile(verify=False)
     for phase in (p.name for p in program.phases) if program.phases else (None,):
         program.phase = phase

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from locc.ir import TrainingGraph, carry, ops
+from locc.ir.state import begin
 
 from .order import ordered
 
@@ -90,6 +91,7 @@ def run(
         dtype: the floating-point type to compute in.
     """
     root = copy.deepcopy(ir.root).to(dtype).train()
+    begin(root, len(tensors[0]))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         if draw:
             _move_off(root, seed)

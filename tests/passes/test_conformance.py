@@ -6,7 +6,7 @@ import pytest
 
 import locc
 from locc import testing
-from support import somewhere
+from support import usual_case
 
 NAMES = sorted(locc.methods())
 EVERYWHERE = (
@@ -27,19 +27,19 @@ def test_some_methods_are_registered() -> None:
 
 @pytest.mark.parametrize("method", NAMES)
 def test_on_every_model(method: str) -> None:
-    """The checks in which the model matters most; every method admits a chain, or convolutions."""
+    """The checks in which the model matters most; every method admits a plain chain, or convolutions."""
     report = testing.assert_conforms(method, checks=EVERYWHERE)
-    assert {"norm", "convolution"} & set(report.admitted)
+    assert {"mlp", "convolution"} & set(report.admitted)
 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_thoroughly_on_two(method: str) -> None:
-    """Every other check, where dropout and batch norm are and where tokens are."""
-    models = {name: testing.CONFORMANCE_MODELS[name] for name in ("norm", "transformer")}
+    """Every other check, where dropout and batch norm are, if it admits them, and where tokens are."""
+    models = {"usual": usual_case(method), "transformer": testing.CONFORMANCE_MODELS["transformer"]}
     testing.assert_conforms(method, models, checks=THOROUGHLY)
 
 
 def test_some_methods_are_pipeline_exact_and_some_are_not() -> None:
     """The check of pipelines has something to compare."""
-    programs = [somewhere(name) for name in NAMES]
+    programs = (usual_case(name).compile() for name in NAMES)
     assert {program.certificate.pipeline_exact for program in programs} == {True, False}

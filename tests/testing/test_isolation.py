@@ -266,6 +266,8 @@ def test_every_disturbance_reaches_what_a_certificate_hides(
 def test_a_certificate_without_flows_holds_for_no_method(method: str) -> None:
     """What every method's flows declare does happen: the comparison is not of equals by themselves."""
     (program,) = admitted(method, 1)
+    if not program.ir.objectives():
+        pytest.skip("it has no objective to disturb: what trains is set by formulas")
     altered(program, lambda f: True)
     with pytest.raises(AssertionError, match=r"is not isolated from objective"):
         assert_isolated(program, *batch())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from locc.ir import TrainingGraph
-from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass, spec_of
-from locc_passes.auxiliary_variables.blocks import Blocks, Formula, check
+from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass, Recipe, spec_of
+from locc_passes.auxiliary_variables.blocks import UNUSED, Blocks, Formula, check
 from locc_passes.auxiliary_variables.formulas import (
     OUTPUTS,
     affine,
@@ -108,15 +108,34 @@ class UpwardSweep(Pass):
 def unlinear(ir: TrainingGraph) -> Iterator[str]:
     """Yield a sentence where the last layer ends in a nonlinearity, for `requires`."""
     if not list(unlayered(ir)) and layers_of(ir)[-1].bend.function is not None:
-        yield "its output passes a nonlinearity, and the multiplier belongs to a linear output; leave it to the loss"
+        yield (
+            "its output passes a nonlinearity, and the multiplier belongs to a linear output; "
+            "leave the nonlinearity to the loss"
+        )
 
 
 @dataclass(frozen=True)
 class ADMM(Method):
-    """Alternating directions: layer-wise least squares, and a multiplier at the output."""
+    """Alternating directions: layer-wise least squares, and a multiplier at the output.
+
+    A step is some sweeps from the first layer up (see `UpwardSweep`); each brings the label down by one
+    layer, so a new batch needs one more than there are layers, and the same batch in every step one alone, as
+    published. The paper has no biases, takes pseudo-inverses, and starts from noise; here alpha keeps the
+    weights near and the system solvable, and the start is a forward pass, so that a minibatch moves the
+    weights from where they are.
+
+    What trains is set by formulas and has no gradients: `optimizer=` and the schedules of rates do nothing,
+    and `accumulate`, `clip` and `scheduler` are refused. There are no phases. The user's loss is reported and
+    trains nothing; `output` is what does.
+
+    The variables live on while a step gets the same batch, in the same order, as the one before (full-batch
+    training; `shuffle=False`). On another batch they start anew by a forward pass, and the multiplier
+    at 0.
+    """
 
     family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Taylor et al. 2016, Training neural networks without gradients"
+    recipe: ClassVar[Recipe] = UNUSED
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
     opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
@@ -153,8 +172,9 @@ class ADMM(Method):
         layers = len(layers_of(ir))
         if self.sweeps <= layers:
             yield (
-                f"a sweep brings the label down by one layer, so {self.sweeps} sweeps on a new batch leave some of "
-                f"the {layers} layers as they are; give sweeps={layers + 1}, or the same batch in every step"
+                f"a sweep brings the label down by one layer, so {self.sweeps} sweeps on a new batch leave "
+                f"some of the {layers} layers as they are; give sweeps={layers + 1}, or the same batch in "
+                "every step"
             )
 
     def passes(self) -> Sequence[Pass]:

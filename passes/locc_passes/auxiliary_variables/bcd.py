@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import nn
 
 from locc.ir import TrainingGraph
-from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass
-from locc_passes.auxiliary_variables.blocks import Blocks, Formula, check
+from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass, Recipe
+from locc_passes.auxiliary_variables.blocks import UNUSED, Blocks, Formula, check
 from locc_passes.auxiliary_variables.descent import descended_bias, descended_input, descended_weight
 from locc_passes.auxiliary_variables.formulas import (
     OUTPUTS,
@@ -156,10 +156,26 @@ _ROUNDS = {"help": "conjugate-gradient rounds for what a convolution reads", "ra
 
 @dataclass(frozen=True)
 class BCD3(Method):
-    """Block coordinate descent with products and activations as variables: every block in closed form."""
+    """Block coordinate descent with products and activations as variables: every block in closed form.
+
+    A step is one sweep from the output down; what follows is sums over samples, as published (see
+    `ThreeSplitSweep`). The objective never rises while the batch stays the same. The authors start from
+    weights N(0, 0.01^2) and biases 0.1, with alpha = 5, and alpha = 1 for ten layers; their code sets b by
+    the old W (`old_weight`), which is no minimum. A nonlinearity other than ReLU and LeakyReLU has its U by
+    an inner search, and what a convolution or a pooling reads by conjugate gradients.
+
+    What trains is set by formulas and has no gradients: `optimizer=` and the schedules of rates do nothing,
+    and `accumulate`, `clip` and `scheduler` are refused. There are no phases. The user's loss is reported and
+    trains nothing; `output` is what does.
+
+    The variables live on while a step gets the same batch, in the same order, as the one before (full-batch
+    training; `shuffle=False`). On another batch they start anew by a forward pass, and alpha keeps
+    W and b near.
+    """
 
     family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Zeng, Lau, Lin & Yao 2019, three-splitting"
+    recipe: ClassVar[Recipe] = UNUSED
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
     opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
@@ -184,10 +200,23 @@ class BCD3(Method):
 
 @dataclass(frozen=True)
 class BCD2(Method):
-    """Block coordinate descent with activations as variables: nonlinear least squares by inner steps."""
+    """Block coordinate descent with activations as variables: nonlinear least squares by inner steps.
+
+    A step is one sweep from the output down (see `TwoSplitSweep`). The paper leaves the inner solver open;
+    here it is Gauss-Newton with one Cholesky factor for a block, shortened until the objective does not rise.
+
+    What trains is set by formulas and has no gradients: `optimizer=` and the schedules of rates do nothing,
+    and `accumulate`, `clip` and `scheduler` are refused. There are no phases. The user's loss is reported and
+    trains nothing; `output` is what does.
+
+    The variables live on while a step gets the same batch, in the same order, as the one before (full-batch
+    training; `shuffle=False`). On another batch they start anew by a forward pass, and alpha keeps
+    W and b near.
+    """
 
     family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Zeng, Lau, Lin & Yao 2019, two-splitting"
+    recipe: ClassVar[Recipe] = UNUSED
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
     opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from locc.ir import TensorSpec, TrainingGraph
-from locc.ir.view import DATA
-from locc.rewrite import Method, give_copy, in_place, spec_of
+from locc.rewrite import Method, Recipe, give_copy, in_place, spec_of
 from locc_passes.auxiliary_variables.formulas import OUTPUTS, labels, output_step
 from locc_passes.auxiliary_variables.layers import Layer, layers_of
+
+UNUSED = Recipe(source="not used: what trains is set by formulas")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def unchanged(before: Tensor, x: Tensor) -> Tensor:
 
 def kept(same: Tensor, before: Tensor, start: Tensor | float) -> Tensor:
     """Return an auxiliary variable as the step before left it, or its start on another batch."""
+    # A number in torch.where would be rounded to float32.
+    start = start if isinstance(start, Tensor) else torch.full_like(before, start)
     return torch.where(same, before, start)
 
 
@@ -48,8 +51,9 @@ class Blocks:
     """The blocks of a network as they are at one point of a sweep, and how to set one.
 
     With N layers, layer i computes U_i = W_i V_(i-1) + b_i and V_i = sigma_i(U_i), V_0 the data; `pre` and
-    `post` are the letters that a method has for U and V. Each variable is a value of one module: W_i, b_i, U_i
-    and V_(i-1) of the module of layer i, V_N of the last layer's. `set` and `run` bring in those of others.
+    `post` are the letters that a method has for U and V. Each variable is a value of one module: W_i, b_i,
+    U_i and V_(i-1) of the module of layer i, V_N of the last layer's. `set` and `run` bring in those of
+    others.
     """
 
     ir: TrainingGraph
@@ -150,7 +154,7 @@ class Blocks:
                 self.ir.assign(layer.owner, f"{layer.path}.{'weight' if name[0] == 'W' else 'bias'}", value)
 
     def _brought(self, owner: str, node: fx.Node) -> fx.Node:
-        return node if node.meta["owner"] in (owner, DATA) else self.ir.stop_gradient(owner, node)
+        return node if node.meta["owner"] == owner else self.ir.stop_gradient(owner, node)
 
 
 def check(method: Method, positive: tuple[str, ...], counts: tuple[str, ...]) -> None:

@@ -44,7 +44,7 @@ def descended_input(
         push = product(ahead, w)
         moved, bent = v + _lengths(v) * ahead, bend(pre + _lengths(pre) * push)
         terms = ((gamma, bent - above), (gamma, moved - below), (alpha, moved - old))
-        length = _best(sum(f * d.square().flatten(2).sum(2) for f, d in terms))
+        length = _best(torch.stack([f * d.square().flatten(2).sum(2) for f, d in terms]).sum(0))
         v, pre = v + length.view(many) * ahead, pre + length.view(-1, *[1] * (pre.dim() - 1)) * push
     return v
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from locc.ir import TensorSpec, TrainingGraph
-from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass, spec_of
+from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass, Recipe, spec_of
 from locc_passes.auxiliary_variables.admm import unlinear
-from locc_passes.auxiliary_variables.blocks import Blocks, Formula, check
+from locc_passes.auxiliary_variables.blocks import UNUSED, Blocks, Formula, check
 from locc_passes.auxiliary_variables.formulas import OUTPUTS, affine, bent
 from locc_passes.auxiliary_variables.layers import LAYERS, unlayered
 from locc_passes.auxiliary_variables.products import Bend, Product
@@ -95,7 +95,7 @@ def risen(costs: Tensor, cost: Tensor, rho: Tensor) -> Tensor:
 
 
 def remembered(same: Tensor, costs: Tensor, cost: Tensor) -> Tensor:
-    """Return the costs of the last steps with this one; on another batch, what came before training is none."""
+    """Return the costs of the last steps with this one; none on another batch: that was before training."""
     return torch.where(same, torch.cat([costs[1:], cost[None]]), torch.inf)
 
 
@@ -200,15 +200,32 @@ class DownAndUp(Pass):
 
 @dataclass(frozen=True)
 class DLADMM(Method):
-    """Alternating directions without inverses: gradient steps down and up the network."""
+    """Alternating directions without inverses: gradient steps down and up the network.
+
+    A step goes down and up once (see `DownAndUp`). The step of W and of a is 1 / t, t the first of 1, 2, 4,
+    ... at which the quadratic majoriser holds; z_L is found by FISTA. rho grows tenfold, up to 0.1, when the
+    network's cross-entropy on the same batch has risen three times in a row, and the least t grows with it.
+    The authors start at rho = 1e-6 from weights N(0, 0.1^2), on 60,000 samples at once: t is about rho times
+    their number, so on small batches in float32 such a step moves nothing, and the default is their last
+    value. Hidden layers have no multiplier.
+
+    What trains is set by formulas and has no gradients: `optimizer=` and the schedules of rates do nothing,
+    and `accumulate`, `clip` and `scheduler` are refused. There are no phases. The user's loss is reported and
+    trains nothing; `output` is what does.
+
+    The variables live on while a step gets the same batch, in the same order, as the one before (full-batch
+    training; `shuffle=False`). On another batch they start anew by a forward pass, z_L at +1
+    for the class and -1 elsewhere.
+    """
 
     family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Wang, Yu, Chen & Zhao 2019, dlADMM"
+    recipe: ClassVar[Recipe] = UNUSED
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
     opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
     rho: float = field(
-        default=1e-6, metadata={"help": "weight of every constraint", "range": (1e-6, 1.0), "scale": "log"}
+        default=0.1, metadata={"help": "weight of every constraint", "range": (1e-6, 1.0), "scale": "log"}
     )
     sweeps: int = field(default=1, metadata={"help": "times down and up in a step", "range": (1, 10)})
     output: str = field(

@@ -87,7 +87,7 @@ def fitted_input(
     rho: float,
     gamma: float,
 ) -> Tensor:
-    """Return argmin over V of rho ||u - b - w V||^2 + gamma ||V - sigma(below)||^2; `v` is where it begins."""
+    """Return argmin over V of rho ||u - b - w V||^2 + gamma ||V - sigma(below)||^2; it may begin at `v`."""
     right = rho * product.adjoint(u - product.spread(b), w, v) + gamma * bend(below)
     return solved_input(product, rounds, v, w, right, rho, gamma)
 

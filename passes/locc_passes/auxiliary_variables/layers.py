@@ -24,15 +24,18 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **{f: f for f in (torch.relu, torch.tanh, torch.sigmoid, functional.silu, functional.gelu)},
     **{f: f for f in (functional.relu, functional.elu, functional.leaky_relu, functional.softplus)},
     **{n: getattr(torch, n.rstrip("_")) for n in ("relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_")},
-    **{functional.tanh: torch.tanh, functional.sigmoid: torch.sigmoid},
-    **{torch.relu_: torch.relu, functional.relu_: torch.relu},
+    functional.tanh: torch.tanh,
+    functional.sigmoid: torch.sigmoid,
+    torch.relu_: torch.relu,
+    functional.relu_: torch.relu,
 }
 _RELUS = (torch.relu, functional.relu)
 _RESHAPES = frozenset(["flatten", "unflatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze"])
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 _REMEDY = (
-    "the method is defined on chains of nn.Linear and nn.Conv2d with elementwise nonlinearities, flattening and "
-    "average pooling, wherever they are cut; leave it out, freeze the network up to there, or use 'altmin'"
+    "the method is defined on chains of nn.Linear and nn.Conv2d with elementwise nonlinearities, flattening "
+    "and average pooling, wherever they are cut; leave it out, freeze the network up to there, or use "
+    "'altmin'"
 )
 
 

@@ -1,4 +1,4 @@
-"""The two halves of a layer as block methods take them apart: a product with the weight, and a nonlinearity."""
+"""The two halves of a layer for block methods: a product with the weight, and a nonlinearity."""
 
 from __future__ import annotations
 
@@ -63,8 +63,7 @@ class Product:
         """Return the transposed map of v -> W * v at `u`, in the shape of `v`."""
         if self.dense:
             return (u @ w).reshape(v.shape)
-        _, transposed = torch.func.vjp(lambda x: self(x, w), v)
-        (found,) = transposed(u)
+        (found,) = torch.func.vjp(lambda x: self(x, w), v)[1](u)
         assert isinstance(found, Tensor)
         return found
 
@@ -79,7 +78,7 @@ class Product:
         return split.permute(1, 0, 3, 2).reshape(at.groups, batch * positions, -1)
 
     def outputs(self, u: Tensor) -> Tensor:
-        """Return something of the shape of W * v as rows [groups, rows, outputs], in the order of `inputs`."""
+        """Return what has the shape of W * v as rows [groups, rows, outputs], in the order of `inputs`."""
         if self.window is None:
             return u.reshape(1, -1, u.shape[-1])
         groups = self.window.groups
@@ -139,9 +138,8 @@ class Bend:
     def derivative(self, u: Tensor) -> Tensor:
         """Return sigma'(u)."""
         if self.slope is not None:
-            return torch.where(u > 0, 1.0, self.slope).to(u.dtype)
-        _, transposed = torch.func.vjp(self.function, u)
-        (found,) = transposed(torch.ones_like(u))
+            return torch.where(u > 0, torch.ones_like(u), torch.full_like(u, self.slope))
+        (found,) = torch.func.vjp(self, u)[1](torch.ones_like(u))
         assert isinstance(found, Tensor)
         return found
 
