@@ -82,7 +82,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def usual_case(method: str | Method) -> Case:
-    """A chain with BatchNorm and dropout under a method; where it refuses these a plain one, or convolutions."""
+    """A chain with BatchNorm and dropout; where a method refuses these a plain one, or convolutions."""
     cases = [replace(CONFORMANCE_MODELS[name], method=method) for name in ("norm", "mlp", "convolution")]
     return next(case for case in cases if case.refusal() is None)
 
