@@ -261,24 +261,25 @@ def test_several_readers_add_their_differences(known_noise: None) -> None:
 
 def test_an_inverse_reads_every_value_that_its_module_sends(known_noise: None) -> None:
     class Two(nn.Module):
-        """Its second module, of `b` and `c`, sends two values."""
+        """Its second module, `both`, sends two values."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 6)
-            self.c, self.d, self.e = nn.Linear(5, 3), nn.Linear(6, 3), nn.Linear(3, 3)
+            self.a, b, c = nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(5, 3)
+            self.both = nn.ModuleList([nn.Sequential(b, nn.Tanh()), c])
+            self.d, self.e = nn.Linear(6, 3), nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             a = self.a(x)
-            b, c = torch.tanh(self.b(a)), self.c(a)
+            b, c = (branch(a) for branch in self.both)
             return self.d(b) + self.e(c)
 
     model = Two().double()
     x, y = batch(dtype=torch.float64)
-    program = compiled(model, "dtp", ["a", "c"], optimizer=sgd(1.0))
-    before, g = copy.deepcopy(model), copy.deepcopy(program.root.aux["c_inverse"])
+    program = compiled(model, "dtp", ["a", "both"], optimizer=sgd(1.0))
+    before, g = copy.deepcopy(model), copy.deepcopy(program.root.aux["both_inverse"])
     a = before.a(x).detach()
-    sent = [torch.tanh(before.b(a)), before.c(a)]
+    sent = [branch(a) for branch in before.both]
     leaves = [v.detach().requires_grad_() for v in sent]
     loss = nn.functional.cross_entropy(before.d(leaves[0]) + before.e(leaves[1]), y)
     slopes = torch.autograd.grad(loss, leaves)
@@ -289,11 +290,11 @@ def test_an_inverse_reads_every_value_that_its_module_sends(known_noise: None) -
         target = target - sum(m(v.detach()) for m, v in zip(maps, sent, strict=True))
     ((before.a(x) - target) ** 2).sum(1).mean().backward()
     noisy = a + SIGMA * fixed_noise(a)
-    above = [torch.tanh(before.b(noisy)).detach(), before.c(noisy).detach()]
+    above = [branch(noisy).detach() for branch in before.both]
     rebuilt = maps[0](above[0]) + maps[1](above[1])
     ((rebuilt - noisy.detach()) ** 2).sum(1).mean().backward()
     program.step(x, y)
-    for (name, p), q in zip(program.root.aux["c_inverse"].named_parameters(), g.parameters(), strict=True):
+    for (name, p), q in zip(program.root.aux["both_inverse"].named_parameters(), g.parameters(), strict=True):
         assert q.grad is not None
         assert torch.allclose(q - p, q.grad, rtol=0, atol=1e-10), name
     for p, q in zip(model.a.parameters(), before.a.parameters(), strict=True):
