@@ -52,14 +52,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def trials(options: argparse.Namespace, entries: Sequence[Entry], methods: Sequence[str]) -> Iterator[Trial]:
-    """Yield what is asked for, the heaviest models first; of one method, the model is exported too."""
-    exported = "bp" if "bp" in methods else methods[0]
-    for entry in sorted(entries, key=lambda e: -e.weight):
-        for method in methods:
-            export = method == exported and not options.without_onnx
-            yield Trial(entry, method, options.splits, export)
-        if NAMED in methods and entry.glob and not options.without_named:
-            yield Trial(entry, NAMED, entry.glob)
+    """Yield what is asked for: a method on all models, the heaviest first, then the next method.
+
+    So a run whose budget ends has every model with the first methods. The first one exports as well.
+    """
+    exported, *others = sorted(methods, key=lambda m: (m != "bp", m != NAMED, m))
+    heaviest = sorted(entries, key=lambda e: -e.weight)
+    yield from (Trial(e, exported, options.splits, not options.without_onnx) for e in heaviest)
+    if NAMED in methods and not options.without_named:
+        yield from (Trial(e, NAMED, e.glob) for e in heaviest if e.glob)
+    yield from (Trial(e, method, options.splits) for method in others for e in heaviest)
 
 
 def missing(trial: Trial, results: Results, retry: Sequence[str]) -> bool:

@@ -52,7 +52,7 @@ def attempt(
             loss = float(program.step(sample.inputs, sample.target).loss)
     except Exception as error:
         outcome, text = _outcome("refused" if isinstance(error, locc.LoccError) else "error", error)
-        broken = outcome == "error" and _broken(make)
+        broken = (outcome == "error" or "the model itself fails" in text) and _broken(make)
         yield record("broken", broken) if broken else record(outcome, text)
         return
     yield record(

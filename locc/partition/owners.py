@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from locc.errors import SplitError, nearest
+from locc.ir import ops
 from locc.ir.captured import strip
 from locc.ir.spec import TensorSpec
 from locc.ir.view import node_parameters
@@ -53,6 +54,7 @@ def assign(
         if _divides(root, owners):
             owners = _undivided(root, nodes, [inside[c] for c in ordered]) or owners
     _keep_structures_at_home(owners)
+    _assign_at_home(owners)
     ordered = _join_empty(root, owners, ordered)
     _reject_empty(root, owners, ordered)
     return owners, ordered
@@ -85,6 +87,14 @@ def _keep_structures_at_home(owners: dict[fx.Node, int]) -> None:
             whole = node.args[0]
             if whole in owners and not isinstance(whole.meta.get("spec"), TensorSpec):
                 owners[node] = owners[whole]
+
+
+def _assign_at_home(owners: dict[fx.Node, int]) -> None:
+    """Give what sets a buffer to the module that made the value: a trace sets them all at its end."""
+    for node in owners:
+        value = node.args[1] if node.target is ops.assign else None
+        if isinstance(value, fx.Node) and value in owners:
+            owners[node] = owners[value]
 
 
 def _settle(root: nn.Module, nodes: Sequence[fx.Node], end: int, cut: Cut, free: set[fx.Node]) -> int:

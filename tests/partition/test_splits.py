@@ -495,3 +495,24 @@ def test_one_cell_of_a_loop_can_be_split_from_the_other():
     owned = {name: set(program.ir.parameters(name)) for name in program.ir.owners}
     assert {path.split(".")[1] for path in owned["cell1"]} == {"embed", "cell1"}
     assert {path.split(".")[1] for path in owned["output"]} == {"cell2", "head"}
+
+
+class Seen(nn.Module):
+    """Binds a buffer to a new tensor in its own forward, before its first submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Buffer(torch.zeros(1))
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + 1
+        told: Tensor = self.second(torch.tanh(self.first(x + 0.1 * self.seen)))
+        return told
+
+
+def test_a_buffer_is_set_by_the_module_that_computes_it():
+    program = compiled(Seen(), "bp", "first", example_inputs=torch.randn(3, 4), loss="mse")
+    program.step(torch.randn(3, 4), torch.randn(3, 3))
+    assert program.model.seen == 1
+    assert "seen" not in str(program.module_programs["second"])

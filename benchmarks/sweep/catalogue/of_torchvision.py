@@ -27,8 +27,6 @@ CLASSIFIERS: dict[str, tuple[str, Sequence[int], dict[str, Any], str | None]] = 
     "mobilenet_v3": ("mobilenet_v3_small", IMAGE, {}, "features.*"),
     "regnet": ("regnet_y_400mf", IMAGE, {}, "trunk_output.*"),
     "resnet": ("resnet18", IMAGE, {}, "layer*"),
-    "resnext": ("resnext50_32x4d", IMAGE, {}, "layer*"),
-    "wide_resnet": ("wide_resnet50_2", IMAGE, {}, "layer*"),
     "shufflenet": ("shufflenet_v2_x0_5", IMAGE, {}, "stage*"),
     "squeezenet": ("squeezenet1_1", IMAGE, {}, None),
     "swin": ("swin_t", IMAGE, {}, "features.*"),
