@@ -38,6 +38,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", metavar="GLOB", help="models, such as 'timm/*'; repeatable"
     )
+    parser.add_argument("--lightest", type=int, metavar="N", help="the N lightest of these models")
     parser.add_argument("--methods", metavar="A,B", help="all by default")
     parser.add_argument("--splits", type=int, default=4, help="modules of balanced cost")
     parser.add_argument("--without-named", action="store_true", help="leave out the named splits")
@@ -108,6 +109,7 @@ def sweep(options: argparse.Namespace, results: Results) -> None:
         raise SystemExit(f"no method {', '.join(unknown)}; there are {', '.join(sorted(locc.methods()))}")
     globs = options.only or ["*"]
     chosen = [e for e in entries() if any(fnmatch.fnmatchcase(e.key, glob) for glob in globs)]
+    chosen = sorted(chosen, key=lambda e: e.weight)[: options.lightest]
     retry = (options.retry or "").split(",")
     left = [t for t in trials(options, chosen, methods) if missing(t, results, retry)]
     command = shlex.join(
