@@ -14,10 +14,6 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-# One thread a process: the processes are the parallelism. PyTorch and BLAS read this when they are imported.
-os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
 from benchmarks.sweep.entries import EXPORT, Entry, Record, Results
 from benchmarks.sweep.pool import Limits, Trial, run
 from benchmarks.sweep.report import report
@@ -100,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def sweep(options: argparse.Namespace, results: Results) -> None:
     """Run what has no outcome yet."""
     started = time.monotonic()
+    # One thread a process: the processes are the parallelism. PyTorch and BLAS read this when they are imported.
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import locc
     from benchmarks.sweep.catalogue import entries
     from benchmarks.sweep.trial import attempt
