@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def sweep(options: argparse.Namespace, results: Results) -> None:
     """Run what has no outcome yet."""
     started = time.monotonic()
-    # One thread a process: the processes are the parallelism. PyTorch and BLAS read this when they are imported.
+    # One thread a process: the processes are the parallelism. Read when PyTorch and BLAS are imported.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import locc
