@@ -12,7 +12,8 @@ from torch import nn
 import locc
 from examples.digits import digits, loaders
 from locc.errors import MethodError
-from locc_passes.auxiliary_variables.products import Bend
+from locc_passes.auxiliary_variables.formulas import fitted_input, fitted_weight
+from locc_passes.auxiliary_variables.products import Bend, product_of
 from passes.auxiliary_variables import oracles
 from support import same, snapshot
 
@@ -311,3 +312,23 @@ def test_it_learns_digits(method, epochs, full, least):
     program = locc.compile(model, method, ["2", "4"], example_inputs=data.train_x[:4], verify=False)
     program.fit([(data.train_x, data.train_y)] if full else train, epochs=epochs, progress=False)
     assert program.evaluate(validation).accuracy > least
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_formulas_of_a_convolution_are_minima(groups):
+    """The gradient of what they minimise, by autograd through the layer itself, is zero there."""
+    layer, pool = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=1, groups=groups).to(D), nn.AvgPool2d(2)
+    product, b = product_of(layer, (pool,)), layer.bias.detach()
+    v, below = torch.randn(2, 5, 4, 8, 8, dtype=D)
+    u, w = torch.randn(5, 6, 2, 2, dtype=D), layer.weight.detach()
+    fitted = fitted_weight(product, v, u, b, w, 0.7, 0.3).requires_grad_()
+    solved = fitted_input(product, Bend(torch.tanh, None), 60, v, below, u, w, b, 0.7, 0.3).requires_grad_()
+
+    def misfit(weight, value):
+        out = nn.functional.conv2d(pool(value), weight, b, layer.stride, layer.padding, groups=groups)
+        return 0.7 * (u - out).square().sum()
+
+    (slope,) = torch.autograd.grad(misfit(fitted, v) + 0.3 * (fitted - w).square().sum(), fitted)
+    assert slope.abs().max() < 1e-10
+    (slope,) = torch.autograd.grad(misfit(w, solved) + 0.3 * (solved - below.tanh()).square().sum(), solved)
+    assert slope.abs().max() < 1e-10
