@@ -110,8 +110,8 @@ def step(self):
         second_at_second = stop_gradient(second)  # f32[B,8]
     del first_at_second
     model_second_at_second_inverse = stop_gradient(model_second)  # f32[B,8]
-    noise_at_second_inverse = stop_gradient(noise)  # f32[B,8]
     aux_second_inverse = self.aux.second_inverse(model_second_at_second_inverse)  # f32[B,8]
+    noise_at_second_inverse = stop_gradient(noise)  # f32[B,8]
     reconstruction = squared_distance(aux_second_inverse, noise_at_second_inverse, 0)  # f32[]
     del noise, model_second
     backward(reconstruction)  # second.inverse.reconstruction

@@ -350,13 +350,6 @@ def test_a_glob_leaves_out_what_parts_nothing():
         compiled(model, "bp", [str(k) for k in range(6)], example_inputs=torch.randn(3, 8), loss="mse")
 
 
-def test_a_model_that_cannot_be_measured_is_named_so():
-    model = mlp()
-    model.generator = (i for i in range(3))
-    with pytest.raises(SplitError, match=r"splits=2: the cost .* 'generator' object; name the splits"):
-        compiled(model, "bp", 2)
-
-
 def test_balancing_leaves_buffers_hooks_and_the_random_state_alone():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
     seen: list[int] = []

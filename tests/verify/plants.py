@@ -109,7 +109,7 @@ def tied_in_model(leak: bool) -> locc.Program:
     model.b.second = nn.Linear(4, 4)
     model.b.act = lambda m, x: m.second(plain(m, x))
     model.b.second.weight = (model.a if leak else model.b).linear.weight
-    return _compile(model, "dgl")
+    return _compile(model, "dgl", tied="error")
 
 
 def view_in_model(leak: bool) -> locc.Program:

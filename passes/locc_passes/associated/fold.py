@@ -85,6 +85,7 @@ class LabelStream(Pass):
             own_target(ir, ir.last.name),
             classes,
             dim,
+            len(spec.shape),
             spec.dtype,
             role="label",
             name="t_0",
@@ -175,9 +176,9 @@ class Bridges(Pass):
                 yield f"'{boundary.value.name}' still crosses the fold"
 
 
-def label_rows(target: Tensor, classes: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """Return class ids [B] or [B,*positions] as one-hot vectors along `dim`, and vectors as they are."""
-    if target.is_floating_point():
+def label_rows(target: Tensor, classes: int, dim: int, rank: int, dtype: torch.dtype) -> Tensor:
+    """Return class ids as one-hot vectors along `dim`; a target of `rank` dimensions holds vectors already."""
+    if target.is_floating_point() or target.dim() == rank:
         return target.to(dtype)
     return one_hot(target, classes, dtype=dtype).movedim(-1, dim)
 
