@@ -177,7 +177,7 @@ class Bridges(Pass):
 
 
 def label_rows(target: Tensor, classes: int, dim: int, rank: int, dtype: torch.dtype) -> Tensor:
-    """Return class ids as one-hot vectors along `dim`; a target of `rank` dimensions holds vectors already."""
+    """Return class ids as one-hot vectors along `dim`; a target of `rank` dimensions is vectors already."""
     if target.is_floating_point() or target.dim() == rank:
         return target.to(dtype)
     return one_hot(target, classes, dtype=dtype).movedim(-1, dim)
