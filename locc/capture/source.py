@@ -10,13 +10,13 @@ from types import FrameType
 import torch
 
 _OWN = (
-    os.path.dirname(os.path.abspath(__file__)),
-    os.path.dirname(os.path.abspath(torch.__file__)),
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
+    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,  # torchvision stands beside it
 )
 
 
 def user_frame() -> FrameType | None:
-    """Return the innermost frame that belongs neither to torch nor to capture."""
+    """Return the innermost frame that belongs neither to torch nor to locc."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
