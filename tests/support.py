@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +86,32 @@ def usual_case(method: str | Method) -> Case:
     """A chain with BatchNorm and dropout; where a method refuses these a plain one, or convolutions."""
     cases = [replace(CONFORMANCE_MODELS[name], method=method) for name in ("norm", "mlp", "convolution")]
     return next(case for case in cases if case.refusal() is None)
+
+
+AKIN = frozenset(
+    [
+        "sim",
+        "pred",
+        "fixed-aux",
+        "cascade",
+        "kernel-pull",
+        "dni",
+        "tp",
+        "ddtp-rhl",
+        "ss-brsf",
+        "ss-frsf",
+        "ifa",
+        "admm",
+        "bcd2",
+    ]
+)
+"""Methods whose passes another one has too: tests of every method take them in `make slow` alone."""
+
+
+def every_method(but: Collection[str] = ()) -> list[Any]:
+    """Return all ids as parameters of a test, those of `AKIN` marked as slow, less some."""
+    names = (name for name in sorted(locc.methods()) if name not in but)
+    return [pytest.param(name, marks=pytest.mark.slow) if name in AKIN else name for name in names]
 
 
 def everything(program: Program) -> dict[str, Tensor]:

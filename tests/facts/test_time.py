@@ -18,7 +18,7 @@ from locc.ir import TrainingGraph, inner
 from locc.lower import Assign, Backward, instructions_of
 from locc.rewrite import OutputLoss, add_all, returning, squared_distance
 from locc.testing import assert_lowered, assert_pipeline_exact, assert_side_by_side
-from support import batch, compiled
+from support import batch, compiled, every_method
 
 Carry = Callable[[TrainingGraph, str, fx.Node], fx.Node]
 
@@ -235,7 +235,7 @@ def _later_in_plan(found: Program, owner: str) -> set[str]:
     return {i.owner for i in seen if found.ir.owners[i.owner].index > index and i.reads}
 
 
-METHODS = [m for m in sorted(locc.methods()) if m not in ("al", "altmin", "dtp", "tp", "gim")]
+METHODS = every_method(but=["al", "altmin", "dtp", "tp", "gim"])
 
 
 @pytest.mark.parametrize("method", [*METHODS, Of((OutputLoss(), Carried(delayed_by_the_sender)))])

@@ -17,7 +17,7 @@ from locc.ir.view import Phase, Repeat
 from locc.lower import Backward, Instruction, Loop, Plan, Segment, Update, lower
 from locc.rewrite import Method, Pass
 from runtime.turns import Probing, norms
-from support import Residual, batch, compiled, mlp, sgd, usual_case
+from support import Residual, batch, compiled, every_method, mlp, sgd, usual_case
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def wrongly_kept(instructions: list[Instruction], leaving: set[str]) -> set[str]
     return wrong | {name for name, _ in wanted ^ set(freed)} | {n for n, _ in freed if freed.count(n) > 1}
 
 
-@pytest.mark.parametrize("method", [*sorted(locc.methods()), Probing()], ids=str)
+@pytest.mark.parametrize("method", [*every_method(), Probing()], ids=str)
 def test_a_value_goes_with_its_last_reader_and_nothing_is_left_at_the_end_of_a_step(method):
     """In each phase, in the whole plan and in each module's own program."""
     case = usual_case(method)

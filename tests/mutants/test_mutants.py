@@ -25,6 +25,7 @@ from mutants.scalars import _again, _scaled
 from mutants.sites import arrange, computes, put_after, uncut
 from mutants.subjects import SHAPES, Subject, copied, subject
 from mutants.tensors import _assign, _tied
+from support import every_method
 
 METHODS = sorted(locc.methods())
 
@@ -150,7 +151,7 @@ def _tensors(found: Subject) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shape", ["chain", "convolutional", "language", "two inputs"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", every_method())
 def test_the_oracle_sees_the_gradients_of_a_real_step(
     method: str, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

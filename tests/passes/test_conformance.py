@@ -6,7 +6,7 @@ import pytest
 
 import locc
 from locc import testing
-from support import usual_case
+from support import every_method, usual_case
 
 NAMES = sorted(locc.methods())
 EVERYWHERE = (
@@ -25,14 +25,14 @@ def test_some_methods_are_registered() -> None:
     assert families.count("proxy") > 1
 
 
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", every_method())
 def test_on_every_model(method: str) -> None:
     """The checks in which the model matters most; every method admits a plain chain, or convolutions."""
     report = testing.assert_conforms(method, checks=EVERYWHERE)
     assert {"mlp", "convolution"} & set(report.admitted)
 
 
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", every_method())
 def test_thoroughly_on_two(method: str) -> None:
     """Every other check, where dropout and batch norm are, if it admits them, and where tokens are."""
     models = {"usual": usual_case(method), "transformer": testing.CONFORMANCE_MODELS["transformer"]}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import locc
 from locc.testing import isolation, perturb
 from locc.testing.isolation import assert_isolated
+from support import every_method
 
 from .planted import (
     CLASSES,
@@ -45,7 +46,7 @@ def admitted(method: str, count: int = 2) -> list[locc.Program]:
     return found
 
 
-@pytest.mark.parametrize("method", sorted(locc.methods()))
+@pytest.mark.parametrize("method", every_method())
 def test_every_method_is_isolated(method: str) -> None:
     for program in admitted(method):
         for phase in (None, *(p.name for p in program.phases)):
@@ -262,7 +263,7 @@ def test_every_disturbance_reaches_what_a_certificate_hides(
         assert_isolated(program, *batch(), owners=["c"])
 
 
-@pytest.mark.parametrize("method", sorted(locc.methods()))
+@pytest.mark.parametrize("method", every_method())
 def test_a_certificate_without_flows_holds_for_no_method(method: str) -> None:
     """What every method's flows declare does happen: the comparison is not of equals by themselves."""
     (program,) = admitted(method, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import locc
 from locc.testing import pipeline
 from locc.testing.pipeline import assert_pipeline_exact
+from support import every_method
 
 from .planted import (
     CLASSES,
@@ -30,7 +31,7 @@ from .planted import (
 )
 
 
-@pytest.mark.parametrize("method", sorted(locc.methods()))
+@pytest.mark.parametrize("method", every_method())
 def test_holds_exactly_where_the_certificate_says_so(method: str) -> None:
     tried = 0
     for build, splits in MODELS.values():

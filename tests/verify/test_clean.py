@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 import locc
+from support import every_method
 
 from .leaks import Chain, plain
 from .shapes import GPT, SHAPES, ResNet50
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", sorted(locc.methods()))
+@pytest.mark.parametrize("method", every_method())
 def test_every_method_is_proved_local_on_every_shape_that_it_admits(method: str, shape: str) -> None:
     case = SHAPES[shape]
     torch.manual_seed(0)

@@ -10,10 +10,11 @@ from torch import nn
 
 import locc
 from benchmarks import meter
+from support import every_method
 
 from .shapes import SHAPES
 
-METHODS = sorted(locc.methods())
+METHODS = every_method()
 SCALARS = 256
 """Bytes of 0-d results (objectives, the loss) that a real step keeps for its report."""
 
