@@ -78,7 +78,7 @@ class _Reasons:
 
 def _pattern(text: str) -> str:
     """Return a message without its names and numbers."""
-    text = _anywhere(text)
+    text = re.sub(r"at \S+\.py:\d+:[^\n]*", "at …", _anywhere(text))
     text = re.sub(r"'[^']*'(, '[^']*')*( and \d+ more)?", "'…'", text)
     text = re.sub(r"\[[^\]]*\]|\([^)]*\)", "[…]", text)
     return re.sub(r"\d[\d.,]*", "n", text)[:300]

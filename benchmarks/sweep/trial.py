@@ -15,6 +15,7 @@ import torch
 
 import locc
 from benchmarks.sweep.entries import EXPORT, Entry, Record, Sample, Splits
+from locc.errors import GraphError
 
 _MEMORY = ("can't allocate memory", "not enough memory", "MemoryError", "std::bad_alloc")
 
@@ -51,7 +52,7 @@ def attempt(
         with _timed(facts, stage):
             loss = float(program.step(sample.inputs, sample.target).loss)
     except Exception as error:
-        outcome, text = _outcome("refused" if isinstance(error, locc.LoccError) else "error", error)
+        outcome, text = _outcome(_refused(error), error)
         broken = (outcome == "error" or "the model itself fails" in text) and _broken(make)
         yield record("broken", broken) if broken else record(outcome, text)
         return
@@ -66,8 +67,7 @@ def attempt(
             program.export_onnx(Path(folder) / "model.onnx")
         yield record("ok", what=EXPORT)
     except Exception as error:
-        refused = "refused" if isinstance(error, locc.LoccError) else "error"
-        yield record(*_outcome(refused, error), what=EXPORT)
+        yield record(*_outcome(_refused(error), error), what=EXPORT)
 
 
 def _compile(sample: Sample, method: str, splits: Splits) -> locc.Program:
@@ -110,6 +110,11 @@ def _outcome(otherwise: str, error: Exception) -> tuple[str, str]:
     return ("memory" if any(m in text for m in _MEMORY) else otherwise), text[:4000]
 
 
+def _refused(error: Exception) -> str:
+    """Return what an error is: an invalid graph is a mistake of ours, whatever it says."""
+    return "refused" if isinstance(error, locc.LoccError) and not isinstance(error, GraphError) else "error"
+
+
 def _broken(make: Callable[[], Sample]) -> str:
     """Return the error of the model itself, trained end to end without locc, or ''."""
     torch.manual_seed(0)
@@ -120,6 +125,7 @@ def _broken(make: Callable[[], Sample]) -> str:
             sample.loss(output, sample.target).backward()
         elif sample.loss == "model":
             output["loss"].backward()
+        _call(sample.model.eval(), sample.inputs)
         return ""
     except Exception as error:
         return _outcome("", error)[1]

@@ -136,7 +136,21 @@ FAMILIES: dict[str, tuple[str, tuple[int, dict[str, Any]], str | None]] = {
     "xcit": ("xcit_nano_12_p16_224", _sized(64, depth=4), BLOCKS),
 }
 
-WEIGHTS: dict[str, float] = {}
+WEIGHTS: dict[str, float] = {
+    "hrnet_w18_small": 20.0,
+    "halonet26t": 9.0,
+    "nasnetalarge": 9.0,
+    "pnasnet5large": 9.0,
+    "sam2_hiera_tiny": 8.0,
+    "gcvit_xxtiny": 7.0,
+    "convmixer_768_32": 6.0,
+    "inception_resnet_v2": 5.0,
+    "inception_v4": 5.0,
+    "mobilenetv5_300m": 5.0,
+    "focalnet_tiny_srf": 4.0,
+    "nest_tiny": 4.0,
+    "crossvit_tiny_240": 4.0,
+}
 
 
 def entries() -> list[Entry]:

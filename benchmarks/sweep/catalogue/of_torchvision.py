@@ -52,7 +52,19 @@ DETECTORS = (
     "ssd300_vgg16",
     "ssdlite320_mobilenet_v3_large",
 )
-WEIGHTS: dict[str, float] = {}
+WEIGHTS: dict[str, float] = {
+    "s3d": 20.0,
+    "ssd300_vgg16": 12.0,
+    "vgg11_bn": 9.0,
+    "inception_v3": 9.0,
+    "raft_small": 7.0,
+    "densenet121": 6.0,
+    "alexnet": 5.0,
+    "swin_t": 5.0,
+    "swin_v2_t": 5.0,
+    "fcn_resnet50": 5.0,
+    "googlenet": 4.0,
+}
 
 
 def entries() -> list[Entry]:

@@ -12,7 +12,6 @@ from benchmarks.sweep.entries import AbsentError, Entry, Sample
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 MODELS = {"GPT2": "GPT2LMHeadModel", "CTRL": "CTRLLMHeadModel"}
 VIDEOS = ("Timesformer", "Vivit", "VideoMAE")
-WEIGHTS: dict[str, float] = {}
 
 
 def entries() -> list[Entry]:
@@ -50,7 +49,7 @@ def _entry(
 ) -> Entry:
     model = MODELS.get(family, model)
     find = partial(_find, CONFIGS.get(family, f"{family}Config"), model, config, batch)
-    return Entry("transformers", family, model, find, glob, WEIGHTS.get(model, 1.5))
+    return Entry("transformers", family, model, find, glob, weight=1.0)
 
 
 def _find(config: str, model: str, options: tiny.Config, batch: Callable[[Any], Any]) -> Callable[[], Sample]:
