@@ -7,6 +7,7 @@
 #   make lint     ruff and mypy --strict      make format   let ruff rewrite the sources
 #   make bench    local against end-to-end    make defaults what each method reaches on MNIST (forty minutes)
 #   make sweep    every method on a model of each family of torchvision, timm and transformers: docs/models.md (hours)
+#   make pages    write docs/methods: a page for each method, and Table I of all (half a minute)
 #   make clean    remove the environment and the caches
 #
 #   make test ARGS="tests/passes -k dtp"      passes arguments on to the command behind a target
@@ -24,7 +25,7 @@ ARGS ?=
 WORKERS ?= 2
 SOURCES := locc passes tests examples benchmarks
 
-.PHONY: help setup demo test slow property mutants lint format bench defaults sweep clean
+.PHONY: help setup demo test slow property mutants lint format bench defaults sweep pages clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -87,6 +88,9 @@ bench: $(READY)
 
 defaults: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.defaults $(ARGS)
+
+pages: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pages $(ARGS)
 
 # What the sweep needs beside the rest is large, so it is installed when it is asked for; what is done is not done again.
 sweep: $(READY)

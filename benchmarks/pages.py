@@ -1,0 +1,96 @@
+"""docs/methods: a page for each registered method, and the survey's Table I of all of them.
+
+The words of a page come from the method's class, its facts from `benchmarks.reference`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.filesize import decimal
+
+import locc
+from benchmarks.reference import BEFORE, Facts, facts, size, yes
+from locc.catalogue import Option
+from locc.registry import load
+
+FOLDER = Path(__file__).parents[1] / "docs" / "methods"
+
+
+def page(name: str) -> str:
+    """Return the page of a method."""
+    info, f = locc.methods()[name], facts(name)
+    c, where = f.program.certificate, "before" if name in BEFORE else "after"
+    owners = []
+    for o in c.owners:
+        trained = ", ".join(x.name.removeprefix(f"{o.name}.") for x in o.objectives) or "formulas"
+        waits = (_names(o.update_waits_for), _names(o.backward_waits_for))
+        owners.append((f"`{o.name}`", trained, yes(o.forward_locked), *waits, f.flops(o.name)))
+    held = [(m, role, part) for m, parts in f.program.auxiliaries.items() for role, part in parts.items()]
+    networks = [(f"`{module}`", role, size(part.parameters())) for module, role, part in held]
+    flows = [(f"`{a}`", f"`{b}`", k, f"`{s}`", d, decimal(n)) for (a, b, k, s, d), n in f.flows().items()]
+    options = [(f"`{o.name}`", f"`{o.default}`", _range(o), o.help) for o in info.options.values()]
+    parts = [
+        f"# `{name}`", f"{info.reference}.", _linked(inspect.getdoc(load(name)) or "", name),
+        f"Trains by {info.recipe}.",
+        f"Published with {info.published}." * (info.published != info.recipe),
+        f"Published for networks with {info.published.network}." * bool(info.published.network),
+        "## Options", table(["option", "default", "worth trying", "meaning"], options),
+        "## Facts", f"Of a {f.network}, cut {where} each hidden nonlinearity; [how to read them](README.md).",
+        table(["", ""], [*f.table_one().items(), *f.costs().items()]),
+        f"It is {c.verdict}: {'; '.join(c.reasons)}.",
+        f"Pipeline-exact: {yes(c.pipeline_exact)}; {c.pipeline_reason}.",
+        table(["owner", "trains by", "forward-locked", "waits for forward", "for backward", "flops"], owners),
+        table(["module", "auxiliary network", "parameters"], networks),
+        table(["from", "to", "kind", "type", "direction", "in a batch"], flows),
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def index(text: str, names: Iterable[str]) -> str:
+    """Return the text of the index with its two tables anew: Table I and the costs of some methods."""
+    made = []
+    for part in (Facts.table_one, Facts.costs):
+        found = {f"[`{n}`]({n}.md)": part(facts(n)) for n in names}
+        header = ["id", *next(iter(found.values()))]
+        made.append(table(header, [(link, *entries.values()) for link, entries in found.items()]))
+    return re.sub(r"^\|.*(\n\|.*)*", lambda _: made.pop(0), text, flags=re.M)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, or nothing where there are no rows."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if len(lines) > 2 else ""
+
+
+def _names(owners: Iterable[str]) -> str:
+    return ", ".join(f"`{o}`" for o in owners) or "none"
+
+
+def _range(option: Option) -> str:
+    if option.range is None:
+        return ", ".join(f"`{choice}`" for choice in option.choices)
+    return f"{option.range[0]:g} to {option.range[1]:g}" + ", by ratio" * option.log
+
+
+def _linked(text: str, own: str) -> str:
+    """Let the other methods that a text names be links to their pages."""
+    others = "|".join(re.escape(name) for name in locc.methods() if name != own)
+    return re.sub(f"`({others})`", r"[`\1`](\1.md)", text)
+
+
+def main(names: Sequence[str]) -> None:
+    """Write the pages of some methods, or all of them and the index."""
+    for name in names or locc.methods():
+        (FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
+    if not names:
+        text = (FOLDER / "README.md").read_text(encoding="utf-8")
+        (FOLDER / "README.md").write_text(index(text, locc.methods()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
