@@ -21,6 +21,7 @@ from locc.commands.flags import MisuseError
 from locc.commands.method_command import DEFAULT, MethodCommand, method_options
 from locc.commands.options import (
     BatchOption,
+    CacheOption,
     DataOption,
     DebugOption,
     DtypeOption,
@@ -221,6 +222,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="go on from this checkpoint")] = None,
     onnx: Annotated[Path | None, typer.Option(help="export the trained network to this file")] = None,
     progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+    cache: CacheOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Train a model.
@@ -256,6 +258,7 @@ def train(
         schedule=schedule,
         clip=clip,
         seed=seed,
+        cache=cache,
         **method_options(ctx),
     )
     out().print(Text(f"trains with {program.built.training}"), soft_wrap=True)
@@ -309,6 +312,7 @@ def verify(
         typer.Option(help="weak or strict: fail unless the verdict is weakly, or strictly, modular"),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="print a block for each module")] = False,
+    cache: CacheOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Prove that no gradient crosses a boundary.
@@ -326,7 +330,7 @@ def verify(
     loaded = data_of(data, batch_size, seed, input_shape, loss)
     program = _compiled(
         ctx, model, method, splits, loss, tied, prediction, dynamic, input_shape, input_dtype, loaded,
-        batch_size, seed,
+        batch_size, seed, cache,
     )  # fmt: skip
     certificate = prove(program, *loaded.first()) if loaded is not None else prove(program)
     streamed = json is not None and str(json) == "-"
@@ -366,6 +370,7 @@ def export(
     check: Annotated[
         bool, typer.Option(help="compare with PyTorch in onnxruntime at three batch sizes")
     ] = True,
+    cache: CacheOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Write ONNX: one file, or one for each module.
@@ -379,7 +384,7 @@ def export(
     loaded = data_of(data, batch_size, seed, input_shape, loss)
     program = _compiled(
         ctx, model, method, splits, loss, tied, prediction, dynamic, input_shape, input_dtype, loaded,
-        batch_size, seed,
+        batch_size, seed, cache,
     )  # fmt: skip
     if checkpoint is not None:
         program.load(checkpoint)
@@ -393,7 +398,7 @@ def export(
 def _compiled(
     ctx: typer.Context, model: str, method: str, splits: str, loss: str, tied: str,
     prediction: str | None, dynamic: bool,
-    shapes: list[str] | None, dtype: str, data: Data | None, batch_size: int, seed: int,
+    shapes: list[str] | None, dtype: str, data: Data | None, batch_size: int, seed: int, cache: bool,
 ) -> Program:  # fmt: skip
     """Compile without the proof: `verify` makes its own, and an export needs none."""
     import torch
@@ -406,7 +411,8 @@ def _compiled(
     example = inputs_of(data, shapes, dtype, batch_size, own)
     return compile(
         network, method, splits_of(splits), loss=loss_of(loss), tied=tied, seed=seed, verify=False,
-        prediction=prediction, dynamic=_free(dynamic), example_inputs=example, **method_options(ctx),
+        prediction=prediction, dynamic=_free(dynamic), example_inputs=example, cache=cache,
+        **method_options(ctx),
     )  # fmt: skip
 
 

@@ -130,10 +130,10 @@ def compile(
 
     With `cache=True` a file is kept in the folder `$LOCC_CACHE` (by default `locc` in the user's folder of
     caches: `~/.cache/locc` on Linux). It is found by the source of locc and of the model's classes, the
-    versions of Python and PyTorch, the model's tensors, the inputs' shapes, splits and `dynamic`; it is JSON
-    and holds no code. The model is traced again each time: the file says that the very same graph has been
-    compared with the model, so that the output at one size is all that is compared anew. A file that does
-    not fit or is broken is noted in the log and replaced; any file may be deleted.
+    versions of Python and PyTorch, the model's tensors and settings, the inputs' shapes, splits and
+    `dynamic`; it is JSON and holds no code. The model is traced again each time: the file says that the very
+    same graph has been compared with the model, so that the output at one size is all that is compared anew.
+    A file that does not fit or is broken is noted in the log and replaced; any file may be deleted.
 
     Returns:
         The program.

@@ -16,13 +16,14 @@ import logging
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from locc import version
 from locc.capture.admission import Look
@@ -96,7 +97,7 @@ def key_of(root: Root, call: Call, opened: Iterable[str]) -> str | None:
         for v in call.leaves
     ]
     paths = [str(path) for path in call.structure.paths()]
-    modules = [(path, type(m).__qualname__) for path, m in root.named_modules()]
+    modules = [(path, type(m).__qualname__, _settings(m)) for path, m in root.named_modules()]
     setting = [_versions(), str(torch.get_default_dtype()), repr(Region.now()), repr(call.constants)]
     return _digest([setting, sources, modules, tensors, dims, values, paths, sorted(opened)])
 
@@ -136,23 +137,31 @@ def read(key: str) -> Record | None:
 
 
 def write(key: str, record: Record) -> None:
-    """Keep a record; a folder that cannot be written is noted and costs nothing else."""
-    kept = {
-        "origin": record.origin,
-        "training": _plain(record.training),
-        "inference": _plain(record.inference),
-        "shared": record.shared,
-        "lifted": record.lifted,
-    }
-    text = json.dumps({"format": _FORMAT, "key": key, "check": _digest(kept), "record": kept})
+    """Keep a record; one that cannot be written is noted and costs nothing else."""
     place = folder()
+    part = place / f"{key}.{os.getpid()}.part"
     try:
+        kept = {
+            "origin": record.origin,
+            "training": _plain(record.training),
+            "inference": _plain(record.inference),
+            "shared": record.shared,
+            "lifted": record.lifted,
+        }
+        text = json.dumps({"format": _FORMAT, "key": key, "check": _digest(kept), "record": kept})
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place, suffix=".part", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, place / f"{key}.json")
-    except OSError as error:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, place / f"{key}.json")
+    except (OSError, TypeError) as error:
         _log.warning("locc: the capture cannot be kept in '%s': %s", place, error)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _settings(module: nn.Module) -> list[str]:
+    """Return a module's plain attributes: its shapes hang on them, also at sizes that are not compared."""
+    plain = {k: v if isinstance(v, tuple) else (v,) for k, v in vars(module).items() if k != "training"}
+    return [f"{k}={v!r}" for k, v in sorted(plain.items()) if all(map(printable, v))]
 
 
 def _torch(kind: type) -> bool:
@@ -205,6 +214,8 @@ def _encoded(look: Any) -> Any:
     if isinstance(look, tuple):
         return ["tuple", [_encoded(part) for part in look]]
     if isinstance(look, dict):
+        if not all(type(key) in (str, int) for key in look):
+            raise TypeError(f"JSON has no keys such as {list(look)}")
         return ["dict", [[key, _encoded(part)] for key, part in look.items()]]
     return None
 

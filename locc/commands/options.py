@@ -69,6 +69,10 @@ DtypeOption = Annotated[
 SeedOption = Annotated[
     int, typer.Option(help="of the initial weights, the auxiliaries, the noise and the shuffling")
 ]
+CacheOption = Annotated[
+    bool,
+    typer.Option("--cache", help="keep what capturing this model has shown, and use it the next time"),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 BatchOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="samples in a batch of digits or example inputs")

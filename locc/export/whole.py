@@ -41,7 +41,8 @@ def export_onnx(
         check: compare with PyTorch in onnxruntime at three batch sizes.
         tolerance: largest accepted difference, relative to the largest output where that exceeds 1;
             None for 1e-5 in float32 (1e-9 in float64, 1e-2 in float16).
-        exporter: None to try both, or "torch.export" or "TorchScript".
+        exporter: "torch.export" or "TorchScript", or None to try both: the latter is faster, and is first
+            where `torch.export` shows that a trace is enough and `check` compares all that varies.
         external_data: put the weights into a file of their own (`<name>.<digest>.data`); None to do so
             for models of more than 1.5 GB.
 

@@ -16,6 +16,7 @@ from locc.capture.graphs import Trace
 from locc.capture.targets import Applied
 from locc.errors import CaptureError
 from locc.ir.captured import Captured, Inputs, Root
+from locc.ir.spec import Point
 from zoo import find
 from zoo.two import Two, sample, take
 
@@ -116,6 +117,30 @@ def test_an_attribute_that_changes_the_graph_is_seen(admitted: list[int]) -> Non
         found = capture(Root(model), Inputs((sample(),), {}), frozenset({"model"}), cache=True)
         assert any(factor in n.args for n in found.training.nodes)
         assert len(admitted) > made
+
+
+def test_a_setting_of_a_closed_module_is_seen(admitted: list[int]) -> None:
+    """Neither the graph nor a shape at this size tells the two apart; a shape at another size might."""
+    for pool in (nn.AvgPool1d(1), nn.AvgPool1d(3, 1, 1)):
+        model = Two(lambda m, x: m.b(m.leaf(m.a(x))), pool)
+        made = len(admitted)
+        capture(Root(model), Inputs((sample(),), {}), frozenset({"model"}), cache=True)
+        assert len(admitted) > made
+
+
+@pytest.mark.parametrize(("key", "full"), [("name", True), ((0, 1), False)])
+def test_a_record_that_cannot_be_written_leaves_nothing(
+    key: Any, full: bool, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    if full:
+        monkeypatch.setattr(cached.os, "replace", refuse)
+    mode = cached.Mode([Point(2)], "digest", {Point(2): [{key: None}]})
+    cached.write("key", cached.Record("fx", mode, mode, False, False))
+    assert "cannot be kept" in caplog.text
+    assert not place.exists() or list(place.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_costs_nothing_else(

@@ -50,6 +50,24 @@ def test_help_of_a_command_lists_the_options_of_its_method() -> None:
     assert "`locc methods dtp`" in run("train", "--help").output
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["train", *DIGITS, *QUIET, "--epochs", "0"], ["verify"], ["export", "--onnx", "m.onnx", "--no-check"]],
+    ids=lambda command: command[0],
+)
+def test_cache_keeps_what_capture_has_shown(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCC_CACHE", str(tmp_path / "kept"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("locc.program.Program.export_onnx", lambda *_, **__: "m.onnx")
+    given = [command[0], *MLP, *command[1:], *([] if DIGITS[0] in command else ["--input-shape", "64"])]
+    run(*given)
+    assert not (tmp_path / "kept").exists()
+    run(*given, "--cache")
+    assert len(list((tmp_path / "kept").glob("*.json"))) == 1
+
+
 def test_methods() -> None:
     text = run("methods").output
     assert "bp" in text

@@ -82,9 +82,8 @@ def test_the_chain_computes_what_pytorch_does(tmp_path: Path, batch: int) -> Non
 
 
 def test_by_the_maintained_exporter(tmp_path: Path) -> None:
-    manifest = json.loads(
-        of_case(find("custom_function"), 0).export_onnx_modules(tmp_path / "out").read_text()
-    )
+    program = of_case(find("custom_function"), 0)
+    manifest = json.loads(program.export_onnx_modules(tmp_path / "out", exporter="torch.export").read_text())
     assert {part["exporter"] for part in manifest["modules"]} == {"torch.export"}
 
 

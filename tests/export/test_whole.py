@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from locc.export import exporters, proto
 from locc.export.compare import difference
 from locc.export.names import identifier, unique
 from locc.export.samples import resized
+from locc.export.whole import network_of
 from locc.ir.spec import Point
 from zoo import CASES, Case, find
 from zoo.hf import HAS_TRANSFORMERS
@@ -97,7 +99,7 @@ def test_zoo(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MAINTAINED)
 def test_zoo_by_the_maintained_exporter(name: str, tmp_path: Path) -> None:
-    path = of_case(find(name)).export_onnx(tmp_path / "model.onnx")
+    path = of_case(find(name)).export_onnx(tmp_path / "model.onnx", exporter="torch.export")
     assert exporter_of(path) == "torch.export"
 
 
@@ -229,10 +231,60 @@ def test_falls_back_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no such op")
 
-    monkeypatch.setattr(exporters, "_export", broken)
+    monkeypatch.setattr(exporters, "_exported", broken)
     with pytest.warns(UserWarning, match=r"TorchScript exporter, since .* torch.export failed: .*no such op"):
         path = compiled().export_onnx(tmp_path / "m.onnx")
     assert exporter_of(path) == "TorchScript"
+
+
+class Deciding(nn.Module):
+    """Computes what a trace knows one side of, in ways that no comparison at a few small batches shows."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.kind = nn.Linear(6, 4), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.kind == "size":
+            return y * max(x.shape[0], 100)
+        if self.kind == "number":
+            return y * (x > -100).sum(1).max().item()
+        return -y if self.kind == "branch" and torch.equal(x, torch.zeros_like(x)) else y
+
+
+@pytest.mark.parametrize(
+    ("kind", "exporter", "warned"),
+    [
+        ("none", "TorchScript", False),
+        ("size", "torch.export", False),
+        ("number", "torch.export", False),
+        ("branch", "TorchScript", True),
+    ],
+)
+def test_the_fast_exporter_comes_first_where_nothing_is_decided(
+    tmp_path: Path, kind: str, exporter: str, warned: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Deciding(kind))
+    program = compiled(model, splits=["0"], loss=lambda o, y: o.sum())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        path = program.export_onnx(tmp_path / "m.onnx")
+    assert exporter_of(path) == exporter
+    assert any("the TorchScript exporter, since" in str(w.message) for w in told) == warned
+    x = torch.randn(200, 6)
+    assert difference(run(path, x)[0], in_eval(program, x).numpy()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "check", "first"),
+    [(None, True, "TorchScript"), (None, False, "torch.export"), ("auto", True, "torch.export")],
+)
+def test_what_is_compared_less_goes_to_the_maintained_exporter(dynamic: Any, check: bool, first: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    program = compiled(model, torch.randn(4, 5, 6), splits=["0"], loss=lambda o, y: o.sum(), dynamic=dynamic)
+    attempts = exporters._attempts(network_of(program), exporters.Options(check=check))
+    assert next(attempts)[0] == first
 
 
 def test_a_wrong_file_never_replaces_a_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
