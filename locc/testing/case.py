@@ -119,4 +119,5 @@ def undefined(error: MethodError) -> bool:
     """Whether an error says that a method or a schedule is undefined, rather than that something is wrong."""
     text = str(error)
     varies = "dynamic" in text  # what the method adds needs one size
-    return varies or "undefined on this model" in text or text.startswith("schedule='sequential'")
+    formulas = "has no gradients" in text  # a setting of gradients, where formulas set the weights
+    return varies or formulas or "undefined on this model" in text or text.startswith("schedule='sequential'")

@@ -97,7 +97,7 @@ def step(self, input_1, target):
     layer_6 = self[6](layer_5)  # f32[B,10]
     layer_7 = self[7](layer_6)  # f32[B,10]
     # ---- module 4: 10, learning rate x2
-    t_0 = label_rows(target, 4, 1, torch.float32)  # f32[B,4]
+    t_0 = label_rows(target, 4, 1, 2, torch.float32)  # f32[B,4]
     aux_encoder_10 = self.aux.encoder_10(t_0)  # f32[B,10]
     layer_10 = self[10](aux_encoder_10)  # f32[B,4]
     output_1 = sigmoid(layer_10)  # f32[B,4]
@@ -133,7 +133,7 @@ def step(self, input_1, target):
     layer_2 = self[2](layer_1_at_2)  # f32[B,8]
     aux_bridge_2 = self.aux.bridge_2(layer_2)  # f32[B,8]
     # ---- module 3: 6, learning rate x2
-    t_0 = label_rows(target, 4, 1, torch.float32)  # f32[B,4]
+    t_0 = label_rows(target, 4, 1, 2, torch.float32)  # f32[B,4]
     aux_encoder_6 = self.aux.encoder_6(t_0)  # f32[B,7]
     layer_6 = self[6](aux_encoder_6)  # f32[B,4]
     layer_7 = self[7](layer_6)  # f32[B,4]
