@@ -192,11 +192,28 @@ class Recorder(Ledger, TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except Exception as error:
+            chance = self._chance(args[0]) if name == "__bool__" else None
+            if chance is not None and chance <= 0:
+                return False
+            if chance is not None:
+                raise RefusalError(
+                    f"whether something runs is drawn at random, at {user_code()}\nA graph has no such "
+                    "branch: set its probability to 0 (Hugging Face: config.layerdrop = 0)"
+                ) from error
             if name in _READS_VALUES:
                 raise self._data_dependent(f"the value of a tensor ({name.strip('_')})") from error
             if type(error).__name__ in _DYNAMIC:
                 raise self._data_dependent(f"the result of '{name}', whose shape depends on data,") from error
             raise
+
+    def _chance(self, value: Tensor) -> float | None:
+        """Return p where a value is whether a number drawn from [0, 1) is below p."""
+        node = self._nodes.get(id(value))
+        if node is None or str(getattr(node.target, "__name__", node.target)).strip("_") != "lt":
+            return None
+        drawn, bound = node.args[:2]
+        uniform = isinstance(drawn, fx.Node) and getattr(drawn.target, "__name__", "") == "rand"
+        return float(bound) if uniform and isinstance(bound, (int, float)) else None
 
     def _call_node(self, func: Any, args: Any, kwargs: Any, near: list[Tensor]) -> fx.Node:
         region = Region.now()

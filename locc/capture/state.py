@@ -38,6 +38,14 @@ def python_random_state() -> tuple[Any, ...]:
     return state
 
 
+def torch_random_state() -> list[bytes]:
+    """Return the states of PyTorch's generators, in a comparable form."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    return [state.numpy().tobytes() for state in states]
+
+
 def seed_all(seed: int = 20240229) -> None:
     """Seed every generator that a model's forward may draw from."""
     torch.default_generator.manual_seed(seed)

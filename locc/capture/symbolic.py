@@ -15,7 +15,7 @@ from locc.capture.eager import Run
 from locc.capture.graphs import Trace, emit_output, placeholder_name, tidy
 from locc.capture.patches import functions_patched
 from locc.capture.source import user_line
-from locc.capture.state import bindings, python_random_state, rewritten
+from locc.capture.state import bindings, python_random_state, rewritten, torch_random_state
 from locc.capture.targets import Applied, Region
 from locc.capture.transforms import transforms_patched
 from locc.errors import CaptureError
@@ -40,7 +40,7 @@ def trace(root: Root, call: Call, opened: frozenset[str], training: bool, eager:
         transforms_patched(tracer.transformed),
     ):
         root.train(training)
-        before, drawn = bindings(root), python_random_state()
+        before, drawn, state = bindings(root), python_random_state(), torch_random_state()
         tracer.outside = Region.now()
         try:
             graph = tracer.trace(root)
@@ -50,6 +50,8 @@ def trace(root: Root, call: Call, opened: frozenset[str], training: bool, eager:
             raise CaptureError(f"symbolic values do not suffice: {type(error).__name__}: {error}") from error
         if python_random_state() != drawn:
             raise CaptureError("the forward draws from Python's or NumPy's random numbers")
+        if torch_random_state() != state:  # a decision by it would stay as it fell
+            raise CaptureError("the forward draws random numbers without an input")
         for module, name, _ in rewritten(root, before):
             raise CaptureError(f"the forward sets '{strip(tracer.calls.paths[id(module)])}.{name}'")
     tidy(graph)

@@ -264,6 +264,22 @@ def test_reading_a_value_is_refused_with_its_line(read: Any) -> None:
         take(Two(between), sample())
 
 
+def test_a_layer_that_is_dropped_at_random_is_refused_and_one_that_never_is_runs() -> None:
+    def dropping(p: float) -> Any:
+        def between(m: Any, x: Tensor) -> Tensor:
+            x = m.a(x)
+            skip = m.training and torch.rand([]) < p
+            return x if skip else m.b(x)
+
+        return between
+
+    assert "model.b" in targets(take(Two(dropping(0.0)), sample()).training)
+    with pytest.raises(
+        CaptureError, match=r"(?s)drawn at random, at .*test_concrete.py:\d+.*probability to 0"
+    ):
+        take(Two(dropping(0.5)), sample())
+
+
 class Cached(nn.Module):
     """Names its cache and hands `use_cache` on among the rest, as some of Hugging Face's models do."""
 
