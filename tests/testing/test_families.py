@@ -38,7 +38,7 @@ def test_a_description_rebuilds_the_model_and_its_data(spec: ModelSpec, size: in
     assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(cases())
 def test_a_case_rebuilds_the_program(case: Case) -> None:
     again = eval(repr(case))

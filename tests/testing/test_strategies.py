@@ -96,7 +96,7 @@ def test_a_case_may_be_pinned(case: Case) -> None:
     assert (case.model, case.method, case.schedule) == (ModelSpec("residual"), "dgl", "sequential")
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(cases(model=models(["attention"], max_blocks=1), method=methods(exclude=["bp", "dgl"])))
 def test_a_case_may_be_steered(case: Case) -> None:
     assert case.model.family == "attention"
