@@ -144,6 +144,7 @@ def build_decoder(
     layout: Layout | str | None = None,
     image_layout: Layout | str | None = None,
     bounded: bool = True,
+    width: int = 12,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
@@ -156,9 +157,10 @@ def build_decoder(
         layout: of the boundary, where `guess_layout` guesses wrong.
         image_layout: of the input, likewise.
         bounded: end in a sigmoid, for an input in [0, 1].
+        width: hidden channels of an image decoder.
         device: of the parameters.
         dtype: of the parameters; the boundary's unless given.
-        **options: width of the image decoder's hidden layer (12), or max_weights of a dense one.
+        **options: max_weights of a dense decoder.
 
     Raises:
         MethodError: a value without a known layout (class ids, for one), or too large a dense weight.
@@ -169,7 +171,7 @@ def build_decoder(
     if source.kind == target.kind == "sequence" and source.sizes(spec) == target.sizes(image):
         kind = PositionDecoder
     elif target.kind == "image" and source.kind != "flat":
-        kind = ImageDecoder
+        kind, options = ImageDecoder, {"width": width}
     network: nn.Module = kind(
         spec,
         image,

@@ -73,9 +73,8 @@ class Reconstruction(LocalTerm):
         )
 
     def _decoder(self, image: fx.Node, spec: TensorSpec, _: TensorSpec, **options: object) -> nn.Module:
-        target = image.meta["spec"]
-        wide = {"width": self.width} if len(target.shape) > 3 else {}
-        return build_decoder(spec, target, bounded=self.loss.bounded, **options, **wide)  # type: ignore[arg-type]
+        target, bounded = image.meta["spec"], self.loss.bounded
+        return build_decoder(spec, target, bounded=bounded, width=self.width, **options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -167,3 +167,10 @@ def test_what_cannot_be_is_refused() -> None:
         locc.compile(tokens, "infopro", ["1"], example_inputs=torch.randint(7, (2, 5)))
     with pytest.raises(MethodError, match="one class each"):
         locc.compile(tokens[1:], "infopro", ["1"], example_inputs=torch.randn(2, 5, 4), task="contrast")
+
+
+def test_an_image_is_reconstructed_from_vectors_as_well() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Linear(6, 3))
+    x, y = torch.rand(5, 1, 8, 8), torch.randint(3, (5,))
+    program = locc.compile(model, "infopro", ["1"], example_inputs=x, width=4)
+    assert program.step(x, y).objectives["1.reconstruction"].isfinite()
