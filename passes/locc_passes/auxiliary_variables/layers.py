@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from locc.ir import TensorSpec, TrainingGraph, stop_gradient, strip
-from locc.rewrite import is_dropout, learned
+from locc.rewrite import divided, is_dropout, learned
 from locc_passes.auxiliary_variables.products import Bend, Product, Reshape, product_of
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
@@ -73,11 +73,20 @@ class Layer:
 
 
 def unlayered(ir: TrainingGraph) -> Iterator[str]:
-    """Yield why the network is no chain of layers, for `requires`."""
+    """Yield why the network is no chain of layers of fixed sizes with one prediction, for `requires`."""
+    yield from divided(ir)
     try:
-        layers_of(ir)
+        layers = layers_of(ir)
     except UnlayeredError as why:
         yield str(why)
+        return
+    for layer in layers:
+        free = {dim.name for node in (layer.read, layer.pre) for dim in node.meta["spec"].free}
+        if free:
+            yield (
+                f"layer '{strip(layer.path)}' has sizes that may vary ({', '.join(sorted(free))}), and its "
+                "variables are kept from step to step; leave them out of dynamic"
+            )
 
 
 def layers_of(ir: TrainingGraph) -> list[Layer]:

@@ -332,3 +332,12 @@ def test_the_formulas_of_a_convolution_are_minima(groups):
     assert slope.abs().max() < 1e-10
     (slope,) = torch.autograd.grad(misfit(w, solved) + 0.3 * (solved - below.tanh()).square().sum(), solved)
     assert slope.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("method", ["admm", "bcd2", "bcd3", "dladmm"])
+def test_sizes_that_may_vary_are_refused(method: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    with pytest.raises(
+        MethodError, match=r"layer '0' has sizes that may vary \(T\).*leave them out of dynamic"
+    ):
+        locc.compile(model, method, ["0"], example_inputs=torch.randn(3, 6, 4), dynamic={"input": {1: "T"}})
