@@ -3,8 +3,8 @@
 A pass is one forward and backward of the plain model on the whole example batch. In each round one pass
 (the median of three) and one compile of a fresh copy are timed, in processor time, so that a busy machine
 changes little, and the ratio is taken within the round. `runs` counts how often real tensors go through
-the model's first layer while it compiles, `batches` the samples of these runs in batches. The last line
-compares the peak memory of a compile with that of a step.
+the model's first layer while it compiles, `batches` the samples of these runs in batches. The last lines
+compare the peak memory of a compile with that of a step.
 """
 
 from __future__ import annotations
@@ -170,15 +170,16 @@ def row(name: str, method: str, rounds: int) -> str:
     return f"| {name} | {method} | {seconds} | {spread} | {runs} | {batches:.1f} |"
 
 
-def memory(batch: int) -> str:
-    """Return the peak memory of a compile of ResNet-18 and of a step of it, at one batch size."""
+def memory(batch: int, side: int) -> str:
+    """Return the peak memory of a compile of ResNet-18 and of a step of it, for a batch of square images."""
     subject = SUBJECTS["resnet18"]
-    model, x, y = subject.model(), torch.randn(batch, 3, 32, 32), torch.randint(0, 5, (batch,))
+    model, x, y = subject.model(), torch.randn(batch, 3, side, side), torch.randint(0, 5, (batch,))
     program = compiled(subject, copy.deepcopy(model), "dgl", x)
     program.step(x, y)
     step = peak(lambda: program.step(x, y), gradients_of(program)).total
     compile_ = peak(lambda: compiled(subject, model, "dgl", x), gradients_of(model)).total
-    return f"resnet18, dgl, batch of {batch}: compile {compile_ / 1e6:.0f} MB, step {step / 1e6:.0f} MB"
+    shape = f"[{batch},3,{side},{side}]"
+    return f"resnet18, dgl, {shape}: compile {compile_ / 1e6:.0f} MB, step {step / 1e6:.0f} MB"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -196,7 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for method in given.methods:
             print(row(name, method, given.rounds), flush=True)
     if "resnet18" in given.models:
-        print(f"\n{memory(64)}", flush=True)
+        print()
+        for side in (32, 64, 128):
+            print(memory(64, side), flush=True)
 
 
 if __name__ == "__main__":

@@ -169,18 +169,20 @@ class PredictiveCoding(nn.Module):
         return torch.unflatten(z.flatten(2).movedim(1, -1), 1, (z.shape[2], -1))
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the loss, shape []."""
+        """Return the loss, shape []; a sequence too short for a step leaves it out, and has 0 without any."""
         z = self.latents(h)
         everywhere = z.flatten(0, 2)
         losses = []
         for j, mapped in enumerate(self.maps, start=1):
             ahead = j + self.skip
+            if ahead >= z.shape[1]:
+                break
             context, future = z[:, :-ahead], mapped(z[:, ahead:])
             drawn = torch.randint(len(everywhere), (*context.shape[:3], self.negatives), device=z.device)
             others = mapped(everywhere)[drawn]
             scores = torch.cat([future.unsqueeze(3), others], 3) @ context.unsqueeze(4)
             losses.append(-(scores.squeeze(4).softmax(3)[..., 0] + 1e-11).log().mean())
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean() if losses else 0 * z.sum()
 
 
 def _mean_where(x: Tensor, mask: Tensor, dim: int) -> Tensor:
