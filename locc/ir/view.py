@@ -265,11 +265,18 @@ def node_modules(root: nn.Module, node: fx.Node) -> list[nn.Module]:
 
 def replaced_names(node: fx.Node) -> set[str]:
     """Return the tensor names that every `call_with` on a module read by `node` replaces."""
-    uses = [u for u in node.users if u.target is ops.call_with and u.args[0] is node]
-    if not uses or len(uses) != len(node.users):
-        return set()
-    names = [set(u.args[1]) for u in uses if isinstance(u.args[1], dict)]
+    names = [_replaced(use, node) for use in node.users]
     return set.intersection(*names) if names else set()
+
+
+def _replaced(use: fx.Node, holder: fx.Node) -> set[str]:
+    """Return the names that a `call_with`, or an operation made of one (its derivative), replaces."""
+    args = use.args
+    if getattr(use.target, "target", None) is ops.call_with:
+        args = args[1][0]  # type: ignore[index, assignment]
+    elif use.target is not ops.call_with:
+        return set()
+    return set(args[1]) if args[0] is holder and isinstance(args[1], dict) else set()
 
 
 def draws(root: nn.Module, node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from locc.rewrite.noise import disturb, draw
 from locc.rewrite.objectives import add_all, judged, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
 from locc.rewrite.passes import Method, Pass, apply, configure, options
-from locc.rewrite.reach import learned
+from locc.rewrite.reach import learned, trained
 from locc.rewrite.tangents import before_nonlinearity, pull, push
 from locc.rewrite.targets import CLASS_IDS, NUMBERS, divided, own_target
 from locc.rewrite.traits import ending, has_norms, has_rectifiers, is_rectified
@@ -82,6 +82,7 @@ __all__ = [
     "rows",
     "spec_of",
     "squared_distance",
+    "trained",
     "unreached",
     "untrained",
     "weigh",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from locc.ir import TrainingGraph, node_parameters
+from locc.ir import TrainingGraph, node_parameters, tape_of
 
 
 def learned(ir: TrainingGraph, frozen: bool = False) -> set[fx.Node]:
@@ -22,3 +22,8 @@ def learned(ir: TrainingGraph, frozen: bool = False) -> set[fx.Node]:
         if own or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def trained(ir: TrainingGraph, value: fx.Node) -> bool:
+    """Whether a gradient of a value reaches a parameter that trains, in the value's own module."""
+    return any(p.requires_grad for node in tape_of(value) for _, p in node_parameters(ir.root, node))

@@ -83,6 +83,16 @@ def test_a_pipeline_is_exact_where_the_certificate_says_so_and_only_there(case: 
 
 @drawn(EXAMPLES * 2 // 3)
 @example(Case(ModelSpec("chain", ("weight_norm_hook",)), "dfa", {"zero_init": True}))  # was 0/0
+@example(  # the output's target trained nothing
+    Case(ModelSpec("auxiliary", ("tanh",), frozen=("head",)), "ddtp-linear", splits=("stem", "blocks.0"))
+)
+@example(  # a tangent read a lent parameter as one of its own
+    Case(
+        ModelSpec("convolution", ("relu", "relu"), shared=True),
+        "ifa",
+        splits=("stem", "blocks.0", "blocks.1"),
+    )
+)
 def test_a_step_is_what_its_graph_means_and_under_bp_what_autograd_makes_of_it(case: Case) -> None:
     try:
         _assert_numbers_agree(case)

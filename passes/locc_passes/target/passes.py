@@ -22,6 +22,7 @@ from locc.rewrite import (
     read_by,
     rows,
     squared_distance,
+    trained,
 )
 from locc_passes.target.returns import Moved, Return, brought, proposal, returns
 
@@ -182,7 +183,8 @@ def approach(ir: TrainingGraph, owner: str, values: list[fx.Node], moved: Moved)
         if fixed.target is not stop_gradient:
             fixed = ir.stop_gradient(owner, fixed)
         distances.append(ir.emit(owner, squared_distance, value, fixed, rows(value), role="distance"))
-    if distances:
+    # What reads a frozen head alone has a target, for those below, and nothing to train.
+    if distances and (ir.frozen(owner) or any(trained(ir, value) for value in values)):
         ir.objective(owner, add_all(ir, owner, distances), "target")
 
 
