@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,8 +49,7 @@ class GreedyHead(nn.Module):
         if self.spatial:
             sizes = plan.layout.sizes(spec)
             rank = len(sizes)
-            self.small = tuple(-(-n // 2) for n in sizes)
-            padding = 0 if min(self.small) > 4 + 2 * depth - 2 else 1
+            padding = 0 if min(_halved(sizes)) > 4 + 2 * depth - 2 else 1
             for _ in range(depth):
                 layers += [
                     CONV[rank](channels, wide, 3, padding=padding, bias=False, **at),
@@ -68,8 +68,10 @@ class GreedyHead(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Map the boundary `h` to the output's shape."""
         plan = self.readout
-        x = resize(plan.layout.first(h), self.small) if self.spatial else plan.read(h)
-        return plan.write(self.net(x))
+        if not self.spatial:
+            return plan.write(self.net(plan.read(h)))
+        x = plan.layout.first(h)
+        return plan.write(self.net(resize(x, _halved(x.shape[2:]))))
 
 
 class CascadeHead(nn.Module):
@@ -175,3 +177,7 @@ def _is_map(plan: Readout) -> bool:
 def _norm(plan: Readout) -> type[nn.Module]:
     """Batch statistics over positions would let a token see those after it."""
     return nn.LayerNorm if plan.per_position else nn.BatchNorm1d
+
+
+def _halved(sizes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-(-n // 2) for n in sizes)

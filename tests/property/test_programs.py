@@ -86,6 +86,13 @@ def test_a_pipeline_is_exact_where_the_certificate_says_so_and_only_there(case: 
 @example(  # the output's target trained nothing
     Case(ModelSpec("auxiliary", ("tanh",), frozen=("head",)), "ddtp-linear", splits=("stem", "blocks.0"))
 )
+@example(  # two modules share a frozen weight, and its matrix
+    Case(
+        ModelSpec("auxiliary", ("batch_norm",) * 2, frozen=("blocks.0", "blocks.1"), shared=True),
+        "ss-brsf",
+        splits=("blocks.0", "blocks.1"),
+    )
+)
 @example(  # a tangent read a lent parameter as one of its own
     Case(
         ModelSpec("convolution", ("relu", "relu"), shared=True),

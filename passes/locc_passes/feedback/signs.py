@@ -52,6 +52,7 @@ class SignSymmetry(Pass):
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Replace the reads of the matrices, and the products that read them."""
+        unread = set[str]()
         for matrix in _matrices(ir):
             name = str(matrix.target).removesuffix(".matrix").removeprefix("aux.")
             held = owned_tensor(ir.root, str(matrix.target))
@@ -73,6 +74,8 @@ class SignSymmetry(Pass):
             for use in uses:
                 use.args = tuple(size if a is matrix else a for a in use.args)
             ir.graph.erase_node(matrix)
+            unread.add(name)
+        for name in unread:  # the modules that share a frozen weight have read one matrix
             del ir.root.aux[name]
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:

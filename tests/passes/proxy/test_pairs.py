@@ -136,7 +136,11 @@ def test_the_greedy_auxiliary_is_that_of_the_paper() -> None:
     assert kinds == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["_To", "BatchNorm2d", "Flatten", "Linear"]
     assert [tuple(head.net[i].weight.shape) for i in (0, 3)] == [(16, 8, 3, 3), (16, 16, 3, 3)]
     assert [head.net[i].padding for i in (0, 3)] == [(0, 0), (0, 0)]
-    assert head.small == (10, 10)
+    seen = []
+    head.net[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2:]))
+    for side in (20, 27):  # half of the map that comes
+        head(torch.randn(2, 8, side, side, dtype=F64))
+    assert seen == [(10, 10), (14, 14)]
     assert head.net[-1].in_features == 64
 
 
