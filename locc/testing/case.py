@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from locc.compiler import compile
-from locc.errors import CaptureError, LoccError, MethodError, nearest
+from locc.errors import CaptureError, LoccError, MethodError, SplitError, nearest
 from locc.program import Program
 from locc.rewrite import Method
 from locc.testing.families import ModelSpec
@@ -95,7 +95,7 @@ class Case:
             raise
 
     def refusal(self) -> str | None:
-        """Return why method, schedule or PyTorch do not admit the model, or None where all of them do.
+        """Return why method, schedule, splits=K or PyTorch do not admit the model; None where all do.
 
         Raises:
             LoccError: the case cannot be compiled for another reason.
@@ -107,6 +107,10 @@ class Case:
             if not undefined(error):
                 raise
             return str(error)
+        except SplitError as error:
+            if not isinstance(self.splits, int):
+                raise
+            return str(error)  # fewer modules would train than are asked for
         except CaptureError as error:
             # Feedback layers open the blocks, and PyTorch before 2.13 exports no checkpoint that is open.
             if torch.__version__ >= "2.13" or "checkpoint" not in self.model.blocks:
