@@ -45,6 +45,7 @@ def page(name: str) -> str:
         f"It is {c.verdict}: {'; '.join(c.reasons)}.",
         f"Pipeline-exact: {yes(c.pipeline_exact)}; {c.pipeline_reason}.",
         table(["owner", "trains by", "forward-locked", "waits for forward", "for backward", "flops"], owners),
+        table(["part", "flops"], [*f.dear().items()]),
         table(["module", "auxiliary network", "parameters"], networks),
         table(["from", "to", "kind", "type", "direction", "in a batch"], flows),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -32,6 +32,7 @@ BEFORE = ("altmin", "pair-proxy")
 """Methods whose modules end before the nonlinearity."""
 MLP = "784-400-400-400-10 network of ReLUs"
 CNN = "network of three 3x3 convolutions with ReLUs and a linear layer (1-32-32-32-10, 28x28 pixels)"
+OWN = "what the method computes beside them"
 _UNKNOWN = re.compile(r"cholesky|solve|svd|linalg_(eig|inv|lu|qr)")
 """Operators whose cost PyTorch's counter does not know."""
 
@@ -49,21 +50,54 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations of matrix products and convolutions in a step, those of each owner apart."""
+    """Counts the operations of matrix products and convolutions in a step, by owner and by part.
 
-    def __init__(self) -> None:
+    The parts are the network, each kind of auxiliary network, and what the method computes beside them. A
+    backward pass is counted with the part whose forward pass it is of.
+    """
+
+    def __init__(self, program: locc.Program) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.running, self.known = 0, True
         self.owners: Counter[str] = Counter()
+        self.parts: Counter[str] = Counter()
+        self._within: list[str] = []
+        self._made: dict[int, str] = {}
+        named = [("the network", m) for m in program.root.model.modules()]
+        for networks in program.auxiliaries.values():
+            named += list(networks.items())
+        self._hooks = []
+        for part, module in named:
+            self._hooks += [
+                module.register_forward_pre_hook(lambda *_, part=part: self._within.append(part)),
+                module.register_forward_hook(lambda *_: self._within.pop() and None),
+            ]
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count it."""
         result = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet in flop_registry:
-            self.running += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+            found = flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+            self.running += found
+            self.parts[self._part()] += found
         self.known &= not _UNKNOWN.search(packet.__name__)
         return result
+
+    def _part(self) -> str:
+        # Autograd numbers its nodes as they are made, just before their operators run.
+        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        if node is not None:
+            return self._made.get(node._sequence_nr(), OWN)
+        part = self._within[-1] if self._within else OWN
+        self._made[torch.autograd._get_sequence_nr() - 1] = part
+        return part
 
     def ran(self, instruction: Any, _: object) -> None:
         """Book what has run since the last instruction."""
@@ -100,8 +134,22 @@ class Facts:
 
     def flops(self, owner: str | None = None) -> str:
         """Return the operations of a step in each phase, of all or one owner, in units of a step of `bp`."""
+        return self._in_steps_of_bp(
+            {p: s.owners.total() if owner is None else s.owners[owner] for p, s in self.steps.items()}
+        )
+
+    def dear(self) -> dict[str, str]:
+        """Return the operations of each part, where a step takes over three times those of `bp`."""
+        base, steps = facts("bp", self.network).steps["all"].owners.total(), self.steps.values()
+        if not any(s.known and s.owners.total() > 3 * base for s in steps):
+            return {}
+        return {
+            part: self._in_steps_of_bp({p: s.parts[part] for p, s in self.steps.items()})
+            for part in dict.fromkeys(part for s in steps for part in s.parts)
+        }
+
+    def _in_steps_of_bp(self, found: Mapping[str, int]) -> str:
         base = facts("bp", self.network).steps["all"].owners.total()
-        found = {p: s.owners.total() if owner is None else s.owners[owner] for p, s in self.steps.items()}
         shown = {p: f"{n / base:.2f}" if self.steps[p].known else "not counted" for p, n in found.items()}
         return ", ".join(text if p == "all" else f"{p} {text}" for p, text in shown.items())
 
@@ -159,7 +207,7 @@ def facts(name: str, on: str | None = None) -> Facts:
         phases: list[str | None] = [p.name for p in program.phases]
         for phase in phases or [None]:
             program.phase = phase
-            with Operations() as counted:
+            with Operations(program) as counted:
                 program.built.executor.observe = counted.ran
                 program.step(x, y)
             steps[phase or "all"] = counted
