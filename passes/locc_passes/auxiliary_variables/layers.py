@@ -97,14 +97,16 @@ def layers_of(ir: TrainingGraph) -> list[Layer]:
     """
     learns = learned(ir)
     found: list[Layer] = []
-    paths: set[str] = set()
+    weights: dict[int, str] = {}
     node = post = ir.prediction
     while node in learns:
         bend, node = _bend(ir, node)
         layer, path = _layer(ir, node), str(node.target)
-        if path in paths:
-            raise UnlayeredError(f"'{strip(path)}' is called twice, and its weight can solve for one of them")
-        paths.add(path)
+        if other := weights.get(id(layer.weight)):
+            raise UnlayeredError(
+                f"the weight of '{strip(path)}' is used twice (by '{strip(other)}'); it solves for one use"
+            )
+        weights[id(layer.weight)] = path
         (source,) = node.all_input_nodes
         pre, owner, before = node, str(node.meta["owner"]), list[Callable[..., Any]]()
         while source in learns and (step := _linear_map(ir, source)) is not None:

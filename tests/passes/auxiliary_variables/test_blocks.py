@@ -221,7 +221,8 @@ class Skipping(nn.Module):
         return self.b(h + x * h)
 
 
-LINEAR = nn.Linear(9, 9)
+LINEAR, TWIN = nn.Linear(9, 9), nn.Linear(9, 9)
+TWIN.weight = LINEAR.weight
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,8 @@ LINEAR = nn.Linear(9, 9)
             nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 4)),
             "'2', a Dropout, draws a mask",
         ),
-        (nn.Sequential(LINEAR, nn.ReLU(), LINEAR, nn.ReLU(), nn.Linear(9, 4)), "'0' is called twice"),
+        (nn.Sequential(LINEAR, nn.ReLU(), LINEAR, nn.Linear(9, 4)), "of '0' is used twice"),
+        (nn.Sequential(LINEAR, nn.ReLU(), TWIN, nn.Linear(9, 4)), "of '0' is used twice .by '2'"),
         (nn.Sequential(nn.Linear(9, 8), nn.PReLU(), nn.Linear(8, 4)), "'1', a PReLU, is no"),
         (Skipping(), "joins 2 values|'add' in module"),
     ],
