@@ -145,7 +145,7 @@ class _Seen:
         for key, true in _true_gradient(program, x, y).items():
             self.true[key] = self.true[key] + true if key in self.true else true
         self.values = {}
-        with program.frozen():
+        with program.in_phase():
             replace(executor, observe=self.observe, flags=[]).run(
                 self.plan, program.bind(x, y), program.steps
             )
@@ -244,7 +244,7 @@ def _true_gradient(program: Compiled, x: Any, y: Any) -> dict[int, Tensor]:
     """Return the gradient of the user's loss with respect to each parameter, by the parameter's id."""
     parameters = [p for p in program.root.parameters() if p.requires_grad]
     dtype = program.built.executor.autocast
-    with values_preserved(program.root), preserved_rng(program.device), program.frozen():
+    with values_preserved(program.root), preserved_rng(program.device), program.in_phase():
         with autocast(program.device, dtype):
             loss = program.loss_function(program.predict(x), program._move(y))
         found = torch.autograd.grad(loss, parameters, allow_unused=True)

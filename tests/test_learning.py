@@ -52,8 +52,5 @@ def accuracy(method: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in sorted(locc.methods()) if m != "bp"])
-def test_it_comes_near_backpropagation(method: str, request: pytest.FixtureRequest) -> None:
-    if method == "al":
-        why = "its label autoencoders take some hundred steps before they tell classes apart"
-        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+def test_it_comes_near_backpropagation(method: str) -> None:
     assert accuracy(method) > accuracy("bp") - BEHIND.get(method, 0.08)

@@ -46,9 +46,11 @@ def _header(ir: View) -> list[str]:
         when = "before the first epoch" if phase.warmup else "in each epoch"
         freezes = "" if phase.frozen is None else f"; freezes: {', '.join(phase.frozen) or 'nothing'}"
         stage = f" of stage {phase.stage}" if phase.stage else ""
+        rate = "" if phase.lr is None else f" at a learning rate of {phase.lr:g}"
+        length = f"{phase.epochs} pass(es)" if phase.steps is None else f"{phase.steps} step(s) without data"
         lines.append(
-            f"# phase '{phase.name}', {phase.epochs} pass(es) {when}{stage}, "
-            f"trains: {', '.join(phase.trains)}{freezes}"
+            f"# phase '{phase.name}', {length} {when}{stage}, "
+            f"trains: {', '.join(phase.trains)}{rate}{freezes}"
         )
     for region in ir.repeats.values():
         carried = ", ".join(f"{a.name} <- {b.name}" for a, b in region.carried)

@@ -53,6 +53,9 @@ class Phase:
     epoch, `epochs` passes each; the others take turns within each epoch, `epochs` passes over the data
     each. The owners in `frozen` (None: all that do not train) are in eval mode meanwhile, so that their
     BatchNorm and dropout rest as their parameters do.
+
+    With `steps`, a pass is so many steps on `made`, a target of the method's own, and reads no data. `lr` is
+    the learning rate meanwhile, whatever that of the optimizers is.
     """
 
     name: str
@@ -61,6 +64,9 @@ class Phase:
     warmup: bool = False
     frozen: tuple[str, ...] | None = None
     stage: int = 0
+    steps: int | None = None
+    made: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    lr: float | None = None
 
     def freezes(self, owners: Iterable[str]) -> tuple[str, ...]:
         """Return those of a graph's owners that are in eval mode while the phase runs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from locc.errors import MethodError
@@ -37,6 +39,11 @@ def stages(ir: TrainingGraph, name: str, sequential: bool) -> tuple[Phase, ...]:
         needed = needed_nodes(ir, frozenset(phase.trains))
         if sequential:
             _check_upward(ir, name, phase, needed)
+        if phase.steps is not None and not needed.isdisjoint(ir.inputs):
+            raise MethodError(
+                f"phase '{phase.name}' of method '{name}' would make its steps without data, but what trains "
+                "in it reads the model's inputs; give it passes over the data (epochs=), or other owners"
+            )
         asked = "schedule='sequential'"
         if not sequential:
             asked = f"method '{name}' is undefined on this model: its phase '{phase.name}'"
@@ -58,7 +65,7 @@ def _stage(ir: TrainingGraph, module: Owner, name: str) -> list[Phase]:
             frozen = None if phase.frozen is None else tuple(dict.fromkeys((*earlier, *phase.frozen)))
             stage = module.index * own + phase.stage
             named = f"{module.name}/{phase.name}"
-            found.append(Phase(named, trains, phase.epochs, phase.warmup, frozen, stage))
+            found.append(replace(phase, name=named, trains=trains, frozen=frozen, stage=stage))
     if all(p.warmup for p in ir.phases):
         found.append(Phase(module.name, tuple(owners), stage=module.index * own + own - 1))
     if not found:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from locc.ir.spec import TensorSpec
 from locc.nn.building import MAX_WEIGHTS, agree_on_rows, check_shapes, numel, placement
-from locc.nn.layout import Layout, guess_layout
+from locc.nn.layout import Layout, guess_layout, pool
 from locc.nn.maps import affine_map, coarse_grid, he_normal_, with_channels
 
 TO_A_MAP = 2**22
@@ -30,6 +30,9 @@ class SigmoidMap(nn.Module):
     sample, and no local map can tell it. It has `hidden` times as many units as the result, fewer where that
     is a map and a dense weight would be large. With `per_position`, for labels that are one a position, it
     has `hidden` times the channels at each position of the result.
+
+    A vector is told by the class token alone of a sequence that has one, as a head tells its class: what
+    other tokens know is of use to later modules only where that token has learned it.
     """
 
     def __init__(
@@ -60,6 +63,12 @@ class SigmoidMap(nn.Module):
             channels = max(1, round(hidden * target.channels(to_spec)))
             way.insert(1, (with_channels(to_spec, target, channels), target))
         layers: list[nn.Module] = []
+        if source.class_token and way[1][1].kind == "flat":
+            layers.append(_Pooled(source))
+            flat = TensorSpec(
+                (from_spec.shape[source.batch_dim], source.channels(from_spec)), from_spec.dtype
+            )
+            way[0] = (flat, Layout.flat())
         for i, ((a, above), (b, below)) in enumerate(itertools.pairwise(way)):
             made = affine_map("the map", a, b, above, below, limit=max_weights, pointwise=i > 0, **at)
             layers += [made, nn.Sigmoid()]
@@ -70,6 +79,15 @@ class SigmoidMap(nn.Module):
         """Map a value of `from_spec` to one of `to_spec`, in (0, 1)."""
         y: Tensor = self.net(s)
         return y
+
+
+class _Pooled(nn.Module):
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pool(x, self.layout)
 
 
 def _units(
@@ -91,9 +109,17 @@ def build_label_encoder(from_spec: TensorSpec, to_spec: TensorSpec, **options: A
     return _checked(SigmoidMap(from_spec, to_spec, **options), from_spec, to_spec, "the label encoder")
 
 
-def build_label_decoder(from_spec: TensorSpec, to_spec: TensorSpec, **options: Any) -> nn.Module:
-    """Build h_i: t_i -> t_{i-1}, one affine map and a sigmoid; `options` as in `build_bridge`."""
-    return _checked(SigmoidMap(from_spec, to_spec, **options), from_spec, to_spec, "the label decoder")
+def build_label_decoder(
+    from_spec: TensorSpec, to_spec: TensorSpec, *, scores: bool = False, **options: Any
+) -> nn.Module:
+    """Build h_i: t_i -> t_{i-1}, one affine map and a sigmoid; `options` as in `build_bridge`.
+
+    With `scores` it leaves out the sigmoid.
+    """
+    network = SigmoidMap(from_spec, to_spec, **options)
+    if scores:
+        del network.net[-1]
+    return _checked(network, from_spec, to_spec, "the label decoder")
 
 
 def build_bridge(

@@ -44,7 +44,7 @@ class DenseMap(nn.Module):
 
 
 class PositionMap(nn.Module):
-    """Linear at every position of sequences of equal length: [B,T,D] -> [B,T,D']."""
+    """Linear at every position of sequences of equal length, or of a vector: [B,T,D] -> [B,T,D']."""
 
     def __init__(
         self, from_spec: TensorSpec, to_spec: TensorSpec, source: Layout, target: Layout, **at: Any
@@ -146,7 +146,7 @@ def affine_map(
 ) -> nn.Module:
     """Return the affine map from one value to another, by their layouts.
 
-      * Sequences of equal length: linear per position.
+      * Vectors, and sequences of equal length: linear per position.
       * Maps to maps, and tokens that form one: convolution with resizing.
       * Other tokens and maps: a matrix over positions, then one over channels.
       * A vector on either side: dense. Where that has more than `limit` weights, by way of a coarse map of
@@ -165,7 +165,13 @@ def affine_map(
     Raises:
         MethodError: a dense weight over the limit all the same, or a vector to a map whose size varies.
     """
-    if source.kind == target.kind == "sequence" and _dims(source, from_spec) == _dims(target, to_spec):
+    if (
+        source.kind == target.kind
+        and source.kind in ("sequence", "flat")
+        and _dims(source, from_spec) == _dims(target, to_spec)
+    ):
+        if target.kind == "flat":
+            guard_weights(numel(to_spec), numel(from_spec), limit, f"{what} from {from_spec} to {to_spec}")
         return PositionMap(from_spec, to_spec, source, target, **at)
     if "flat" not in (source.kind, target.kind):
         if target.kind == "image" and grid_of(source, from_spec, target, to_spec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -251,11 +252,12 @@ class _Fit:
 
     def _pass(self, one: Pass) -> None:
         program, progress, started = self.program, self.progress, time.perf_counter()
+        self.state.batches = _length(self.loader) if one.steps is None else one.steps
         if progress.at != one.at:
             progress.at, progress.batches, progress.sums = one.at, 0, {}
         for callback in self.callbacks:
             callback.on_epoch_start(self.state)
-        self._train()
+        self._train(one)
         if progress.batches == 0:
             raise LoccError(
                 "the loader yielded no batch; a generator can be iterated only once, use a DataLoader or a "
@@ -266,7 +268,7 @@ class _Fit:
         seconds = time.perf_counter() - started
         checked = None if self.validation is None else evaluate(program, self.validation)
         with self.interrupts.waiting():
-            if not self.stepwise:
+            if not self.stepwise and one.steps is None:
                 _advance(program, means)
             loss = means.pop("loss", None)
             epoch = Epoch(one.at[1], program.phase, loss, means, seconds, checked)
@@ -280,12 +282,17 @@ class _Fit:
             if self.checkpoint is not None:
                 save(program, self.checkpoint)
 
-    def _train(self) -> None:
-        """Train on the batches of the pass that are not done yet."""
-        for batch in self._left():
+    def _train(self, one: Pass) -> None:
+        """Train on the batches of the pass that are not done yet, or make the steps of one without data."""
+        if one.steps is not None:
+            self.progress.random.restore(self.loader, self.program.device)
+            left: Iterable[Any] = itertools.repeat((None, one.made), one.steps - self.progress.batches)
+        else:
+            left = self._left()
+        for batch in left:
             x, y = batch_of(batch, self.program.settings.labels_within)
             with self.interrupts.waiting():
-                self._step(x, y)
+                self._step(x, y, advance=self.stepwise and one.steps is None)
             self.leave_if_asked()
 
     def _left(self) -> Rest:
@@ -304,13 +311,13 @@ class _Fit:
                 )
         return rest
 
-    def _step(self, x: Any, y: Any) -> None:
+    def _step(self, x: Any, y: Any, advance: bool) -> None:
         program = self.program
         report = program.step(x, y)
         whole = {} if report.network_loss is None else {"loss": report.network_loss}
         found = {**whole, **report.objectives}
         self.progress.count(found)
-        if self.stepwise:
+        if advance:
             _advance(program, found, waiting=False)
         updated = [name for name in _trained(program) if not program.built.learners[name].pending]
         for callback in self.callbacks:

@@ -261,7 +261,7 @@ class Compiled(nn.Module):
         backup = self._backup() if self.settings.atomic else None
         try:
             values = self.bind(x, y)
-            with self.frozen():
+            with self.in_phase():
                 objectives, loss = built.executor.run(plan, values, self.steps)
         except BaseException:
             if backup is not None:
@@ -273,14 +273,20 @@ class Compiled(nn.Module):
     def bind(self, x: Any, y: Any = None) -> list[Any]:
         """Return the values of a plan's inputs for a batch as `step` takes it, on the model's device.
 
+        In a phase without data there may be no inputs: `x` is None.
+
         Raises:
             RunError: the inputs have another shape than compiled for or no samples, or the target is none
                 that the method or the loss can read; nothing has changed.
         """
         self._follow_device()
         signature = self.ir.captured.signature
-        tensors = signature.bind(Inputs.of(self.model, self._move(x)))
-        batch = signature.batch_of(tensors)
+        if x is None and self._current is not None and self._current.steps is not None:
+            tensors: list[Any] = [None for _ in self.ir.inputs]
+            batch = len(y)
+        else:
+            tensors = signature.bind(Inputs.of(self.model, self._move(x)))
+            batch = signature.batch_of(tensors)
         if batch == 0:
             raise empty()
         problem = self.built.misfit(y, batch)
@@ -303,29 +309,39 @@ class Compiled(nn.Module):
         return built.plans[phase]
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Put the modules that the program's phase freezes into eval mode for a step."""
+    def in_phase(self) -> Iterator[None]:
+        """Put the modules that the program's phase freezes into eval mode for a step, and set its rate."""
         changed = [m for m in self._resting() if m.training]
+        rate = None if self._current is None else self._current.lr
+        groups = [] if rate is None else [g for o in self.optimizers.values() for g in o.param_groups]
+        rates = [group["lr"] for group in groups]
         for module in changed:
             module.training = False
+        for group in groups:
+            group["lr"] = rate
         try:
             yield
         finally:
             for module in changed:
                 module.training = True
+            for group, own in zip(groups, rates, strict=True):
+                group["lr"] = own
 
     def _resting(self) -> list[nn.Module]:
         """Return everything that the code of the owners calls that the program's phase freezes."""
-        if self.phase is None:
+        phase, built = self._current, self.built
+        if phase is None:
             return []
-        built = self.built
-        if self.phase not in built.resting:
-            phase = next(p for p in built.phases if p.name == self.phase)
+        if phase.name not in built.resting:
             owners = phase.freezes(built.ir.owners)
             nodes = [n for n in built.ir.graph.nodes if n.meta.get("owner") in owners]
             found = dict.fromkeys(m for n in nodes for m in node_modules(self.root, n))
-            built.resting[self.phase] = list(found)
-        return built.resting[self.phase]
+            built.resting[phase.name] = list(found)
+        return built.resting[phase.name]
+
+    @property
+    def _current(self) -> Phase | None:
+        return next((p for p in self.built.phases if p.name == self.phase), None)
 
     def _move(self, value: Any) -> Any:
         device = self.device

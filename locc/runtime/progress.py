@@ -29,6 +29,16 @@ class Pass:
     phase: Phase | None
     ends: str | None = None
 
+    @property
+    def steps(self) -> int | None:
+        """How many steps it has, where it reads no data."""
+        return self.phase.steps if self.phase else None
+
+    @property
+    def made(self) -> Tensor | None:
+        """The target of such steps."""
+        return self.phase.made if self.phase else None
+
 
 def passes(phases: tuple[Phase, ...], epochs: int, warm: set[str]) -> list[Pass]:
     """Return the passes of a fit in order; the warm-up phases in `warm` are over."""

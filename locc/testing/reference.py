@@ -38,7 +38,7 @@ def reference_step(program: Compiled, x: Any, y: Any = None) -> StepReport:
 def reference_values(program: Compiled, values: list[Any]) -> StepReport:
     """Train on a batch as `program.bind` returns it; see `reference_step`."""
     meaning = _Meaning(program, dict(zip((*program.ir.inputs, program.ir.target), values, strict=True)))
-    with program.frozen(), preserved_rng(program.device):
+    with program.in_phase(), preserved_rng(program.device):
         report = meaning.step()
     program.steps += 1
     return report

@@ -119,7 +119,7 @@ def assert_side_by_side(
         values = [program.bind(x, y) for x, y in pairs]
         trial = Trial(program, guarded=True)
         wanted = _state(program, [trial.report(plan, batch, i) for i, batch in enumerate(values)])
-    with untouched(program), program.frozen():
+    with untouched(program), program.in_phase():
         values = [program.bind(x, y) for x, y in pairs]
         found = _state(program, run_beside(program, values, programs))
     different = difference(wanted, found)

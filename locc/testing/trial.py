@@ -104,7 +104,7 @@ class Trial:
     ) -> StepReport:
         """Run the same; returns all that a step reports."""
         self.executor.observe = observe
-        with self.program.frozen():
+        with self.program.in_phase():
             objectives, loss = self.executor.run(plan, twin(values), self.program.steps + number)
         found = {name: value.clone() for name, value in objectives.items()}
         return StepReport(found, None if loss is None else loss.clone())

@@ -127,7 +127,7 @@ class Judge:
                 trial = Trial(program, guarded=True)
                 reports = [trial.report(made, batch, i) for i, batch in enumerate(values)]
             else:
-                with program.frozen():
+                with program.in_phase():
                     reports = run_beside(program, values, made)
             left: list[Any] = [*program.root.parameters(), *program.root.buffers()]
             left += [p.grad for p in program.root.parameters()]

@@ -71,11 +71,12 @@ class Scene:
     options: dict[str, Any] = field(default_factory=dict)
     fitting: dict[str, Any] = field(default_factory=dict)
     epochs: int = 2
+    method: Any = field(default_factory=Probing)
 
     def program(self) -> Program:
         torch.manual_seed(3)
         options = {"seed": 1, "verify": False, "example_inputs": batch(4)[0], **self.options}
-        return locc.compile(norms(), Probing(), ["a", "b"], **options)
+        return locc.compile(norms(), self.method, ["a", "b"], **options)
 
     def fit(self, program: Program, loader: Any, **options: Any) -> History:
         options = {"validation": validation(), "progress": False, **self.fitting, **options}
@@ -107,6 +108,14 @@ SCENES = {
         fitting={"scheduler_interval": "step"},
     ),
     "workers": Scene(by_workers, epochs=1),
+    "without data": Scene(
+        options={
+            "optimizer": lambda ps: torch.optim.Adam(ps, lr=0.05),
+            "scheduler": lambda o: LR.ExponentialLR(o, 0.95),
+        },
+        fitting={"scheduler_interval": "step"},
+        method=locc.method("al", warmup=5),
+    ),
 }
 
 

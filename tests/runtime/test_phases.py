@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from locc import MethodError, RunError
+from locc.callbacks import Callback, Fit
 from locc.ir.view import Phase
 from locc.testing import assert_lowered
 from runtime.turns import InPhases, Probing, norms
@@ -174,6 +176,48 @@ def test_dtp_takes_turns_in_lockstep_and_cannot_train_one_module_after_the_other
         compiled(mlp(), "dtp", ["relu1", "relu2"], schedule="sequential")
 
 
+# ---- steps without data ------------------------------------------------------------------------
+
+
+def test_a_phase_without_data_makes_its_steps_at_its_own_rate_before_the_loader_is_read():
+    asked, rates = [], []
+
+    def loader() -> Iterator[Any]:
+        asked.append(program.steps)
+        yield batch()
+
+    class Watch(Callback):
+        def on_step_end(self, fit: Fit, report: Any) -> None:
+            rates.append([o.param_groups[0]["lr"] for o in program.optimizers.values()])
+
+    model = mlp()
+    program = compiled(
+        model,
+        "al",
+        ["relu1"],
+        warmup=5,
+        optimizer=sgd(0.1),
+        scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+    )
+    assert "# phase 'labels', 5 step(s) without data before the first epoch, trains: output" in str(
+        program.ir
+    )
+    seen: list[Any] = []
+    program.optimizers["output"].register_step_pre_hook(
+        lambda o, *_: seen.append((o.param_groups[0]["lr"], snapshot(model)))
+    )
+    start = snapshot(model.first)
+    history = program.fit(loader(), progress=False, scheduler_interval="step", callbacks=[Watch()])
+    assert [(e.number, e.phase) for e in history.epochs] == [(0, "labels"), (1, "train")]
+    assert asked == [5]
+    assert program.steps == 6
+    rate, (_, first), (_, last) = program.phases[0].lr, seen[0], seen[4]
+    assert [lr for lr, _ in seen] == [rate] * 5 + [0.2]
+    assert rates == [[0.1, 0.2]] * 5 + [[0.05, 0.1]]
+    assert same(start, {n.removeprefix("first."): v for n, v in last.items() if "first." in n})
+    assert not torch.equal(first["third.weight"], last["third.weight"])
+
+
 # ---- refusals ----------------------------------------------------------------------------------
 
 
@@ -182,6 +226,10 @@ def test_dtp_takes_turns_in_lockstep_and_cannot_train_one_module_after_the_other
     [
         ([Phase("one", ("a", "d"))], "phase 'one' of method 'InPhases' names 'd', which does not exist"),
         ([Phase("one", ("a",), frozen=("x",))], "phase 'one' of method 'InPhases' names 'x', which does"),
+        (
+            [Phase("one", ("a", *TOP), steps=3)],
+            "phase '(a/)?one' of method 'InPhases' would make its steps without data",
+        ),
         ([BOTTOM, Phase("bottom", TOP)], "two phases of method 'InPhases' are called 'bottom'; give each"),
     ],
 )

@@ -79,7 +79,12 @@ UNDONE = [("late in a step", fails, 0), ("late in a step", ctrl_c_twice, 0)]
 
 @pytest.mark.parametrize(
     ("scene", "cuts"),
-    [("lockstep", ANYWHERE), ("sequential", ANYWHERE), ("atomic", [*ANYWHERE, *UNDONE])],
+    [
+        ("lockstep", ANYWHERE),
+        ("sequential", ANYWHERE),
+        ("atomic", [*ANYWHERE, *UNDONE]),
+        ("without data", ANYWHERE),
+    ],
 )
 def test_a_fit_that_is_cut_everywhere_ends_with_the_same_bits(scene, cuts, tmp_path):
     """Cut after every step or so; it goes on by turns in the same program and, from a file, in another."""

@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from locc.ir import TrainingGraph
 from locc.nn import Factory
-from locc.rewrite import CLASS_IDS, NUMBERS, Method, OptimizerSpec, Pass, Recipe
-from locc_passes.associated.fold import Bridges, LabelStream, MergeMiddle
+from locc.rewrite import (
+    CLASS_IDS,
+    NUMBERS,
+    Method,
+    OptimizerSpec,
+    Pass,
+    Recipe,
+    is_rectified,
+    spec_of,
+)
+from locc_passes.associated.bridges import Bridges
+from locc_passes.associated.dense import DenseLabels
+from locc_passes.associated.fold import FoldedLabels, MergeMiddle
+from locc_passes.associated.labels import LabelsAhead
+
+DECODERS = ("own", "dense")
 
 
 @dataclass(frozen=True)
 class AL(Method):
-    """Associated learning: folds the network, so that each lower module meets an encoding of the label.
+    """Associated learning: each module that encodes the input meets an encoding of the label.
 
-    Of Q modules the first K = Q // 2 are the encoders f_i of the input and the last K, from the end, the
-    decoders h_i of the label; label encoders g_i and bridges b_i are auxiliary. A middle module is the
-    top bridge. Without one, or behind one that gives a map, an auxiliary bridge becomes part of the network.
-    Component i has two owners: f_i with b_i, and h_i with g_i. Inference is
-    h_1(..h_K(b_K(f_K(..f_1(x))))), and its output are scores whose sigmoids were trained: the user's loss
-    serves only to evaluate.
+    Component i has an encoder of the input f_i and a bridge b_i, and, with another owner, an encoder of the
+    label g_i and its decoder h_i: s_i = f_i(sg s_{i-1}) and t_i = g_i(sg t_{i-1}), from the input and the
+    one-hot label. mean (b_i(s_i) - sg t_i)^2 trains f_i and b_i, mean (h_i(t_i) - sg t_{i-1})^2 trains g_i
+    and h_i. Inference is h_1(..h_K(b_K(f_K(..f_1(x))))), and its output are scores whose sigmoids were
+    trained: the user's loss serves only to evaluate.
+
+    `decoders="own"` folds the network: of Q modules the first K = Q // 2 are the f_i, and the last K, from
+    the end, are the h_i. A middle module is the top bridge. Without one, or behind one that gives a map, an
+    auxiliary bridge becomes part of the network. With `decoders="dense"`, the form of the released code, all
+    Q modules are f_i, each with a dense h_i of `width` units, which inference keeps behind the top bridge;
+    skips and several values may cross then. Prefer it where the upper modules suit no decoder: convolutions
+    and attention after labels, or ReLUs, below which a class that begins there stays.
+
+    Labels encoded one by one have a code for each class, and class ids and these codes are what travels.
+    Where all labels are of one row (pixels, by the user's own modules), or an `encoder` is given, the codes
+    of the batch do.
+
+    Label autoencoders need no data and begin on a plateau, so `fit` trains them ahead (`warmup`, a phase of
+    the program); with 0 steps, as published, they take some hundred steps of the data. A loop of
+    `program.step` begins without: set `program.phase = "labels"`, call `program.step(None,
+    program.phases[0].made)` some hundred times, and set `program.phase = None`.
+
+    Most of its step is in the bridges, whose hidden layer has `expansion` times the units of a code. A
+    sequence with a class token is met in that token alone.
     """
 
     family: ClassVar[str] = "associated"
@@ -32,6 +65,22 @@ class AL(Method):
     )
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
 
+    decoders: str = field(
+        default="own",
+        metadata={
+            "help": "own: the upper modules decode labels. dense: all modules encode, and dense decoders are "
+            "added and kept at inference, as in the authors' code",
+            "choices": DECODERS,
+        },
+    )
+    width: int = field(
+        default=256,
+        metadata={
+            "help": "units of a label's code, with dense decoders (the paper's: 256 to 3000)",
+            "range": (16, 4096),
+            "scale": "log",
+        },
+    )
     label_lr: float = field(
         default=2.0,
         metadata={
@@ -48,6 +97,13 @@ class AL(Method):
             "scale": "log",
         },
     )
+    warmup: int = field(
+        default=300,
+        metadata={
+            "help": "steps that fit makes first: label encoders and decoders alone, on labels without data",
+            "range": (0, 2000),
+        },
+    )
     bridge: Factory | None = field(
         default=None, metadata={"help": "(activation's spec, label encoding's spec) -> bridge"}
     )
@@ -56,10 +112,34 @@ class AL(Method):
     )
 
     def __post_init__(self) -> None:
-        for name in ("label_lr", "expansion"):
+        if self.decoders not in DECODERS:
+            raise ValueError(f"decoders={self.decoders!r}: choose {' or '.join(map(repr, DECODERS))}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup}: give a number of steps of at least 0")
+        for name in ("label_lr", "expansion", "width"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: give a number above 0")
 
+    def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
+        """Warn of modules that decode labels badly."""
+        codes = {
+            node.meta["feeds"]: str(node.meta["owner"]) for node in ir.graph.nodes if "feeds" in node.meta
+        }
+        for value, owner in codes.items():
+            if len(spec_of(value).shape) > 2:
+                what = f"decodes {spec_of(value)} from a code of the label"
+            elif is_rectified(value, ir.root) and value.meta["owner"] in codes.values():
+                what, owner = "has to decode a code of the label by a ReLU", str(value.meta["owner"])
+            else:
+                continue
+            yield f"module '{owner}' {what}; dense decoders learn that faster: decoders='dense'"
+
     def passes(self) -> Sequence[Pass]:
-        """Return the fold, the label side and the input side."""
-        return (MergeMiddle(), LabelStream(self.label_lr, self.encoder), Bridges(self.expansion, self.bridge))
+        """Return the fold, the label side, the input side and the warm-up."""
+        ends: tuple[Pass, ...] = (
+            Bridges(self.expansion, self.bridge),
+            LabelsAhead(self.warmup),
+        )
+        if self.decoders == "dense":
+            return (DenseLabels(self.label_lr, self.encoder, self.width), *ends)
+        return (MergeMiddle(), FoldedLabels(self.label_lr, self.encoder), *ends)

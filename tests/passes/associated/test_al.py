@@ -1,11 +1,14 @@
 import copy
+import re
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import locc
+import locc.testing
 from examples.digits import digits, loaders
 from golden import stages
 from locc.errors import MethodError
@@ -97,26 +100,32 @@ def step(self, input_1, target):
     layer_6 = self[6](layer_5)  # f32[B,10]
     layer_7 = self[7](layer_6)  # f32[B,10]
     # ---- module 4: 10, learning rate x2
-    t_0 = label_rows(target, 4, 1, 2, torch.float32)  # f32[B,4]
-    aux_encoder_10 = self.aux.encoder_10(t_0)  # f32[B,10]
-    layer_10 = self[10](aux_encoder_10)  # f32[B,4]
+    t_0 = class_rows(target, 4, 1, 2, torch.float32)  # f32[5,4]
+    aux_encoder_10 = self.aux.encoder_10(t_0)  # f32[5,10]
+    label = by_label(aux_encoder_10, target, 4, 1, 2)  # f32[B,10]
+    layer_10 = self[10](label)  # f32[B,4]
     output_1 = sigmoid(layer_10)  # f32[B,4]
-    autoencoder = mse_loss(output_1, t_0)  # f32[]
+    label_1 = by_label(t_0, target, 4, 1, 2)  # f32[B,4]
+    autoencoder = mse_loss(output_1, label_1)  # f32[]
     objective(autoencoder)  # 10.autoencoder
     # ---- module 0: 1
-    aux_encoder_10_at_1 = stop_gradient(aux_encoder_10)  # f32[B,10]
-    associate = mse_loss(aux_bridge_1, aux_encoder_10_at_1)  # f32[]
+    aux_encoder_10_at_1 = stop_gradient(aux_encoder_10)  # f32[5,10]
+    label_4 = by_label(aux_encoder_10_at_1, target, 4, 1, 2)  # f32[B,10]
+    associate = mse_loss(aux_bridge_1, label_4)  # f32[]
     objective(associate)  # 1.associated
     # ---- module 3: 9, learning rate x2
-    aux_encoder_10_at_9 = stop_gradient(aux_encoder_10)  # f32[B,10]
-    aux_encoder_9 = self.aux.encoder_9(aux_encoder_10_at_9)  # f32[B,10]
-    layer_8 = self[8](aux_encoder_9)  # f32[B,10]
+    aux_encoder_10_at_9 = stop_gradient(aux_encoder_10)  # f32[5,10]
+    aux_encoder_9 = self.aux.encoder_9(aux_encoder_10_at_9)  # f32[5,10]
+    label_2 = by_label(aux_encoder_9, target, 4, 1, 2)  # f32[B,10]
+    layer_8 = self[8](label_2)  # f32[B,10]
     layer_9 = self[9](layer_8)  # f32[B,10]
-    autoencoder_1 = mse_loss(layer_9, aux_encoder_10_at_9)  # f32[]
+    label_3 = by_label(aux_encoder_10_at_9, target, 4, 1, 2)  # f32[B,10]
+    autoencoder_1 = mse_loss(layer_9, label_3)  # f32[]
     objective(autoencoder_1)  # 9.autoencoder
     # ---- module 1: 3
-    aux_encoder_9_at_3 = stop_gradient(aux_encoder_9)  # f32[B,10]
-    associate_1 = mse_loss(layer_7, aux_encoder_9_at_3)  # f32[]
+    aux_encoder_9_at_3 = stop_gradient(aux_encoder_9)  # f32[5,10]
+    label_5 = by_label(aux_encoder_9_at_3, target, 4, 1, 2)  # f32[B,10]
+    associate_1 = mse_loss(layer_7, label_5)  # f32[]
     objective(associate_1)  # 3.associated
     return layer_10
 """
@@ -133,29 +142,78 @@ def step(self, input_1, target):
     layer_2 = self[2](layer_1_at_2)  # f32[B,8]
     aux_bridge_2 = self.aux.bridge_2(layer_2)  # f32[B,8]
     # ---- module 3: 6, learning rate x2
-    t_0 = label_rows(target, 4, 1, 2, torch.float32)  # f32[B,4]
-    aux_encoder_6 = self.aux.encoder_6(t_0)  # f32[B,7]
-    layer_6 = self[6](aux_encoder_6)  # f32[B,4]
+    t_0 = class_rows(target, 4, 1, 2, torch.float32)  # f32[5,4]
+    aux_encoder_6 = self.aux.encoder_6(t_0)  # f32[5,7]
+    label = by_label(aux_encoder_6, target, 4, 1, 2)  # f32[B,7]
+    layer_6 = self[6](label)  # f32[B,4]
     layer_7 = self[7](layer_6)  # f32[B,4]
-    autoencoder = mse_loss(layer_7, t_0)  # f32[]
+    label_1 = by_label(t_0, target, 4, 1, 2)  # f32[B,4]
+    autoencoder = mse_loss(layer_7, label_1)  # f32[]
     objective(autoencoder)  # 6.autoencoder
     # ---- module 0: 1
-    aux_encoder_6_at_1 = stop_gradient(aux_encoder_6)  # f32[B,7]
-    associate = mse_loss(aux_bridge_1, aux_encoder_6_at_1)  # f32[]
+    aux_encoder_6_at_1 = stop_gradient(aux_encoder_6)  # f32[5,7]
+    label_4 = by_label(aux_encoder_6_at_1, target, 4, 1, 2)  # f32[B,7]
+    associate = mse_loss(aux_bridge_1, label_4)  # f32[]
     objective(associate)  # 1.associated
     # ---- module 2: 5, learning rate x2
-    aux_encoder_6_at_5 = stop_gradient(aux_encoder_6)  # f32[B,7]
-    aux_encoder_5 = self.aux.encoder_5(aux_encoder_6_at_5)  # f32[B,8]
-    layer_2_at_5_copy = clone(aux_encoder_5)  # f32[B,8]
+    aux_encoder_6_at_5 = stop_gradient(aux_encoder_6)  # f32[5,7]
+    aux_encoder_5 = self.aux.encoder_5(aux_encoder_6_at_5)  # f32[5,8]
+    label_2 = by_label(aux_encoder_5, target, 4, 1, 2)  # f32[B,8]
+    layer_2_at_5_copy = clone(label_2)  # f32[B,8]
     layer_3 = self[3](layer_2_at_5_copy)  # f32[B,8]
     layer_4 = self[4](layer_3)  # f32[B,7]
     layer_5 = self[5](layer_4)  # f32[B,7]
-    autoencoder_1 = mse_loss(layer_5, aux_encoder_6_at_5)  # f32[]
+    label_3 = by_label(aux_encoder_6_at_5, target, 4, 1, 2)  # f32[B,7]
+    autoencoder_1 = mse_loss(layer_5, label_3)  # f32[]
     objective(autoencoder_1)  # 5.autoencoder
     # ---- module 1: 2
-    aux_encoder_5_at_2 = stop_gradient(aux_encoder_5)  # f32[B,8]
-    associate_1 = mse_loss(aux_bridge_2, aux_encoder_5_at_2)  # f32[]
+    aux_encoder_5_at_2 = stop_gradient(aux_encoder_5)  # f32[5,8]
+    label_5 = by_label(aux_encoder_5_at_2, target, 4, 1, 2)  # f32[B,8]
+    associate_1 = mse_loss(aux_bridge_2, label_5)  # f32[]
     objective(associate_1)  # 2.associated
+    return layer_7
+"""
+
+DENSE = """\
+# 2 modules: 2, output
+def step(self, input_1, target):
+    # ---- module 0: 2
+    layer_0 = self[0](input_1)  # f32[B,10]
+    layer_1 = self[1](layer_0)  # f32[B,10]
+    layer_2 = self[2](layer_1)  # f32[B,8]
+    aux_bridge_2 = self.aux.bridge_2(layer_2)  # f32[B,6]
+    # ---- auxiliary: 2.label, learning rate x2
+    t_0 = class_rows(target, 4, 1, 2, torch.float32)  # f32[5,4]
+    aux_encoder_2 = self.aux.encoder_2(t_0)  # f32[5,6]
+    aux_decoder_2 = self.aux.decoder_2(aux_encoder_2)  # f32[5,4]
+    output_1 = sigmoid(aux_decoder_2)  # f32[5,4]
+    autoencoder = mean_by_label(output_1, t_0, target, 4, 1, 2)  # f32[]
+    objective(autoencoder)  # 2.label.autoencoder
+    # ---- module 0: 2
+    aux_encoder_2_at_2 = stop_gradient(aux_encoder_2)  # f32[5,6]
+    label = by_label(aux_encoder_2_at_2, target, 4, 1, 2)  # f32[B,6]
+    associate = mse_loss(aux_bridge_2, label)  # f32[]
+    objective(associate)  # 2.associated
+    # ---- module 1: output
+    layer_2_at_output = stop_gradient(layer_2)  # f32[B,8]
+    layer_2_at_output_copy = clone(layer_2_at_output)  # f32[B,8]
+    layer_3 = self[3](layer_2_at_output_copy)  # f32[B,8]
+    layer_4 = self[4](layer_3)  # f32[B,7]
+    layer_5 = self[5](layer_4)  # f32[B,7]
+    layer_6 = self[6](layer_5)  # f32[B,4]
+    layer_7 = self[7](layer_6)  # f32[B,4]
+    aux_bridge_output = self.aux.bridge_output(layer_7)  # f32[B,6]
+    # ---- auxiliary: output.label, learning rate x2
+    aux_encoder_2_at_output_label = stop_gradient(aux_encoder_2)  # f32[5,6]
+    aux_encoder_output = self.aux.encoder_output(aux_encoder_2_at_output_label)  # f32[5,6]
+    aux_decoder_output = self.aux.decoder_output(aux_encoder_output)  # f32[5,6]
+    autoencoder_1 = mean_by_label(aux_decoder_output, aux_encoder_2_at_output_label, target, 4, 1, 2)  # f32[]
+    objective(autoencoder_1)  # output.label.autoencoder
+    # ---- module 1: output
+    aux_encoder_output_at_output = stop_gradient(aux_encoder_output)  # f32[5,6]
+    label_1 = by_label(aux_encoder_output_at_output, target, 4, 1, 2)  # f32[B,6]
+    associate_1 = mse_loss(aux_bridge_output, label_1)  # f32[]
+    objective(associate_1)  # output.associated
     return layer_7
 """
 
@@ -167,6 +225,8 @@ def test_the_training_graph(tmp_path, monkeypatch):
     assert found["bridges"] == AFTER
     found = stages(even, monkeypatch, four(), "al", ["1", "2", "5"], example_inputs=batch()[0].float())
     assert found["bridges"] == EVEN
+    options = {"decoders": "dense", "width": 6, "example_inputs": batch()[0].float()}
+    assert stages(tmp_path / "dense", monkeypatch, four(), "al", ["2"], **options)["bridges"] == DENSE
 
 
 class Oracle:
@@ -284,6 +344,102 @@ def test_an_even_network_gets_a_bridge_that_inference_keeps():
     kept = [str(n.target) for n in program.ir.inference.nodes if "aux" in str(n.target)]
     assert kept == ["aux.bridge_2"]
     assert not any("target" in n.name for n in program.ir.inference.nodes)
+
+
+def three():
+    return nn.Sequential(nn.Linear(12, 10), nn.ELU(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4)).to(D)
+
+
+def test_dense_decoders_against_the_formulas():
+    """The authors' form: every module encodes, and what decodes is added and kept."""
+    model = three()
+    program = locc.compile(
+        model, "al", ["1", "3"], example_inputs=batch()[0], optimizer=adam(), decoders="dense", width=6
+    )
+    w, modules = copy.deepcopy(model), ("1", "3", "4")
+    b, g, h = ([aux(program, f"{kind}_{m}") for m in modules] for kind in ("bridge", "encoder", "decoder"))
+    assert [tuple(p.shape) for p in b[0].parameters() if p.dim() == 2] == [(30, 10), (6, 30)]
+    oracle = Oracle([w[:2], w[2:4], w[4:]], b, g, h)
+    names = {("a", i): f"{m}.associated" for i, m in enumerate(modules)}
+    names |= {("ae", i): f"{m}.label.autoencoder" for i, m in enumerate(modules)}
+    parts = {f"aux.{kind}_{m}": part for kind, found in (("bridge", b), ("encoder", g), ("decoder", h))
+             for m, part in zip(modules, found, strict=True)}  # fmt: skip
+    check(program, oracle, names, {"model": w, **parts})
+    rates = {name: o.param_groups[0]["lr"] for name, o in program.optimizers.items()}
+    assert rates == dict.fromkeys(modules, 0.01) | {f"{m}.label": 0.02 for m in modules}
+
+
+def tokens():
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).to(D)
+
+
+class Pixels(nn.Module):
+    """Scores [B,4,3,3] of the pixels of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 6, 3, padding=1, dtype=D), nn.Conv2d(6, 4, 1, dtype=D)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+LABELLED = {
+    "samples": (three, ["1", "3"], (7, 12), (7,)),
+    "tokens": (tokens, ["1", "3"], (3, 5, 3), (3, 5)),
+    "pixels": (Pixels, ["a"], (3, 2, 3, 3), (3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("decoders", ["own", "dense"])
+@pytest.mark.parametrize("what", LABELLED)
+def test_codes_of_classes_train_as_those_of_a_batch(what, decoders):
+    """A target that is vectors has its rows encoded one by one; class ids, once for each class."""
+    make, splits, shape, of = LABELLED[what]
+    x, y = torch.randn(shape, dtype=D), torch.randint(0, 4, of)
+    y.view(-1)[0] = -100  # no label
+    vectors = torch.where((y >= 0)[..., None], F.one_hot(y.clamp(min=0), 4).to(D), 0.0)
+    vectors = vectors.movedim(-1, 1) if what == "pixels" else vectors
+    first = make()
+    programs = [
+        locc.compile(
+            model, "al", splits, example_inputs=x, optimizer=adam(), seed=0, decoders=decoders, width=6
+        )
+        for model in (first, copy.deepcopy(first))
+    ]
+    for _ in range(3):
+        reports = [p.step(x, t) for p, t in zip(programs, (y, vectors), strict=True)]
+        for name, value in reports[0].objectives.items():
+            torch.testing.assert_close(value, reports[1].objectives[name], atol=1e-10, rtol=0)
+    for p, q in zip(*(program.root.parameters() for program in programs), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-10, rtol=0)
+    assert programs[0](x).shape == first(x).shape
+    crossing = [f.spec for f in programs[0].certificate.flows if f.kind == "target"]
+    classes = what != "pixels" or decoders == "dense"
+    assert crossing
+    assert all(spec.startswith("f64[5,") == classes for spec in crossing)
+
+
+@pytest.mark.parametrize("model", ["residual", "recurrent"])
+def test_dense_decoders_stand_beside_any_network(model, tmp_path):
+    """Also where several values cross, and the form keeps what a program has to."""
+    locc.testing.assert_conforms(
+        locc.method("al", decoders="dense", width=8),
+        {model: locc.testing.CONFORMANCE_MODELS[model]},
+        ["the plan computes what the graph means", "a pipeline trains the same", "inference is the model"],
+    )
+
+
+def test_dense_decoders_are_exported(tmp_path):
+    model = Pixels().float()
+    x = torch.randn(3, 2, 3, 3)
+    program = locc.compile(model, "al", ["a"], example_inputs=x, decoders="dense", width=6, verify=False)
+    program.eval()
+    program.export_onnx(tmp_path / "whole.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "whole.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), program(x).detach(), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(program(x), model(x))
 
 
 def test_owners_rates_and_optimizers():
@@ -427,9 +583,35 @@ def test_refusals(name):
         locc.compile(make(), "al", splits, example_inputs=torch.randn(5, 12))
 
 
+@pytest.mark.parametrize(
+    ("model", "splits", "what"),
+    [
+        (mlp, SPLITS, None),
+        (lambda: nn.Sequential(nn.Linear(12, 8), nn.ELU(), *mlp(8, 8)[:3], nn.ReLU(), nn.Linear(8, 4)),
+         ["1", "3", "5"], "module '5' has to decode a code of the label by a ReLU"),
+        (lambda: nn.Sequential(nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 2, 1), nn.Flatten(),
+                               nn.Linear(24, 4)),
+         ["1"], r"module '3' decodes f32\[B,2,3,4\] from a code of the label"),
+    ],
+)  # fmt: skip
+def test_it_says_where_the_upper_modules_are_bad_decoders(model, splits, what):
+    found = {
+        decoders: locc.compile(
+            model(), "al", splits, example_inputs=torch.randn(5, 12), decoders=decoders, verify=False
+        ).built.advice
+        for decoders in ("own", "dense")
+    }
+    assert found["dense"] == ()
+    assert len(found["own"]) == (what is not None)
+    if what is not None:
+        assert re.match(what, found["own"][0])
+
+
 def test_options_are_checked():
-    with pytest.raises(MethodError, match="label_lr=0"):
-        locc.compile(mlp(), "al", SPLITS, label_lr=0)
+    wrong = {"label_lr": 0, "warmup": -1, "width": 0, "decoders": "sparse"}
+    for name, value in wrong.items():
+        with pytest.raises(MethodError, match=f"{name}={value!r}"):
+            locc.compile(mlp(), "al", SPLITS, **{name: value})
 
 
 def test_it_learns_digits_folded():
