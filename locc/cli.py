@@ -212,7 +212,7 @@ def train(
         ),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="lockstep, or sequential (one module after the other)")
+        str, typer.Option(help="lockstep, sequential (one module after the other) or wave (8 batches each)")
     ] = "lockstep",
     clip: Annotated[float | None, typer.Option(help="largest gradient norm of a module")] = None,
     seed: SeedOption = 0,

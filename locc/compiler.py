@@ -31,7 +31,7 @@ from locc.recipes import Recipe
 from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.local_loss import check_heads
 from locc.rewrite.targets import examples, misfit, wanted
-from locc.runtime import Built, Compiled, Executor, Settings
+from locc.runtime import Built, Compiled, Executor, Settings, waves
 from locc.runtime.fingerprint import fingerprint
 from locc.snapshot import undone_on_failure
 from locc.tasks import tasks_of
@@ -75,6 +75,7 @@ def compile(
     dynamic: Dynamic = None,
     optimizer: Callable[..., torch.optim.Optimizer] | Recipe | None = None,
     schedule: str = "lockstep",
+    batches: int | None = None,
     backend: str = "eager",
     tied: str = "auto",
     scheduler: Any = None,
@@ -110,7 +111,11 @@ def compile(
             one size. Each is tried at a second size while compiling.
         optimizer: callable(params) -> Optimizer, called for each owner; or a `locc.Recipe`, such as
             `locc.methods()["dni"].recipe.at(lr=1e-4)`. None: the method's own recipe, published with it.
-        schedule: "lockstep", or "sequential" (each module is trained to the end, then frozen).
+        schedule: "lockstep"; "sequential" (each module is trained to the end, then frozen); or "wave" (each
+            module trains on `batches` batches before the next one starts), which ends with the bits of
+            "lockstep" and is refused where a program is not pipeline-exact.
+        batches: of a wave, 8 by default: how often a module's parameters serve once they are loaded. What
+            passes between modules is kept for all of them.
         backend: "eager".
         tied: policy for a parameter that two modules use (an embedding that is the output layer's weight as
             well): "copy" (each module trains its own, which takes its place in the model), "owner" (the first
@@ -149,7 +154,17 @@ def compile(
     chosen, name = _method(method, method_options)
     trained = chosen.recipe if optimizer is None else optimizer
     settings = Settings(
-        trained, schedule, backend, clip, accumulate, scheduler, autocast, seed, atomic, loss == MODEL
+        trained,
+        schedule,
+        backend,
+        clip,
+        accumulate,
+        scheduler,
+        autocast,
+        seed,
+        atomic,
+        batches,
+        loss == MODEL,
     )
     request = Request(
         Root(model),
@@ -188,6 +203,8 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         certificate = None
         if request.verify:
             certificate = prove(ir, request.name, learners, inputs, training=training, advice=advice)
+        if request.settings.wave is not None:
+            waves.check(ir, request.name, certificate)
         schedulers = request.settings.schedulers(learners)
         _tell(request.name, training, advice)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import Tensor
 from locc.callbacks import Callback, Fit, ProgressBar
 from locc.errors import CheckpointError, LoccError
 from locc.losses import correct
+from locc.runtime import waves
 from locc.runtime.checkpoint import save
 from locc.runtime.history import Epoch, Evaluation, History
 from locc.runtime.interrupts import Interrupts
@@ -87,7 +88,7 @@ def fit(
         checkpoint: a file to write after each pass, as `Program.save` does; `Program.load` in a new process
             and the same call of `fit` go on from there, also where this process was killed (and train no
             more where the fit was over).
-        every: write `checkpoint` after so many steps as well.
+        every: write `checkpoint` after so many steps as well; under waves, after the wave that made them.
 
     Returns:
         The history of the passes that this call has ended. After Ctrl-C, which in the main thread waits for
@@ -269,7 +270,7 @@ class _Fit:
         checked = None if self.validation is None else evaluate(program, self.validation)
         with self.interrupts.waiting():
             if not self.stepwise and one.steps is None:
-                _advance(program, means)
+                _advance(program, means, _trained(program))
             loss = means.pop("loss", None)
             epoch = Epoch(one.at[1], program.phase, loss, means, seconds, checked)
             self.state.history.epochs.append(epoch)
@@ -286,13 +287,14 @@ class _Fit:
         """Train on the batches of the pass that are not done yet, or make the steps of one without data."""
         if one.steps is not None:
             self.progress.random.restore(self.loader, self.program.device)
-            left: Iterable[Any] = itertools.repeat((None, one.made), one.steps - self.progress.batches)
+            steps = one.steps - self.progress.batches
+            left = Rest(itertools.repeat((None, one.made), steps))
         else:
             left = self._left()
-        for batch in left:
-            x, y = batch_of(batch, self.program.settings.labels_within)
+        for wave in waves.alike(left, self.program.settings.wave or 1):
+            batches = [batch_of(batch, self.program.settings.labels_within) for batch in wave]
             with self.interrupts.waiting():
-                self._step(x, y, advance=self.stepwise and one.steps is None)
+                self._steps(batches, advance=self.stepwise and one.steps is None)
             self.leave_if_asked()
 
     def _left(self) -> Rest:
@@ -311,29 +313,37 @@ class _Fit:
                 )
         return rest
 
-    def _step(self, x: Any, y: Any, advance: bool) -> None:
-        program = self.program
-        report = program.step(x, y)
-        whole = {} if report.network_loss is None else {"loss": report.network_loss}
-        found = {**whole, **report.objectives}
-        self.progress.count(found)
-        if advance:
-            _advance(program, found, waiting=False)
-        updated = [name for name in _trained(program) if not program.built.learners[name].pending]
-        for callback in self.callbacks:
-            for name in updated:
-                callback.on_update(self.state, name, report)
-            callback.on_step_end(self.state, report)
-        if self.every is not None and program.steps % self.every == 0:
+    def _steps(self, batches: list[tuple[Any, Any]], advance: bool) -> None:
+        program, moved = self.program, [list[str]() for _ in batches]
+        trained, before = _trained(program), program.steps
+
+        def updated(number: int, owners: tuple[str, ...], objectives: Mapping[str, Tensor]) -> None:
+            ready = [o for o in trained if o in owners and not program.built.learners[o].pending]
+            moved[number] += ready
+            if advance:
+                _advance(program, objectives, ready)
+
+        if program.settings.wave is None:
+            reports = [program.step(*batches[0])]
+            updated(0, tuple(trained), reports[0].objectives)
+        else:
+            reports = program.wave(batches, updated)
+        for report, names in zip(reports, moved, strict=True):
+            whole = {} if report.network_loss is None else {"loss": report.network_loss}
+            self.progress.count({**whole, **report.objectives})
+            for callback in self.callbacks:
+                for name in names:
+                    callback.on_update(self.state, name, report)
+                callback.on_step_end(self.state, report)
+        if self.every is not None and program.steps // self.every > before // self.every:
             assert self.checkpoint is not None
             save(program, self.checkpoint)
 
 
-def _advance(program: Compiled, means: Mapping[str, Any], waiting: bool = True) -> None:
-    """Advance the schedulers of what trains; `waiting`: of what accumulates gradients as well."""
-    training = _trained(program)
+def _advance(program: Compiled, means: Mapping[str, Any], owners: Iterable[str]) -> None:
+    """Advance the schedulers of some owners."""
     for name, scheduler in program.schedulers.items():
-        if name not in training or (program.built.learners[name].pending and not waiting):
+        if name not in owners:
             continue
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             # Each module watches its own objectives: the loss knows nothing of an early module.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.ir.state import begin, states
 from locc.ir.view import node_modules
 from locc.lower import ModuleProgram, Plan, lower, module_programs
+from locc.runtime import waves
 from locc.runtime.executor import Executor
 from locc.runtime.fingerprint import Fingerprint
 from locc.runtime.learner import Learner
@@ -83,6 +84,7 @@ class Built:
     training: str = ""
     advice: tuple[str, ...] = ()
     plans: dict[str | None, Plan] = field(default_factory=dict)
+    parts: dict[str | None, list[ModuleProgram]] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
 
@@ -233,6 +235,27 @@ class Compiled(nn.Module):
             RunError: an objective is not finite, PyTorch refuses the batch, the inputs have another shape
                 than compiled for, or another step is under way.
         """
+        return self._in_turn([(x, y)], None)[0]
+
+    def wave(
+        self, batches: Sequence[tuple[Any, Any]], updated: waves.Updated = lambda *_: None
+    ) -> list[StepReport]:
+        """Train on several batches, each module on all of them before the next one starts.
+
+        Ends with the bits of as many calls of `step`. With `atomic=True` a wave that fails is undone whole.
+
+        Args:
+            batches: (x, y) as `step` takes them, all of one shape.
+            updated: called after each module's step with the number of the batch, the module with its
+                auxiliaries, and their objectives by name.
+
+        Raises:
+            MethodError: the program is not pipeline-exact.
+            RunError: see `step`; modules before the one that it names have trained on all batches.
+        """
+        return self._in_turn(batches, updated)
+
+    def _in_turn(self, batches: Sequence[tuple[Any, Any]], updated: waves.Updated | None) -> list[StepReport]:
         # Waiting would hang a callback that calls step, and leave the order of the batches to chance.
         if not self._turn.acquire(blocking=False):
             raise RunError(
@@ -240,12 +263,12 @@ class Compiled(nn.Module):
                 "one would mix with it; call step from one thread, after the step before has returned"
             )
         try:
-            return self._step(x, y)
+            return self._steps(batches, updated)
         finally:
             self._turn.release()
 
-    def _step(self, x: Any, y: Any) -> StepReport:
-        self.complete(x, FEW)
+    def _steps(self, batches: Sequence[tuple[Any, Any]], updated: waves.Updated | None) -> list[StepReport]:
+        self.complete(batches[0][0], FEW)
         built = self.built
         if not (self.training and self.model.training):
             raise RunError("the program is in eval mode; call program.train() before a step")
@@ -260,15 +283,24 @@ class Compiled(nn.Module):
         self._follow_device()
         backup = self._backup() if self.settings.atomic else None
         try:
-            values = self.bind(x, y)
+            values = [self.bind(x, y) for x, y in batches]
             with self.in_phase():
-                objectives, loss = built.executor.run(plan, values, self.steps)
+                if updated is None:
+                    found = [built.executor.run(plan, values[0], self.steps)]
+                else:
+                    found = waves.run(built.executor, self._parts(plan), values, self.steps, updated)
         except BaseException:
             if backup is not None:
                 backup()
             raise
-        self.steps += 1
-        return StepReport(objectives, loss)
+        self.steps += len(found)
+        return [StepReport(objectives, loss) for objectives, loss in found]
+
+    def _parts(self, plan: Plan) -> list[ModuleProgram]:
+        if self.phase not in self.built.parts:
+            waves.check(self.ir, self.method, self.built.certificate)
+            self.built.parts[self.phase] = waves.ordered(module_programs(self.ir, plan))
+        return self.built.parts[self.phase]
 
     def bind(self, x: Any, y: Any = None) -> list[Any]:
         """Return the values of a plan's inputs for a batch as `step` takes it, on the model's device.

@@ -20,7 +20,9 @@ from locc.runtime.learner import Learner
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
-SCHEDULES = ("lockstep", "sequential")
+SCHEDULES = ("lockstep", "sequential", "wave")
+WAVE = 8
+"""Batches of a wave, unless given."""
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -37,6 +39,7 @@ class Settings:
     autocast: torch.dtype | str | None = None
     seed: int | None = None
     atomic: bool = False
+    batches: int | None = None
     labels_within: bool = False
     """The labels are among the model's inputs: its own forward computes the loss."""
 
@@ -44,6 +47,13 @@ class Settings:
         if self.schedule not in SCHEDULES:
             raise LoccError(
                 f"schedule={self.schedule!r} is not available; {nearest(str(self.schedule), SCHEDULES)}"
+            )
+        if self.batches is not None and (type(self.batches) is not int or self.batches < 1):
+            raise LoccError(f"batches={self.batches!r}: give the number of batches of a wave, at least 1")
+        if self.batches is not None and self.schedule != "wave":
+            raise LoccError(
+                f"batches={self.batches} is how many batches go through a module in schedule='wave', and "
+                f"schedule={self.schedule!r} was asked for; leave it out"
             )
         if self.backend not in BACKENDS:
             raise LoccError(
@@ -82,6 +92,11 @@ class Settings:
             raise LoccError(
                 f"autocast={self.autocast!r} is unknown; {nearest(str(self.autocast), PRECISIONS)}"
             )
+
+    @property
+    def wave(self) -> int | None:
+        """How many batches go through a module before the next one starts; None under other schedules."""
+        return (self.batches or WAVE) if self.schedule == "wave" else None
 
     @property
     def dtype(self) -> torch.dtype | None:

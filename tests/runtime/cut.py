@@ -107,6 +107,16 @@ SCENES = {
         },
         fitting={"scheduler_interval": "step"},
     ),
+    "waves": Scene(
+        options={
+            "schedule": "wave",
+            "batches": 2,
+            "optimizer": lambda ps: torch.optim.Adam(ps, lr=0.05),
+            "scheduler": lambda o: LR.ExponentialLR(o, 0.95),
+        },
+        fitting={"scheduler_interval": "step"},
+        method="dgl",
+    ),
     "workers": Scene(by_workers, epochs=1),
     "without data": Scene(
         options={

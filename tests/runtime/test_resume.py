@@ -84,6 +84,7 @@ UNDONE = [("late in a step", fails, 0), ("late in a step", ctrl_c_twice, 0)]
         ("sequential", ANYWHERE),
         ("atomic", [*ANYWHERE, *UNDONE]),
         ("without data", ANYWHERE),
+        ("waves", ANYWHERE),
     ],
 )
 def test_a_fit_that_is_cut_everywhere_ends_with_the_same_bits(scene, cuts, tmp_path):
