@@ -45,6 +45,8 @@ def _program(certificate: Statement) -> Iterator[str]:
     yield "program"
     yield f"  loss                      {certificate.loss}"
     yield f"  trains with               {certificate.training or 'optimizers that nobody has named'}"
+    for phase in certificate.phases:
+        yield f"  phase                     {phase}"
     yield f"  auxiliary model needed    {_yes(table.auxiliary_model)}"
     yield f"  whole forward pass needed {_yes(table.forward_pass)}"
     yield f"  backward pass needed      {table.backward_pass}"

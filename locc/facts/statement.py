@@ -9,7 +9,7 @@ from locc.facts.records import CheckRun, Memory, OwnerFacts, TableRow
 from locc.facts.traffic import Flow
 from locc.ir import Coupling
 
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Statement:
     method: str
     loss: str
     training: str
+    phases: tuple[str, ...]
     verdict: str
     reasons: tuple[str, ...]
     owners: tuple[OwnerFacts, ...]

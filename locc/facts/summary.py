@@ -54,6 +54,8 @@ def _program(certificate: Statement) -> Iterator[str]:
     table = certificate.table
     yield _line("loss", certificate.loss)
     yield _line("trains with", certificate.training or "optimizers that nobody has named")
+    if certificate.phases:
+        yield _line("phases", "; ".join(certificate.phases))
     yield _line(
         "needs",
         f"auxiliary model: {_yes(table.auxiliary_model)}; whole forward pass: {_yes(table.forward_pass)}; "

@@ -42,16 +42,7 @@ def render(ir: View) -> str:
 
 def _header(ir: View) -> list[str]:
     lines = [f"# {len(ir.modules)} modules: " + ", ".join(o.name for o in ir.modules)]
-    for phase in ir.phases:
-        when = "before the first epoch" if phase.warmup else "in each epoch"
-        freezes = "" if phase.frozen is None else f"; freezes: {', '.join(phase.frozen) or 'nothing'}"
-        stage = f" of stage {phase.stage}" if phase.stage else ""
-        rate = "" if phase.lr is None else f" at a learning rate of {phase.lr:g}"
-        length = f"{phase.epochs} pass(es)" if phase.steps is None else f"{phase.steps} step(s) without data"
-        lines.append(
-            f"# phase '{phase.name}', {length} {when}{stage}, "
-            f"trains: {', '.join(phase.trains)}{rate}{freezes}"
-        )
+    lines += [f"# phase {phase}" for phase in ir.phases]
     for region in ir.repeats.values():
         carried = ", ".join(f"{a.name} <- {b.name}" for a, b in region.carried)
         lines.append(f"# region '{region.name}' runs {region.times} times, carrying {carried}")

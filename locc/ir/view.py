@@ -68,6 +68,14 @@ class Phase:
     made: torch.Tensor | None = field(default=None, compare=False, repr=False)
     lr: float | None = None
 
+    def __str__(self) -> str:
+        length = f"{self.epochs} pass(es)" if self.steps is None else f"{self.steps} step(s) without data"
+        when = "before the first epoch" if self.warmup else "in each epoch"
+        stage = f" of stage {self.stage}" if self.stage else ""
+        rate = "" if self.lr is None else f" at a learning rate of {self.lr:g}"
+        freezes = "" if self.frozen is None else f"; freezes: {', '.join(self.frozen) or 'nothing'}"
+        return f"'{self.name}', {length} {when}{stage}, trains: {', '.join(self.trains)}{rate}{freezes}"
+
     def freezes(self, owners: Iterable[str]) -> tuple[str, ...]:
         """Return those of a graph's owners that are in eval mode while the phase runs."""
         return tuple(o for o in owners if o not in self.trains) if self.frozen is None else self.frozen

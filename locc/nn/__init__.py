@@ -34,6 +34,7 @@ from locc.nn.heads import FixedHead, LinearHead, MLPHead, MLPSRHead, build_head
 from locc.nn.inverses import ACTIVATIONS, Inverse, build_inverse
 from locc.nn.labels import one_hot
 from locc.nn.layout import Layout, check_boundary, guess_layout, layout_of, pool, positions, regrid, resize
+from locc.nn.maps import with_channels
 from locc.nn.predsim import PredHead, SimHead, build_pred_head, build_sim_head, sim_loss, similarity_matrix
 from locc.nn.readout import Readout, plan_readout
 from locc.nn.synthesisers import Synthesiser, build_synthesiser
@@ -100,4 +101,5 @@ __all__ = [
     "sim_loss",
     "similarity_matrix",
     "supervised_contrast",
+    "with_channels",
 ]

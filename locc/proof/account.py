@@ -81,6 +81,7 @@ def certificate(ir: TrainingGraph, name: str, batch: Batch, seen: Evidence) -> C
         method=name,
         loss=Loss.of(ir.loss_function).reading(),
         training=seen.training,
+        phases=tuple(map(str, ir.phases)),
         verdict=verdict,
         reasons=reasons,
         owners=tuple(

@@ -88,6 +88,20 @@ class Built:
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
 
+class Folded(nn.Module):
+    """The inference path of a method that folds the network, called as the user's model is."""
+
+    def __init__(self, root: Root, ir: TrainingGraph) -> None:
+        super().__init__()
+        self.graph = fx.GraphModule(root, ir.inference)
+        self.signature = ir.captured.signature
+        self.rebuild = ir.captured.inference_output or ir.captured.output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the user's forward does."""
+        return self.rebuild(*self.graph(*self.signature.bind(Inputs(args, kwargs))))
+
+
 class Compiled(nn.Module):
     """A model with one training program per module: what `locc.Program` adds its other verbs to.
 
@@ -109,7 +123,7 @@ class Compiled(nn.Module):
         self.warm: set[str] = set()
         self._build = build
         self._built: Built | None = None
-        self._folded: fx.GraphModule | None = None
+        self._folded: Folded | None = None
         self._home = id(root)
         self._turn = threading.Lock()
 
@@ -414,15 +428,24 @@ class Compiled(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the inference path."""
-        if self._built is not None and self._built.ir.folded:
-            captured = self._built.ir.captured
-            tensors = captured.signature.bind(Inputs(args, kwargs))
-            if self._folded is None:
-                object.__setattr__(self, "_folded", fx.GraphModule(self.root, self._built.ir.inference))
-            assert self._folded is not None
-            rebuild = captured.inference_output or captured.output
-            return rebuild(*self._folded(*tensors))
-        return self.root.model(*args, **kwargs)
+        if self._built is None or not self._built.ir.folded:
+            return self.root.model(*args, **kwargs)
+        if self._folded is None:
+            object.__setattr__(self, "_folded", Folded(self.root, self._built.ir))
+        assert self._folded is not None
+        return self._folded(*args, **kwargs)
+
+    @property
+    def network(self) -> nn.Module:
+        """What inference runs: the model, or of a method that folds it, a module of the parts that are kept.
+
+        It shares the program's parameters; of a folded network, `copy.deepcopy` of it is one to train end to
+        end beside the method, with as many parameters.
+
+        Raises:
+            RunError: there were no example inputs and no step yet.
+        """
+        return Folded(self.root, self.ir) if self.ir.folded else self.model
 
     def predict(self, x: Any) -> Any:
         """Run the inference path on a batch as `step` takes it."""

@@ -202,6 +202,8 @@ def test_a_phase_without_data_makes_its_steps_at_its_own_rate_before_the_loader_
     assert "# phase 'labels', 5 step(s) without data before the first epoch, trains: output" in str(
         program.ir
     )
+    assert program.certificate.phases == tuple(map(str, program.phases))
+    assert "phases          'labels', 5 step(s) without data before" in str(program.certificate)
     seen: list[Any] = []
     program.optimizers["output"].register_step_pre_hook(
         lambda o, *_: seen.append((o.param_groups[0]["lr"], snapshot(model)))

@@ -361,7 +361,7 @@ def test_it_saves_as_versioned_json_and_reads_back(tmp_path: Path) -> None:
     certificate = _program("dni").certificate
     path = certificate.save(tmp_path / "certificate.json")
     data = json.loads(path.read_text())
-    assert data["version"] == 5
+    assert data["version"] == 6
     assert len(data["graph_hash"]) == 64
     assert Certificate.from_json(path.read_text()) == certificate
 

@@ -11,9 +11,7 @@ import torch
 from torch import fx, nn
 
 from locc.ir import BatchDim, Owner, TensorSpec, TrainingGraph
-from locc.ir.ops import Rebuild
-from locc.nn import build_label_decoder
-from locc.nn.maps import with_channels
+from locc.nn import build_label_decoder, with_channels
 from locc.rewrite import build, divided, prediction_spec
 from locc_passes.associated.labels import (
     Code,
@@ -76,7 +74,7 @@ def met(ir: TrainingGraph, module: Owner) -> list[fx.Node]:
 def predicted(ir: TrainingGraph) -> int | None:
     """Return the place of the prediction in what the forward returns, also in eval mode; None without one."""
     *_, end = ir.inference.nodes
-    values = ir.output.args if isinstance(ir.output.target, Rebuild) else (ir.output,)
+    values = (ir.output,) if ir.output is ir.prediction else ir.output.args
     return (
         values.index(ir.prediction) if ir.prediction in values and len(values) == len(end.args[0]) else None
     )

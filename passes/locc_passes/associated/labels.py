@@ -14,8 +14,7 @@ from torch.nn import functional
 from locc.ir import BatchDim, Phase, TensorSpec, TrainingGraph, owned_tensor
 from locc.losses import Loss
 from locc.nn import Factory, Layout, build_label_encoder, guess_layout, one_hot
-from locc.rewrite import CLASS_IDS, Pass, build, build_custom, layout_at, own_target, prediction_spec, spec_of
-from locc.rewrite.targets import specs
+from locc.rewrite import Pass, build, build_custom, layout_at, own_target, prediction_spec, spec_of
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,10 @@ class LabelsAhead(Pass):
 
 def every_class(ir: TrainingGraph) -> Tensor:
     """Return class ids for the prediction, as few rows as hold every class, each as often as can be."""
-    (spec, *_) = specs(CLASS_IDS, prediction_spec(ir))
-    classes, each = label_layout(ir).channels(prediction_spec(ir)), math.prod(spec.concrete(1))
+    scores, layout = prediction_spec(ir), label_layout(ir)
+    dims = (d for i, d in enumerate(scores.shape) if i != layout.channel_dim)
+    spec, classes = TensorSpec(tuple(dims), torch.int64), layout.channels(scores)
+    each = math.prod(spec.concrete(1))
     shape = spec.concrete(-(-classes // each))
     order = torch.randperm(math.prod(shape), generator=torch.Generator().manual_seed(0))
     return (order % classes).reshape(shape)

@@ -15,6 +15,9 @@ class BP(Method):
 
     Each module receives the gradient of the loss from its readers and applies it as the objective
     <h, gradient>, which is the chain rule; every gradient equals that of `loss.backward()`.
+
+    Beside `al`, which adds to what inference keeps, the baseline with as many parameters is
+    `locc.compile(copy.deepcopy(program.network), "bp")`, of a program of `al` that has not trained yet.
     """
 
     family: ClassVar[str] = "baseline"

@@ -442,6 +442,26 @@ def test_dense_decoders_are_exported(tmp_path):
     assert not torch.allclose(program(x), model(x))
 
 
+@pytest.mark.parametrize("decoders", ["own", "dense"])
+def test_backpropagation_trains_the_network_that_inference_keeps(decoders):
+    """The baseline with as many parameters."""
+    model, (x, y) = three(), batch()
+    program = locc.compile(model, "al", ["1"], example_inputs=x, decoders=decoders, width=6, verify=False)
+    network, plain = copy.deepcopy(program.network), copy.deepcopy(program.network)
+    assert torch.equal(network(x), program(x))
+    kept = {str(n.target).partition(".")[2] for n in program.ir.inference.nodes if "aux" in str(n.target)}
+    assert {n for n, _ in network.graph.aux.named_children()} == kept
+    matched = locc.compile(
+        network, "bp", example_inputs=x, optimizer=lambda ps: torch.optim.SGD(ps, 0.1), verify=False
+    )
+    matched.step(x, y)
+    F.cross_entropy(plain(x), y).backward()
+    for p, q in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q - 0.1 * q.grad, atol=1e-12, rtol=0)
+    with torch.no_grad():
+        assert not torch.equal(network(x), program(x))  # a copy: the program's own stay
+
+
 def test_owners_rates_and_optimizers():
     program = locc.compile(mlp().to(D), "al", SPLITS, example_inputs=batch()[0], optimizer=adam(0.5))
     rates = {name: o.param_groups[0]["lr"] for name, o in program.optimizers.items()}
