@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import handle_torch_function
 
 from locc.errors import LoccError, nearest
 from locc.ir.spec import BatchDim, Dim, TensorSpec
@@ -46,6 +47,8 @@ def cross_entropy(output: Tensor, target: Tensor, dims: Dims = ANY) -> Tensor:
             where these are; or probabilities in the shape of `output`.
         dims: where the classes may be; the first one wins where the target's shape fits several.
     """
+    if not isinstance(output, Tensor):  # what stands for one has its say, as in PyTorch's losses
+        return cast("Tensor", handle_torch_function(cross_entropy, (output,), output, target))
     dim = class_dim(output.shape, target, dims)
     if dim > 1:
         rows = target.flatten(0, dim - 1)

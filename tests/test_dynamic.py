@@ -266,3 +266,19 @@ def test_dims_follow_from_three_shapes(base, grown, other, expected):
     assert str(spec) == f"f32{expected}"
     assert (spec.concrete(4), spec.concrete(5), spec.concrete(4, 1)) == (base, grown, other)
     assert spec.shape[0] != BatchDim() or spec.batch_dim == 0
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm, self.head = nn.Linear(3, 4), nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(x))[0][:, -1])
+
+
+def test_feedback_to_a_module_whose_size_varies_names_the_module() -> None:
+    with pytest.raises(
+        MethodError, match=r"adds to module 'embed' works at .* not at T = 3.*leave dynamic out"
+    ):
+        locc.compile(Recurrent(), "dfa", ["embed"], example_inputs=torch.randn(4, 6, 3), dynamic="auto")

@@ -287,3 +287,35 @@ def test_hugging_face_with_a_cache_checkpoints_and_adapters() -> None:
         eager(**x).loss.backward()
         optimizer.step()
     assert gap(model, eager) < 1e-12
+
+
+class Paired(nn.Module):
+    """Passes a list on, as the blocks of SelecSLS do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Any) -> list[Tensor]:
+        x = x if isinstance(x, list) else [x, x]
+        return [self.one(x[0]).tanh() + x[1], self.two(x[1])]
+
+
+class Chained(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Sequential(Paired(), Paired(), Paired()), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat(self.features(x), 0).view(2, -1, 6).sum(0))
+
+
+def test_lists_of_tensors_cross_cuts_part_by_part() -> None:
+    torch.manual_seed(0)
+    model, x, y = Chained().double(), torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    other = copy.deepcopy(model)
+    F.cross_entropy(other(x), y).backward()
+    torch.optim.SGD(other.parameters(), 0.1).step()
+    locc.compile(model, "bp", ["features.0", "features.1"], example_inputs=x, optimizer=sgd(0.1)).step(x, y)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-12, rtol=0)

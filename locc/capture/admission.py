@@ -264,6 +264,11 @@ def _require_pure(seen: Seen) -> None:
         if node.op != "call_module":
             raise CaptureError(f"'{node.name}' changes '{changed[0].name}' in place")
     for node, value in seen.values.items():
+        whole = any(n.op != "output" and n.target not in (operator.getitem, getattr) for n in node.users)
+        if node.op == "call_module" and isinstance(value, (tuple, dict)) and whole:
+            raise CaptureError(
+                f"'{node.name}' hands on several values as one, and only tensors can cross a cut"
+            )
         if node.op in ("call_function", "call_method") and _holds_no_tensor(value):
             raise CaptureError(f"'{node.name}' is no tensor: shape arithmetic")
         if node.op in ("call_function", "call_method") and _data_dependent(node, seen):

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from locc.capture.batch import Call
 from locc.capture.calls import Calls, intercepting
+from locc.capture.decisions import Reading, answer, evaluation
 from locc.capture.eager import Eager, Records, Run
 from locc.capture.graphs import (
     COLLECTED,
@@ -31,7 +32,7 @@ from locc.capture.leaves import record
 from locc.capture.ledger import Ledger
 from locc.capture.patches import functions_patched
 from locc.capture.sizes import Sizes
-from locc.capture.source import user_code, user_line
+from locc.capture.source import only_raises, user_code, user_line
 from locc.capture.state import bindings, python_random_state, rewritten
 from locc.capture.targets import (
     Applied,
@@ -45,7 +46,7 @@ from locc.capture.targets import (
 from locc.capture.transforms import Collecting, Transformed, transforms_patched
 from locc.capture.tree import flatten, leaves_of, map_plain
 from locc.errors import CaptureError
-from locc.ir.captured import Root, strip
+from locc.ir.captured import Decision, Root, strip
 from locc.ir.ops import assign
 from locc.ir.spec import Point
 from locc.snapshot import preserved
@@ -85,7 +86,15 @@ def trace(
             "call feeds the next; make it a buffer (register_buffer), or take it as an input and return it"
         )
     tidy(graph)
-    return Trace(graph, sizes.guards(), recorder.notes)
+    for decision in recorder.decisions:
+        for point in points[1:]:
+            if decision.evaluate(call.at(point)) is not decision.answer:
+                raise RefusalError(
+                    f"the values of the inputs steer the forward between modules that stay closed, one way "
+                    f"at {call.text(points[0])} and another at {call.text(point)}, at {decision.place}\n"
+                    f"A graph has no such branch: {decision.remedy}, or use torch.where"
+                )
+    return Trace(graph, sizes.guards(), recorder.notes, recorder.decisions)
 
 
 class Recorder(Ledger, TorchFunctionMode):
@@ -97,12 +106,15 @@ class Recorder(Ledger, TorchFunctionMode):
         super().__init__(root, graph, calls, sizes, records, eager)
         self.notes: list[str] = []
         self.stashed: list[str] = []
+        self.decisions: list[Decision] = []
+        self._example: list[Tensor] = []
         self._paused = 0
 
     def run(self, call: Call, eager: Run) -> None:
         """Record the whole forward."""
         before, drawn = bindings(self.root), python_random_state()
         self.outside = Region.now()
+        self._example = call.at(self.records.points[0])
         with self.fake, enable_python_dispatcher():  # composite operators then take symbolic sizes
             inputs = call.inputs([self._placeholder(n, i, call) for i, n in enumerate(call.names)])
             with (
@@ -183,7 +195,10 @@ class Recorder(Ledger, TorchFunctionMode):
         changed = any(t._version != v for t, v in zip(given, versions, strict=True))
         if not changed and not any(isinstance(v, Tensor) for v in leaves_of(result)):
             return result
-        return self.result(self._call_node(func, args, kwargs, given), result, given if not changed else [])
+        node = self._call_node(func, args, kwargs, given)
+        if changed:
+            self.writers.add(node)
+        return self.result(node, result, given if not changed else [])
 
     def _real_to_fake(self, value: Any) -> Any:
         return self.as_fake(value) if isinstance(value, Tensor) else value
@@ -200,8 +215,12 @@ class Recorder(Ledger, TorchFunctionMode):
                     f"whether something runs is drawn at random, at {user_code()}\nA graph has no such "
                     "branch: set its probability to 0 (Hugging Face: config.layerdrop = 0)"
                 ) from error
+            if name in ("__bool__", "is_nonzero") or (name == "item" and args[0].dtype == torch.bool):
+                return self._decided(args[0], name)
+            if name == "item":
+                return Reading(args[0], self._compared, lambda: self._reads("item"))
             if name in _READS_VALUES:
-                raise self._data_dependent(f"the value of a tensor ({name.strip('_')})") from error
+                raise self._reads(name) from error
             if type(error).__name__ in _DYNAMIC:
                 raise self._data_dependent(f"the result of '{name}', whose shape depends on data,") from error
             raise
@@ -214,6 +233,33 @@ class Recorder(Ledger, TorchFunctionMode):
         drawn, bound = node.args[:2]
         uniform = isinstance(drawn, fx.Node) and getattr(drawn.target, "__name__", "") == "rand"
         return float(bound) if uniform and isinstance(bound, (int, float)) else None
+
+    def _compared(self, fake: Tensor) -> bool:
+        with self.pause():
+            return self._decided(fake, "item")
+
+    def _decided(self, value: Tensor, name: str) -> bool:
+        """Return how the code decides on a value of the inputs for the example, and have batches held to it.
+
+        What a model is told of a batch (masks, ids, labels) is alike from batch to batch; what was measured
+        is not, so a branch on that is refused here and not in the middle of a training.
+        """
+        found = evaluation(self, self.node_of(value))
+        if found is None:
+            raise self._reads(name)
+        evaluate, read = found
+        told = not any(self._example[i].is_floating_point() for i in read)
+        raises = only_raises()
+        taken = answer(evaluate, self._example) if raises or told else None
+        if taken is None:
+            raise self._reads(name)
+        place = user_code()
+        self.decisions.append(Decision(place, evaluate, taken, raises, self._inside()))
+        if not raises:
+            self.notes.append(
+                f"the forward decides on values of its inputs at {place}; each batch is held to it"
+            )
+        return taken
 
     def _call_node(self, func: Any, args: Any, kwargs: Any, near: list[Tensor]) -> fx.Node:
         region = Region.now()
@@ -256,6 +302,8 @@ class Recorder(Ledger, TorchFunctionMode):
             result = function.apply(*args, **kwargs)
             changed = any(t._version != v for t, v in zip(given, versions, strict=True))
             node = self._call_node(Applied(function), args, kwargs, given)
+            if changed:
+                self.writers.add(node)
             return self.result(node, result, given if not changed else [])
 
     def _transformed(self, function: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
@@ -309,6 +357,9 @@ class Recorder(Ledger, TorchFunctionMode):
         self.notes.append(f"the forward sets '{strip(path)}', an attribute; the captured graph does not")
 
     # --- refusals
+
+    def _reads(self, name: str) -> RefusalError:
+        return self._data_dependent(f"the value of a tensor ({name.strip('_')})")
 
     def _data_dependent(self, what: str) -> RefusalError:
         return RefusalError(

@@ -14,7 +14,7 @@ from locc.capture.eager import Run
 from locc.capture.targets import is_access, unchanging
 from locc.capture.tree import Path, Structure, flatten, spell
 from locc.errors import CaptureError
-from locc.ir.captured import Root, SizeGuard
+from locc.ir.captured import Decision, Root, SizeGuard
 from locc.ir.ops import Rebuild
 from locc.ir.spec import Point
 
@@ -33,6 +33,7 @@ class Trace:
     """A candidate: one graph, and what must hold for it.
 
     Attributes:
+        decisions: what it decided on values of the inputs.
         whole: whether gradients have to be compared at every size, and not at the first alone.
         points: where it was traced.
         looks: what each node returned where it was admitted, in the order of the nodes.
@@ -41,6 +42,7 @@ class Trace:
     graph: fx.Graph
     guards: list[SizeGuard] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
     whole: bool = True
     points: list[Point] = field(default_factory=list)
     looks: dict[Point, list[Any]] = field(default_factory=dict)

@@ -37,6 +37,8 @@ def record(ledger: Ledger, module: nn.Module, path: str, args: Any, kwargs: Any)
     }
     near = list(given.values())
     node = ledger.emit("call_module", path, ledger.argument(args, near), ledger.argument(kwargs, near))
+    if calls[0].mutated:
+        ledger.writers.add(node)
     detach = not region.grad and ledger.outside.grad
     returned = _results(ledger, path, node, calls, given, detach)
     if calls[0].refilled:

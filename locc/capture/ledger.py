@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from locc.capture.calls import Calls
 from locc.capture.eager import Eager, Records
 from locc.capture.graphs import RefusalError, tensor_paths
-from locc.capture.sizes import Sizes, is_symbolic
+from locc.capture.sizes import Sizes, is_symbolic, same_size
 from locc.capture.source import user_code, user_line
 from locc.capture.targets import Constant, Region, printable
 from locc.capture.tree import flatten
@@ -26,6 +26,7 @@ class Ledger:
     Attributes:
         records: what the closed modules returned in real runs.
         outside: the autograd and autocast modes in which the forward was called.
+        writers: nodes that change an argument in place.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Ledger:
         self.fake = FakeTensorMode(shape_env=sizes.env, allow_non_fake_inputs=True)
         self.outside = Region.now()
         self.paths = tensor_paths(root)
+        self.writers: set[fx.Node] = set()
         self._nodes: dict[int, fx.Node] = {}
         self._fakes: dict[int, Tensor] = {}
         self._read: dict[int, Tensor] = {}
@@ -74,6 +76,18 @@ class Ledger:
                 raise CaptureError(f"{why} at {user_code()}")
             self.bind(fake, self._outside_tensor(real))
         return self._nodes[id(fake)]
+
+    def size_of_input(self, node: fx.Node) -> tuple[fx.Node, int] | None:
+        """Return the input, and the dimension of it, that has the size which a node reads off a tensor."""
+        if node.op != "call_method" or node.target != "size":
+            return None
+        fakes = {self._nodes[id(t)]: t for t in self._held if id(t) in self._nodes}
+        tensor, dim = node.args
+        if not isinstance(tensor, fx.Node) or tensor not in fakes:
+            return None
+        read = fakes[tensor].shape[dim]
+        inputs = [(n, i) for n in fakes if n.op == "placeholder" for i in range(fakes[n].dim())]
+        return next(((n, i) for n, i in inputs if same_size(fakes[n].shape[i], read)), None)
 
     def _outside_tensor(self, real: Tensor) -> fx.Node:
         path = self.paths.get(id(real))

@@ -18,7 +18,7 @@ from locc.capture.graphs import RefusalError, Trace, rebuild_of
 from locc.capture.modes import alike, modes_watched
 from locc.capture.tree import spell
 from locc.errors import CaptureError
-from locc.ir.captured import Captured, Inputs, Root, Signature, SizeGuard
+from locc.ir.captured import Captured, Decision, Inputs, Root, Signature, SizeGuard
 from locc.ir.spec import Point
 
 _log = logging.getLogger("locc")
@@ -93,7 +93,7 @@ def _recalled(root: Root, inputs: Inputs, eager: Eager, key: str | None) -> Capt
     try:
         mechanism = _mechanisms(root, known)[record.origin]
         training = mechanism(True, record.training.points)
-        inference = Trace(copy.deepcopy(training.graph), training.guards, training.notes)
+        inference = _twin(training)
         if not record.shared:
             inference = mechanism(False, record.inference.points)
         modes = ((True, training, record.training), (False, inference, record.inference))
@@ -131,7 +131,7 @@ def _result(
         root=root,
         training=training.graph,
         inference=inference.graph,
-        signature=Signature(call.names, call.specs, call.flatten, guards),
+        signature=Signature(call.names, call.specs, call.flatten, guards, _decisions(training, inference)),
         output=rebuild_of(eager.run(True, first, backward=False)),
         inference_output=rebuild_of(eager.run(False, first)),
         origin=origin,
@@ -151,7 +151,7 @@ def _both(
         return training, _inference(root, mechanism, eager, points, origin)
     with modes_watched(root.model) as reads:
         training = mechanism(True, points)
-    spare = Trace(copy.deepcopy(training.graph), training.guards, training.notes)
+    spare = _twin(training)
     seen = _admit(root, training, eager, True, points, origin)
     first = points[0]
     if not (reads.any or training.notes) and alike(eager.run(True, first), eager.run(False, first)):
@@ -166,6 +166,11 @@ def _inference(root: Root, mechanism: Mechanism, eager: Eager, points: list[Poin
     inference = mechanism(False, points)
     _admit(root, inference, eager, False, points, origin)
     return inference
+
+
+def _twin(trace: Trace) -> Trace:
+    graph = copy.deepcopy(trace.graph)
+    return Trace(graph, trace.guards, trace.notes, trace.decisions)
 
 
 def _pin(trace: Trace, points: list[Point]) -> None:
@@ -194,6 +199,10 @@ def _admit(
 
 def _guards(training: Trace, inference: Trace) -> tuple[SizeGuard, ...]:
     return tuple({g.text: g for trace in (training, inference) for g in trace.guards}.values())
+
+
+def _decisions(training: Trace, inference: Trace) -> tuple[Decision, ...]:
+    return tuple(dict.fromkeys([*training.decisions, *inference.decisions]))
 
 
 def _takes_one(training: Trace, inference: Trace, root: Root, eager: Eager) -> bool:

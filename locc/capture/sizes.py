@@ -27,6 +27,11 @@ def is_symbolic(value: Any) -> bool:
     return isinstance(value, _SYMBOLIC)
 
 
+def same_size(one: Any, other: Any) -> bool:
+    """Whether two sizes are one expression, without a decision."""
+    return bool(_expression(one) == _expression(other))
+
+
 class Sizes:
     """The symbols of the batch size and of the free dimensions, and how their expressions become nodes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import linecache
 import os
 import sys
@@ -39,3 +40,23 @@ def user_code() -> str:
         return "unknown place"
     name, line = frame.f_code.co_filename, frame.f_lineno
     return f"{name}:{line}: {linecache.getline(name, line).strip()}"
+
+
+def only_raises() -> bool:
+    """Whether the user's statement that runs now raises or does nothing (`assert`, `if ...: raise`)."""
+    frame = user_frame()
+    if frame is None:
+        return False
+    try:
+        tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename)))
+    except SyntaxError:
+        return False
+    around = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt) and node.lineno <= frame.f_lineno <= (node.end_lineno or 0)
+    ]
+    innermost = max(around, key=lambda node: node.lineno, default=None)
+    if isinstance(innermost, ast.If):
+        return not innermost.orelse and all(isinstance(node, ast.Raise) for node in innermost.body)
+    return isinstance(innermost, ast.Assert)

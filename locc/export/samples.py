@@ -119,13 +119,19 @@ def example_tensors(ir: TrainingGraph) -> list[Tensor]:
     """Return the tensors of the example call.
 
     Raises:
-        ExportError: the program keeps none.
+        ExportError: the program keeps none, or its model branches on values, of which a file would keep one.
     """
     example = ir.captured.example
     if example is None:
         raise ExportError(
             "the program holds no example inputs to export with; compile it with example_inputs"
         )
+    for decision in ir.captured.signature.decisions:
+        if not decision.raises:
+            raise ExportError(
+                f"the model decides on values of its inputs, at {decision.place}, and a file would hold one "
+                f"of the branches; {decision.remedy}"
+            )
     device = next((p.device for p in ir.root.parameters()), torch.device("cpu"))
     return [t.detach().to(device) for t in ir.captured.signature.flatten(example)]
 

@@ -100,14 +100,15 @@ class Signature:
     specs: tuple[TensorSpec, ...]
     flatten: Callable[[Inputs], list[Tensor]]
     guards: tuple[SizeGuard, ...] = ()
+    decisions: tuple[Decision, ...] = ()
 
     def bind(self, inputs: Inputs) -> list[Tensor]:
         """Return the tensors of a call, in placeholder order.
 
         Raises:
             RunError: the call has another structure, dtype or shape than the captured one (the batch
-                size and the free dimensions may differ), or sizes that the model's own code treats
-                differently.
+                size and the free dimensions may differ), or sizes or values that the model's own code
+                treats differently.
         """
         try:
             tensors = self.flatten(inputs)
@@ -124,6 +125,8 @@ class Signature:
                     f"the model branches on a size ({guard.text}); the captured branch does not cover "
                     f"{found}. Compile again with example_inputs of that size"
                 )
+        for decision in self.decisions:
+            decision.check(tensors)
         return tensors
 
     def batch_of(self, tensors: Sequence[Tensor]) -> int:
@@ -168,6 +171,41 @@ class SizeGuard:
     text: str
     holds: Callable[[Mapping[str, int]], bool]
     names: frozenset[str] = frozenset({"B"})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the user's code decides on values of the inputs, which the captured branch depends on.
+
+    Attributes:
+        place: where in the user's code.
+        evaluate: takes the tensors of a call, in placeholder order.
+        answer: how it came out for the example inputs.
+        raises: the other answer does nothing but raise an error (an `assert`).
+        remedy: what would leave the decision to the user's code.
+    """
+
+    place: str
+    evaluate: Callable[[Sequence[Tensor]], bool]
+    answer: bool
+    raises: bool
+    remedy: str
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Hold a batch to the captured branch.
+
+        Raises:
+            RunError: it is decided otherwise.
+        """
+        if self.evaluate(tensors) is self.answer:
+            return
+        if self.raises:
+            raise RunError(f"the model refuses this batch, at {self.place}. Nothing has changed")
+        raise RunError(
+            f"the model decides on values of its inputs, at {self.place}: that was {self.answer} for the "
+            f"example inputs, which is what was captured, and is {not self.answer} for this batch. Nothing "
+            f"has changed; give batches that agree; otherwise {self.remedy}"
+        )
 
 
 @dataclass

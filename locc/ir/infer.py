@@ -169,10 +169,10 @@ class _Trial:
             if not point.probe:
                 raise
             sizes = ", ".join(f"{dim.name} = {dim.other}" for dim in dict.fromkeys(self.free))
-            name = getattr(self.target, "__name__", str(self.target))
             raise VariesError(
-                f"'{name}' works at the sizes of the example inputs and not at {sizes}, which dynamic "
-                f"lets in: {error}; leave these dimensions out of dynamic"
+                f"works at the sizes of the example inputs and not at {sizes}, which dynamic lets in "
+                f"({error}); leave dynamic out, name in it only dimensions that do not reach this module, or "
+                "use a method that takes them, such as 'dgl'"
             ) from error
 
     def _run(self, point: Point, fake: bool, watch: _Watch) -> tuple[Any, set[int]]:

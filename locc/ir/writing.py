@@ -13,7 +13,7 @@ from torch import fx, nn
 from locc.errors import GraphError, MethodError
 from locc.ir import ops
 from locc.ir.captured import owned_tensor
-from locc.ir.infer import infer
+from locc.ir.infer import VariesError, infer
 from locc.ir.spec import Spec, TensorSpec
 from locc.ir.view import DATA, Owner, View
 
@@ -90,7 +90,10 @@ class Writer(View):
         if name is None and op == "call_function":
             # Not the function's own name: printed code would shadow the function.
             name = role if role != getattr(target, "__name__", "") else f"{role}_of_{owner}"
-        found = infer(self.root, op, target, args, kwargs, self._tried) if infers else None
+        try:
+            found = infer(self.root, op, target, args, kwargs, self._tried) if infers else None
+        except VariesError as error:
+            raise VariesError(f"what pass '{self._making}' adds to module '{owner}' {error}") from error
         if found is not None and spec is not None and spec != found.spec:
             what = getattr(target, "__name__", target)
             raise GraphError(

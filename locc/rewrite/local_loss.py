@@ -92,8 +92,8 @@ class Absent:
             return Absent()
         one, other = args[:2]
         if not isinstance(one, Absent):
-            return one
-        return -other if _named(func) in _DIFFERENCES and not isinstance(other, Absent) else other
+            return _left(one)
+        return -_left(other) if _named(func) in _DIFFERENCES else _left(other)
 
     def __getattr__(self, name: str) -> Absent:
         if name.startswith("__"):
@@ -105,15 +105,12 @@ class Absent:
         return Absent()
 
     def __add__(self, other: Any) -> Any:
-        return other
+        return _left(other)
 
-    __radd__ = __add__
+    __radd__ = __rsub__ = __add__
 
     def __sub__(self, other: Any) -> Any:
-        return other if isinstance(other, Absent) else -other
-
-    def __rsub__(self, other: Any) -> Any:
-        return other
+        return -_left(other)
 
     def _gone(self, *_: Any) -> Absent:
         return Absent()
@@ -123,6 +120,11 @@ class Absent:
 
     def __bool__(self) -> bool:
         raise TypeError("the value of an output that a head does not give")
+
+
+def _left(other: Any) -> Any:
+    """Return what is left of a sum with an absent term: a mere number is no term that reads a prediction."""
+    return Absent() if isinstance(other, (int, float)) else other
 
 
 def unread(name: str, why: str) -> MethodError:

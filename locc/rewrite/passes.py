@@ -16,6 +16,7 @@ from locc.errors import GraphError, MethodError, nearest, once
 from locc.ir.graph import TrainingGraph
 from locc.ir.invariants import check
 from locc.recipes import Recipe
+from locc.rewrite.layout import guard_group_norms
 from locc.rewrite.targets import specs
 
 
@@ -148,6 +149,8 @@ def apply(method: Method, name: str, ir: TrainingGraph) -> None:
         broken = list(step.ensures(ir))
         if broken:
             raise GraphError(f"pass '{step.label}' did not do what it promises: {once(broken)}")
+    guard_group_norms(ir)
+    check(ir, "guard_group_norms")
 
 
 def _refuse(name: str, reasons: list[str]) -> None:

@@ -37,7 +37,11 @@ LOSSES: list[Callable[[Any, Tensor], Tensor]] = [
     lambda o, y: 0.4 * F.cross_entropy(o["aux"], y) + ce(o, y),
     lambda o, y: sum([ce(o, y), o["features"].square().mean() / 2]),
     lambda o, y: ce(o, y) - o["features"].mean() * 3,
+    lambda o, y: locc.losses.cross_entropy(o["out"], y) + 0.3 * locc.losses.cross_entropy(o["aux"], y),
     lambda o, y: -(o["features"].mean() - ce(o, y)),
+    lambda o, y: (
+        ce(o, y) - 0.5 * torch.sum(1 + o["aux"] - o["features"].pow(2).mean() - o["aux"].exp())
+    ),  # VAE
     lambda o, y: torch.add(ce(o, y), -F.kl_div(o["aux"].log_softmax(1), o["features"][:, :3].softmax(1))),
 ]
 
