@@ -125,8 +125,7 @@ batches of two. Made by `make sweep`; nothing here is written by hand.
 - {versions}
 - {len(models)} models ({libraries}); {len(working)} compile with at least one method
 - each method cuts the model into four modules of balanced cost (`splits=4`); column `named` is `dgl` cut
-  where a user of the family would (`blocks.*`); where modules share a parameter, the first trains it
-  (`tied="owner"`), or each a copy (`tied="copy"`) with methods that need that
+  where a user of the family would (`blocks.*`); everything else is at its default
 - ✓: {OUTCOMES["ok"]}; r: {OUTCOMES["refused"]}; e: {OUTCOMES["error"]};
   time, mem: {OUTCOMES["time"]}, or the memory limit; crash: {OUTCOMES["crash"]}; empty: not tried
 - onnx: ✓: exported, and onnxruntime agrees with PyTorch at three batch sizes
