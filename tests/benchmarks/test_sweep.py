@@ -115,8 +115,8 @@ def test_a_run_resumes_and_is_reported(tmp_path, monkeypatch):
     main(arguments)
     assert results.read_text().splitlines() == lines
     text = page.read_text()
-    assert "| work | family | 0.00 M | ✓ | ✓ |" in text
-    assert "| refuse | family | 0.00 M | [r1](#r1) | ✓ |" in text
+    assert "| work | family | 0.00 M | 2 |  |" in text
+    assert "| refuse | family | 0.00 M | 1 | [r1](#r1): bp |" in text
     assert "- here/absent" in text
     page.unlink()
     main([*arguments, "--report"])
