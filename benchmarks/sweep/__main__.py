@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--splits", type=int, default=4, help="modules of balanced cost")
     parser.add_argument("--without-named", action="store_true", help="leave out the named splits")
     parser.add_argument("--without-onnx", action="store_true", help="leave out the exports")
-    parser.add_argument("--limit", type=float, default=25.0, metavar="SECONDS", help="of one trial")
-    parser.add_argument("--memory", type=float, default=6.0, metavar="GIB", help="of one trial")
+    parser.add_argument("--limit", type=float, default=25.0, metavar="SECONDS", help="of one method")
+    parser.add_argument("--memory", type=float, default=6.0, metavar="GIB", help="of one process")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="of the run")
     parser.add_argument("--retry", metavar="OUTCOMES", help="try these again, such as 'time,error'")
     parser.add_argument("--report", action="store_true", help="write the page only")
@@ -49,25 +50,26 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def trials(options: argparse.Namespace, entries: Sequence[Entry], methods: Sequence[str]) -> Iterator[Trial]:
-    """Yield what is asked for: a method on all models, the heaviest first, then the next method.
-
-    So a run whose budget ends has every model with the first methods. The first one exports as well.
-    """
-    exported, *others = sorted(methods, key=lambda m: (m != "bp", m != NAMED, m))
-    heaviest = sorted(entries, key=lambda e: -e.weight)
-    yield from (Trial(e, exported, options.splits, not options.without_onnx) for e in heaviest)
-    if NAMED in methods and not options.without_named:
-        yield from (Trial(e, NAMED, e.glob) for e in heaviest if e.glob)
-    yield from (Trial(e, method, options.splits) for method in others for e in heaviest)
+    """Yield what is asked for, the heaviest model first; the first of its methods exports as well."""
+    ordered = sorted(methods, key=lambda m: (m != "bp", m))
+    for entry in sorted(entries, key=lambda e: -e.weight):
+        yield Trial(entry, ordered, options.splits, not options.without_onnx)
+        if NAMED in methods and entry.glob and not options.without_named:
+            yield Trial(entry, [NAMED], entry.glob)
 
 
-def missing(trial: Trial, results: Results, retry: Sequence[str]) -> bool:
-    """Whether a trial has yet to be run."""
-    done = results.records.get((trial.entry.key, trial.method, trial.splits))
-    if done is None or done.outcome in retry:
-        return True
-    exported = results.records.get((trial.entry.key, EXPORT, trial.splits))
-    return trial.export and done.outcome == "ok" and (exported is None or exported.outcome in retry)
+def missing(trial: Trial, results: Results, retry: Sequence[str]) -> Trial | None:
+    """Return what of a trial has yet to be run, or None."""
+
+    def lacks(what: str) -> bool:
+        done = results.records.get((trial.entry.key, what, trial.splits))
+        return done is None or done.outcome in retry
+
+    first, *others = trial.methods
+    done = results.records.get((trial.entry.key, first, trial.splits))
+    export = trial.export and (lacks(first) or (done is not None and done.outcome == "ok" and lacks(EXPORT)))
+    left = [*([first] if export or lacks(first) else []), *filter(lacks, others)]
+    return replace(trial, methods=left, export=export) if left else None
 
 
 def versions() -> dict[str, str]:
@@ -110,7 +112,8 @@ def sweep(options: argparse.Namespace, results: Results) -> None:
     chosen = [e for e in entries() if any(fnmatch.fnmatchcase(e.key, glob) for glob in globs)]
     chosen = sorted(chosen, key=lambda e: e.weight)[: options.lightest]
     retry = (options.retry or "").split(",")
-    left = [t for t in trials(options, chosen, methods) if missing(t, results, retry)]
+    asked = (missing(t, results, retry) for t in trials(options, chosen, methods))
+    left = [trial for trial in asked if trial]
     command = shlex.join(
         ["python", "-m", "benchmarks.sweep", *(sys.argv[1:] if __name__ == "__main__" else [])]
     )
@@ -118,7 +121,7 @@ def sweep(options: argparse.Namespace, results: Results) -> None:
         results.begin(versions(), command)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    print(f"{len(chosen)} models, {len(left)} trials to run", flush=True)
+    print(f"{len(chosen)} models, {sum(len(t.methods) for t in left)} outcomes to find", flush=True)
     # Told to end, the run ends its processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     limits = Limits(options.limit, options.memory, options.budget - (time.monotonic() - started))

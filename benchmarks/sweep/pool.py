@@ -1,15 +1,19 @@
-"""Runs each trial in a process of its own, with a limit on its time and memory."""
+"""Runs each trial in a process of its own, with a limit on time and memory.
+
+A trial is one model with all its methods: what PyTorch sets up in a process's first compilation serves all.
+"""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -17,25 +21,27 @@ from benchmarks.sweep.entries import EXPORT, AbsentError, Entry, Record, Sample,
 
 Attempt = Callable[[Entry, Callable[[], Sample], str, Splits, bool], Iterator[Record]]
 
+_NO_MEMORY = 77
+"""The exit code of a process that could not even say so."""
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One method on one model; with `export`, the model is exported afterwards."""
+    """Methods on one model, each on a new one; with `export`, the first one's is exported afterwards."""
 
     entry: Entry
-    method: str
+    methods: Sequence[str]
     splits: Splits
     export: bool = False
 
-    def record(self, outcome: str, text: str, what: str = "") -> Record:
+    def record(self, outcome: str, text: str, what: str) -> Record:
         """Return an outcome of it that is known here."""
-        entry = self.entry
-        return Record(entry.key, entry.family, what or self.method, self.splits, outcome, "", text)
+        return Record(self.entry.key, self.entry.family, what, self.splits, outcome, "", text)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds of a trial (and again of its export), of memory in GiB, and seconds for starting new trials."""
+    """Seconds of a method (and again of its export), memory in GiB, and seconds for starting new methods."""
 
     seconds: float = 25.0
     memory: float = 6.0
@@ -48,28 +54,42 @@ class _Running:
     process: BaseProcess
     pipe: Connection
     deadline: float
-    left: list[str] = field(default_factory=list)
+    left: list[str]
+    began: bool = False
+
+    def settle(self, record: Record) -> list[Record]:
+        """Strike what has its outcome off what is left, and return all that is known by it."""
+        self.began = True
+        self.left.remove(record.method)
+        if record.outcome != "ok" and EXPORT in self.left:
+            self.left.remove(EXPORT)
+        if record.outcome != "broken":  # that is said of the model
+            return [record]
+        rest, self.left = self.left, []
+        return [record, *(replace(record, method=method) for method in rest)]
 
 
 def run(trials: Iterable[Trial], attempt: Attempt, workers: int, limits: Limits) -> Iterator[list[Record]]:
     """Yield the records of each trial as they come, until all are done or the budget is.
 
+    Where a process ends before its methods do, a new one goes on with those after the one that ended it.
+
     Processes are forked: what this one has imported costs them nothing. A model that is absent is found here,
     by its import alone.
     """
-    waiting, running = iter(trials), list[_Running]()
+    waiting, again, running = iter(trials), list[Trial](), list[_Running]()
     stop = time.monotonic() + limits.budget
     found: dict[str, Callable[[], Sample] | Exception] = {}
     try:
         while True:
             while len(running) < workers and time.monotonic() < stop:
-                trial = next(waiting, None)
+                trial = again.pop() if again else next(waiting, None)
                 if trial is None:
                     break
                 make = found.get(trial.entry.key) or found.setdefault(trial.entry.key, _find(trial.entry))
                 if isinstance(make, Exception):
                     outcome = "absent" if isinstance(make, AbsentError) else "error"
-                    yield [trial.record(outcome, f"{type(make).__name__}: {make}")]
+                    yield [trial.record(outcome, f"{type(make).__name__}: {make}", m) for m in trial.methods]
                 else:
                     running.append(_start(trial, make, attempt, limits))
             if not running:
@@ -78,10 +98,13 @@ def run(trials: Iterable[Trial], attempt: Attempt, workers: int, limits: Limits)
             wait([r.pipe for r in running], max(0.0, nearest - time.monotonic()))
             for one in list(running):
                 records, done = _look(one, limits)
+                if done or (records and time.monotonic() >= stop):
+                    _end(one)
+                    running.remove(one)
+                    if one.left:
+                        again.append(replace(one.trial, methods=one.left, export=False))
                 if records:
                     yield records
-                if done:
-                    running.remove(one)
     finally:
         for one in running:
             _end(one)
@@ -100,7 +123,8 @@ def _start(trial: Trial, make: Callable[[], Sample], attempt: Attempt, limits: L
     process = context.Process(target=_work, args=(theirs, trial, make, attempt, limits), daemon=True)
     process.start()
     theirs.close()
-    left = [trial.method, *([EXPORT] if trial.export else [])]
+    first, *others = trial.methods
+    left = [first, *([EXPORT] if trial.export else []), *others]
     return _Running(trial, process, mine, time.monotonic() + limits.seconds, left)
 
 
@@ -119,10 +143,16 @@ def _work(
     os.dup2(void, 1)
     os.dup2(void, 2)
     try:
-        for record in attempt(trial.entry, make, trial.method, trial.splits, trial.export):
-            pipe.send(record)
+        for method in trial.methods:
+            for record in attempt(
+                trial.entry, make, method, trial.splits, trial.export and method == trial.methods[0]
+            ):
+                pipe.send(record)
+                if record.outcome in ("memory", "broken"):
+                    return
+            gc.collect()
     except MemoryError:
-        pipe.send(trial.record("memory", "MemoryError"))
+        os._exit(_NO_MEMORY)
 
 
 def _data_bytes() -> int:
@@ -135,28 +165,23 @@ def _data_bytes() -> int:
 
 
 def _look(one: _Running, limits: Limits) -> tuple[list[Record], bool]:
-    """Return what a trial has sent, and whether it is over."""
+    """Return what a trial has sent or what ended it, and whether its process is over."""
     records: list[Record] = []
     try:
-        while one.pipe.poll():
-            record = one.pipe.recv()
-            records.append(record)
-            one.left.remove(record.method)
+        while one.left and one.pipe.poll():
+            records += one.settle(one.pipe.recv())
             one.deadline = time.monotonic() + limits.seconds
-            if record.outcome != "ok":
-                one.left.clear()
     except EOFError:
         one.process.join()
-        if one.left and one.process.exitcode:
-            records.append(one.trial.record("crash", f"exit code {one.process.exitcode}", one.left[0]))
-        _end(one)
+        code = one.process.exitcode
+        if code or not one.began:
+            outcome = "memory" if code == _NO_MEMORY else "crash"
+            records += one.settle(one.trial.record(outcome, f"exit code {code}", one.left[0]))
         return records, True
-    if one.left and time.monotonic() < one.deadline:
-        return records, False
-    _end(one)
-    if not one.left:
+    if one.left and time.monotonic() >= one.deadline:
+        records += one.settle(one.trial.record("time", f"more than {limits.seconds:g} s", one.left[0]))
         return records, True
-    return [*records, one.trial.record("time", f"more than {limits.seconds:g} s", one.left[0])], True
+    return records, not one.left
 
 
 def _end(one: _Running) -> None:

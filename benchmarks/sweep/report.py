@@ -124,12 +124,11 @@ batches of two. Made by `make sweep`; nothing here is written by hand.
 
 - {versions}
 - {len(models)} models ({libraries}); {len(working)} compile with at least one method
-- each method cuts the model into four modules of balanced cost (`splits=4`); column `named` is `dgl` cut
-  where a user of the family would (`blocks.*`); where modules share a parameter, the first trains it
-  (`tied="owner"`), or each a copy (`tied="copy"`) with methods that need that
-- ✓: {OUTCOMES["ok"]}; r: {OUTCOMES["refused"]}; e: {OUTCOMES["error"]};
-  time, mem: {OUTCOMES["time"]}, or the memory limit; crash: {OUTCOMES["crash"]}; empty: not tried
-- onnx: ✓: exported, and onnxruntime agrees with PyTorch at three batch sizes
+- each method cuts the model into four modules of balanced cost (`splits=4`), everything else at its default
+- ✓: how many methods work ({OUTCOMES["ok"]}); otherwise, r: {OUTCOMES["refused"]};
+  e: {OUTCOMES["error"]}; time, mem: {OUTCOMES["time"]}, or the memory limit; crash: {OUTCOMES["crash"]}
+- named: `dgl` cut where a user of the family would (`blocks.*`)
+- onnx: the model that `bp` trained is exported, and onnxruntime agrees with PyTorch at three batch sizes
 
 ```sh
 {commands}
@@ -152,10 +151,16 @@ def _by_method(tried: Sequence[Record]) -> str:
 
 def _by_model(tried: Sequence[Record], reasons: _Reasons) -> str:
     columns = list(_columns(tried))
+    apart = [column for column in columns if column in ("named", EXPORT)]
+    methods = [column for column in columns if column not in apart]
+    titles = ["model", "family", "parameters", "✓", "otherwise", *apart]
     lines = []
     for library in dict.fromkeys(r.key.split("/")[0] for r in tried):
-        lines += [f"## {library}\n", f"| model | family | parameters | {' | '.join(columns)} |"]
-        lines.append("|---|---|---:" + "|---" * len(columns) + "|")
+        lines += [
+            f"## {library}\n",
+            f"| {' | '.join(titles)} |",
+            "|---|---|---:|---:|---" + "|---" * len(apart) + "|",
+        ]
         models: dict[str, dict[str, Record]] = defaultdict(dict)
         for record in tried:
             if record.key.startswith(f"{library}/"):
@@ -163,10 +168,24 @@ def _by_model(tried: Sequence[Record], reasons: _Reasons) -> str:
         for key, found in sorted(models.items()):
             first = next(iter(found.values()))
             size = max(r.facts.get("parameters", 0) for r in found.values())
-            cells = " | ".join(reasons.cell(found.get(column)) for column in columns)
-            lines.append(f"| {key.partition('/')[2]} | {first.family} | {size / 1e6:.2f} M | {cells} |")
+            cells = [reasons.cell(found.get(column)) for column in methods]
+            row = [key.partition("/")[2], first.family, f"{size / 1e6:.2f} M", str(cells.count(_SHORT["ok"]))]
+            row += [_otherwise(methods, cells), *(reasons.cell(found.get(column)) for column in apart)]
+            lines.append(f"| {' | '.join(row)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _otherwise(methods: Sequence[str], cells: Sequence[str]) -> str:
+    """Return what became of the methods that do not work, those with the same fate together."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for method, cell in zip(methods, cells, strict=True):
+        if cell != _SHORT["ok"]:
+            alike[cell or "not tried"].append(method)
+    return "; ".join(
+        f"{fate}: {'all' if len(found) == len(methods) else ', '.join(found)}"
+        for fate, found in alike.items()
+    )
 
 
 def _columns(records: Iterable[Record]) -> dict[str, list[Record]]:

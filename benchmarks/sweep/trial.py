@@ -46,7 +46,9 @@ def attempt(
         return
     try:
         with _timed(facts, stage):
-            program = _compile(sample, method, chosen)
+            program = locc.compile(
+                sample.model, method, chosen, loss=sample.loss, example_inputs=sample.inputs, seed=0
+            )
         facts["modules"] = len(program.module_programs)
         stage = "step"
         with _timed(facts, stage):
@@ -68,17 +70,6 @@ def attempt(
         yield record("ok", what=EXPORT)
     except Exception as error:
         yield record(*_outcome(_refused(error), error), what=EXPORT)
-
-
-def _compile(sample: Sample, method: str, splits: Splits) -> locc.Program:
-    """Compile as a user would who has read the refusals: some methods want tied parameters copied."""
-    policy = {"loss": sample.loss, "example_inputs": sample.inputs, "seed": 0}
-    try:
-        return locc.compile(sample.model, method, splits, tied="owner", **policy)
-    except locc.LoccError as error:
-        if "tied='copy'" not in str(error):
-            raise
-    return locc.compile(sample.model, method, splits, tied="copy", **policy)
 
 
 class _timed:  # noqa: N801 (reads as a verb)

@@ -26,6 +26,26 @@ def given(value: Any, value_of: Callable[[fx.Node], Any]) -> Any:
     return fx.map_arg(value, value_of)
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is made of the sizes of values that have a spec: `x.size(0)`, `x.shape[1] // 2`."""
+    sources = node.all_input_nodes
+    if (node.op, node.target) == ("call_method", "size") or (
+        node.target is getattr and node.args[1] == "shape"
+    ):
+        return sources[0].meta.get("spec") is not None
+    return node.op == "call_function" and bool(sources) and all(map(is_size, sources))
+
+
+def size_of(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """Return a size, for the values that it `is_size` of."""
+
+    def find(n: fx.Node) -> Any:
+        return size_of(n, value_of) if is_size(n) else value_of(n)
+
+    args = given(node.args, find)
+    return args[0].size(*args[1:]) if node.op == "call_method" else node.target(*args)  # type: ignore[operator]
+
+
 class Interpreter(fx.Interpreter):
     """Runs a graph node by node, as its generated code would."""
 

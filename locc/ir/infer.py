@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from locc.errors import MethodError
 from locc.ir.calls import given as arguments
+from locc.ir.calls import is_size, size_of
 from locc.ir.captured import owned_tensor
 from locc.ir.likeness import likeness
 from locc.ir.memory import memories
@@ -65,8 +66,7 @@ def infer(
         What it yields, or None where that cannot be known: an input without a spec (the target), code whose
         result depends on data, or a shape that does not grow evenly with the batch.
     """
-    inputs: list[fx.Node] = []
-    fx.map_arg((args, kwargs), inputs.append)
+    inputs = _read(args, kwargs)
     held = {n: owned_tensor(root, str(n.target)) for n in inputs if n.op == "get_attr"}
     modules = {n: h for n, h in held.items() if isinstance(h, nn.Module)}
     if any(n.meta.get("spec") is None for n in inputs if n not in modules):
@@ -82,6 +82,13 @@ def infer(
         return _tried(trial)
     known[key] = _tried(trial)
     return known[key]
+
+
+def _read(*args: Any) -> list[fx.Node]:
+    """Return the values that arguments are computed from: themselves, or what their sizes are of."""
+    found: list[fx.Node] = []
+    fx.map_arg(args, found.append)
+    return [source for n in found for source in (_read(n.all_input_nodes) if is_size(n) else [n])]
 
 
 def _tried(trial: _Trial) -> Inferred | None:
@@ -181,8 +188,12 @@ class _Trial:
         with mode or nullcontext():
             values = {n: map_specs(lambda s: _filled(s, point), n.meta.get("spec")) for n in self.inputs}
             values.update((n, _copied(m, mode)) for n, m in self.modules.items())
-            args: Any = arguments(self.args, values.__getitem__)
-            kwargs: Any = arguments(self.kwargs, values.__getitem__)
+
+            def value_of(node: fx.Node) -> Any:
+                return size_of(node, values.__getitem__) if is_size(node) else values[node]
+
+            args: Any = arguments(self.args, value_of)
+            kwargs: Any = arguments(self.kwargs, value_of)
             given = memories(list(values.values()))
             if self.op == "call_module":
                 module = _copied(self.target, mode)

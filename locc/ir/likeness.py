@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from locc.ir.calls import is_size
+
 _TABLES = ("_parameters", "_buffers", "_modules")
 _PLAIN = (int, float, str, type(None), torch.dtype, torch.device, FunctionType, BuiltinFunctionType)
 
@@ -16,9 +18,12 @@ _PLAIN = (int, float, str, type(None), torch.dtype, torch.device, FunctionType, 
 def likeness(value: Any, modules: Mapping[fx.Node, nn.Module]) -> Hashable:
     """Return what is equal for two arguments (or targets) with which an operation yields the same shapes.
 
-    A node stands for its spec, and one among `modules` for the module that it reads.
+    A node stands for its spec, one among `modules` for the module that it reads, and a size for what it is
+    made of.
     """
     if isinstance(value, fx.Node):
+        if is_size(value):
+            return ("size", value.op, value.target, likeness(value.args, modules))
         held = modules.get(value)
         return ("node", likeness(value.meta.get("spec") if held is None else held, modules))
     if isinstance(value, nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from locc.ir import TensorSpec, TrainingGraph, inner, node_parameters, owned_tensor, strip, tape_of
@@ -136,5 +137,6 @@ class Derivative:
         if self.backward:
             found = torch.func.vjp(call, *primals)[1](*moves)[0].detach()
         else:
-            found = torch.func.jvp(call, primals, moves)[1]
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no derivative in forward mode
+                found = torch.func.jvp(call, primals, moves)[1]
         return found

@@ -29,38 +29,61 @@ def entry(name, find=lambda: tiny, glob=None):
 
 
 def act(entry, make, method, splits, export):
-    """Do what the entry is called."""
-    if entry.name == "sleep":
+    """Do what the entry is called, at method "bp"; others work."""
+    does = entry.name if method == "bp" else "work"
+    if does == "sleep":
         time.sleep(60)
-    if entry.name == "exit":
+    if does == "exit":
         os._exit(3)
-    if entry.name == "fill":
+    if does == "fill":
         bytearray(2**30)
-    yield Record(entry.key, entry.family, method, splits, "refused" if entry.name == "refuse" else "ok")
-    if export:
+    outcome = {"refuse": "refused", "wreck": "broken", "full": "memory"}.get(does, "ok")
+    yield Record(entry.key, entry.family, method, splits, outcome, facts={"process": os.getpid()})
+    if export and outcome == "ok":
         time.sleep(60)
+
+
+def outcomes(trial, **limits):
+    found = [r for records in run([trial], act, 1, Limits(seconds=1, memory=0.25, **limits)) for r in records]
+    return found, {r.method: r.outcome for r in found}
 
 
 @pytest.mark.parametrize(
-    ("name", "export", "expected"),
+    ("name", "export", "expected", "after"),
     [
-        ("work", False, {"bp": "ok"}),
-        ("refuse", True, {"bp": "refused"}),
-        ("sleep", False, {"bp": "time"}),
-        ("work", True, {"bp": "ok", EXPORT: "time"}),
-        ("exit", True, {"bp": "crash"}),
-        ("fill", False, {"bp": "memory"}),
-        ("absent", False, {"bp": "absent"}),
+        ("refuse", True, {"bp": "refused"}, "ok"),
+        ("sleep", False, {"bp": "time"}, "ok"),
+        ("work", True, {"bp": "ok", EXPORT: "time"}, "ok"),
+        ("exit", True, {"bp": "crash"}, "ok"),
+        ("fill", False, {"bp": "memory"}, "ok"),
+        ("full", True, {"bp": "memory"}, "ok"),
+        ("wreck", True, {"bp": "broken"}, "broken"),
+        ("absent", False, {"bp": "absent"}, "absent"),
     ],
 )
-def test_what_becomes_of_a_trial(name, export, expected):
-    trial = Trial(entry(name, absent if name == "absent" else lambda: tiny), "bp", 2, export)
-    found = [r for records in run([trial], act, 1, Limits(seconds=1, memory=0.25)) for r in records]
-    assert {r.method: r.outcome for r in found} == expected
+def test_what_becomes_of_a_method_and_of_those_after_it(name, export, expected, after):
+    trial = Trial(entry(name, absent if name == "absent" else lambda: tiny), ["bp", "al", "dgl"], 2, export)
+    found, told = outcomes(trial)
+    assert told == expected | {"al": after, "dgl": after}
+    assert len(found) == len(told)
+
+
+def test_a_process_takes_all_methods():
+    found, _ = outcomes(Trial(entry("work"), ["bp", "al", "dgl"], 2))
+    assert len({r.facts["process"] for r in found}) == 1
 
 
 def test_a_spent_budget_starts_nothing():
-    assert list(run([Trial(entry("work"), "bp", 2)], act, 1, Limits(budget=0))) == []
+    assert outcomes(Trial(entry("work"), ["bp"], 2), budget=0)[1] == {}
+
+
+def test_a_budget_that_runs_out_ends_a_trial_after_the_method_under_way():
+    def slow(*arguments):
+        time.sleep(0.2)
+        yield from act(*arguments)
+
+    found = run([Trial(entry("work"), ["bp", "al", "dgl"], 2)], slow, 1, Limits(budget=0.1))
+    assert [r.method for records in found for r in records] == ["bp"]
 
 
 def test_a_method_on_a_model():
@@ -82,18 +105,18 @@ def test_a_run_resumes_and_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.sweep.trial.attempt", act)
     results, page = tmp_path / "results.jsonl", tmp_path / "models.md"
     arguments = [str(results), "--page", str(page), "--methods", "bp,dgl", "--without-onnx"]
-    main([*arguments, "--only", "here/w*"])
+    main([*arguments, "--only", "here/w*", "--methods", "bp"])
     with results.open("a") as file:
         file.write('{"key": "here/refuse", "fam')  # a run that was killed
     main(arguments)
     lines = results.read_text().splitlines()
-    outcomes = [json.loads(line)["outcome"] for line in lines if "outcome" in line]
-    assert sorted(outcomes) == ["absent", "absent", "ok", "ok", "refused", "refused"]
+    found = [json.loads(line)["outcome"] for line in lines if "outcome" in line]
+    assert sorted(found) == ["absent", "absent", "ok", "ok", "ok", "refused"]
     main(arguments)
     assert results.read_text().splitlines() == lines
     text = page.read_text()
-    assert "| work | family | 0.00 M | ✓ | ✓ |" in text
-    assert "| refuse | family | 0.00 M | [r1](#r1) | [r1](#r1) |" in text
+    assert "| work | family | 0.00 M | 2 |  |" in text
+    assert "| refuse | family | 0.00 M | 1 | [r1](#r1): bp |" in text
     assert "- here/absent" in text
     page.unlink()
     main([*arguments, "--report"])

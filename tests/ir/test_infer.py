@@ -201,6 +201,14 @@ def test_arguments_that_are_equal_but_of_another_type_are_not_taken_for_alike(ir
     assert [spec_of(ir.emit(LAST, torch.mul, best, by)) for by in (1, 1.0)] == ["i64[B]", "f32[B]"]
 
 
+def test_sizes_are_those_of_the_value(ir):
+    shape = ir.emit(LAST, getattr, entry(ir), "shape")
+    sizes = [ir.emit(LAST, operator.getitem, shape, i) for i in (0, 1)]
+    half = ir.emit(LAST, operator.floordiv, sizes[1], 2)
+    found = [spec_of(ir.emit(LAST, torch.Tensor.new_ones, entry(ir), (n, 2))) for n in (*sizes, half)]
+    assert found == ["f32[B,2]", "f32[8,2]", "f32[4,2]"]
+
+
 def test_a_hook_may_decide_the_result(ir):
     plain, hooked = nn.Linear(8, 8), nn.Linear(8, 8)
     hooked.register_forward_hook(lambda *args: args[-1][:, :2])
