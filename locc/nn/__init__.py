@@ -30,12 +30,12 @@ from locc.nn.feedback import (
     feedback_conv,
     feedback_linear,
 )
-from locc.nn.heads import FixedHead, LinearHead, MLPHead, MLPSRHead, build_head
+from locc.nn.heads import DGLHead, FixedHead, LinearHead, build_head
 from locc.nn.inverses import ACTIVATIONS, Inverse, build_inverse
 from locc.nn.labels import one_hot
 from locc.nn.layout import Layout, check_boundary, guess_layout, layout_of, pool, positions, regrid, resize
 from locc.nn.predsim import PredHead, SimHead, build_pred_head, build_sim_head, sim_loss, similarity_matrix
-from locc.nn.readout import Readout, plan_readout
+from locc.nn.readout import Head, Readout, plan_readout
 from locc.nn.synthesisers import Synthesiser, build_synthesiser
 
 Factory = Callable[[TensorSpec, TensorSpec], nn.Module]
@@ -49,17 +49,17 @@ __all__ = [
     "PAIR_OBJECTIVES",
     "BroadcastFeedback",
     "CascadeHead",
+    "DGLHead",
     "DenseDecoder",
     "Factory",
     "FixedHead",
     "GreedyHead",
+    "Head",
     "ImageDecoder",
     "InfoProHead",
     "Inverse",
     "Layout",
     "LinearHead",
-    "MLPHead",
-    "MLPSRHead",
     "PositionDecoder",
     "PredHead",
     "PredictiveCoding",

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from locc.ir.spec import TensorSpec
 from locc.nn.building import BATCH_NORM, CONV, placement
-from locc.nn.layout import Layout, resize
+from locc.nn.layout import resize
 from locc.nn.predsim import Pooling
-from locc.nn.readout import Readout, plan_readout
-
-Device = torch.device | str | None
+from locc.nn.readout import Head, HeadOptions, Readout
 
 
-class GreedyHead(nn.Module):
+class GreedyHead(Head):
     """The auxiliary problem of greedy layerwise training: `depth` layers, then a linear classifier.
 
     Belilovsky, Eickenberg & Oyallon, "Greedy layerwise learning can scale to ImageNet" (2019), released code.
@@ -25,6 +22,10 @@ class GreedyHead(nn.Module):
     BN, linear. `width` is twice the boundary's channels unless given. Convolutions have no padding, as
     published, where the map has more than four positions a side. Elsewhere: depth x (linear, norm,
     ReLU), linear.
+
+    With `halve=False` the map keeps its size, with padding, and its number of channels: DGL's "CNN" auxiliary
+    (Belilovsky, Eickenberg & Oyallon 2020), from memory of its code; the 200 % of a layer's operations that
+    the paper gives it are those of two such convolutions.
     """
 
     def __init__(
@@ -34,22 +35,21 @@ class GreedyHead(nn.Module):
         *,
         depth: int = 2,
         width: int | None = None,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        halve: bool = True,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.readout = plan = plan_readout(spec, output, layout, output_layout)
-        at: Any = placement(spec, device, dtype)
-        channels, wide = plan.in_features, width or 2 * plan.in_features
+        super().__init__(spec, output, **options)
+        plan = self.readout
+        at: Any = placement(spec, **options)
+        shrink = 1 + halve
+        channels, wide = plan.in_features, width or shrink * plan.in_features
         self.spatial = _is_map(plan)
         layers: list[nn.Module] = []
         if self.spatial:
             sizes = plan.layout.sizes(spec)
             rank = len(sizes)
-            self.small = tuple(-(-n // 2) for n in sizes)
-            padding = 0 if min(self.small) > 4 + 2 * depth - 2 else 1
+            self.small = tuple(-(-n // shrink) for n in sizes)
+            padding = 0 if halve and min(self.small) > 4 + 2 * depth - 2 else 1
             for _ in range(depth):
                 layers += [
                     CONV[rank](channels, wide, 3, padding=padding, bias=False, **at),
@@ -65,14 +65,14 @@ class GreedyHead(nn.Module):
                 channels = wide
         self.net = nn.Sequential(*layers, nn.Linear(channels, plan.out_features, **at))
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
         plan = self.readout
-        x = resize(plan.layout.first(h), self.small) if self.spatial else plan.read(h)
-        return plan.write(self.net(x))
+        x: Tensor = self.net(resize(plan.layout.first(h), self.small) if self.spatial else plan.read(h))
+        return x
 
 
-class CascadeHead(nn.Module):
+class CascadeHead(Head):
     """The temporary head of deep cascade learning: flatten, 512, 256, classes, with ReLU and dropout of 0.5.
 
     Marquez, Hare & Niranjan, "Deep cascade learning" (2018), released code. A map is averaged until it has at
@@ -88,14 +88,11 @@ class CascadeHead(nn.Module):
         hidden: tuple[int, ...] = (512, 256),
         dropout: float = 0.5,
         dim_in_decoder: int = 4096,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.readout = plan = plan_readout(spec, output, layout, output_layout)
-        at = placement(spec, device, dtype)
+        super().__init__(spec, output, **options)
+        plan = self.readout
+        at = placement(spec, **options)
         self.pool = Pooling(plan, spec, dim_in_decoder)
         width, layers = self.pool.features, []
         for units in hidden:
@@ -103,12 +100,13 @@ class CascadeHead(nn.Module):
             width = units
         self.net = nn.Sequential(*layers, nn.Linear(width, plan.out_features, **at))
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
-        return self.readout.write(self.net(self.pool(h)))
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
+        x: Tensor = self.net(self.pool(h))
+        return x
 
 
-class InfoProHead(nn.Module):
+class InfoProHead(Head):
     """InfoPro's head "1c2f": conv3x3, BN, ReLU, mean over the map, linear, ReLU, linear.
 
     Wang et al., "Revisiting locally supervised learning" (ICLR 2021), released code: the convolution has
@@ -124,14 +122,11 @@ class InfoProHead(nn.Module):
         hidden: int = 128,
         channels: int | None = None,
         stride: int | None = None,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.readout = plan = plan_readout(spec, output, layout, output_layout)
-        at: Any = placement(spec, device, dtype)
+        super().__init__(spec, output, **options)
+        plan = self.readout
+        at: Any = placement(spec, **options)
         width = plan.in_features
         self.spatial = _is_map(plan)
         step = stride or (2 if self.spatial and min(plan.layout.sizes(spec)) > 8 else 1)
@@ -147,10 +142,11 @@ class InfoProHead(nn.Module):
         rest = [nn.Linear(wide, hidden, **at), nn.ReLU(), nn.Linear(hidden, plan.out_features, **at)]
         self.net = nn.Sequential(*first, *rest)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
         plan = self.readout
-        return plan.write(self.net(plan.layout.first(h) if self.spatial else plan.read(h)))
+        x: Tensor = self.net(plan.layout.first(h) if self.spatial else plan.read(h))
+        return x
 
 
 class _To(nn.Module):

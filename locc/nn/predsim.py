@@ -6,7 +6,7 @@ Nøkland & Eidnes, "Training neural networks with local error signals" (ICML 201
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from locc.ir.spec import TensorSpec
 from locc.nn.building import CONV, check_shapes, placement, zero_
 from locc.nn.layout import Layout, ceil_div, guess_layout, pool_kernel
-from locc.nn.readout import Readout, plan_readout
+from locc.nn.readout import Head, HeadOptions, Readout
 
 _AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
@@ -47,7 +47,7 @@ class Pooling(nn.Module):
         return pooled.flatten(1)
 
 
-class PredHead(nn.Module):
+class PredHead(Head):
     """The classifier of `pred`: average pooling, flatten, linear with zero-initialised weight.
 
     The pooling is that of `Pooling` with `dim_in_decoder` features.
@@ -59,21 +59,18 @@ class PredHead(nn.Module):
         output: TensorSpec,
         *,
         dim_in_decoder: int = 4096,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.readout = plan_readout(spec, output, layout, output_layout)
+        super().__init__(spec, output, **options)
         self.pool = Pooling(self.readout, spec, dim_in_decoder)
-        at = placement(spec, device, dtype)
+        at = placement(spec, **options)
         self.linear = nn.Linear(self.pool.features, self.readout.out_features, **at)
         zero_(self.linear, bias=False)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
-        return self.readout.write(self.linear(self.pool(h)))
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
+        y: Tensor = self.linear(self.pool(h))
+        return y
 
 
 class SimHead(nn.Module):
