@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from locc.ir.spec import TensorSpec
 from locc.nn.building import CONV, check_shapes, placement, zero_
+from locc.nn.feedback import feedback_linear
 from locc.nn.layout import Layout, ceil_div, guess_layout, pool_kernel
 from locc.nn.readout import Head, HeadOptions, Readout
 
@@ -50,8 +51,11 @@ class Pooling(nn.Module):
 class PredHead(Head):
     """The classifier of `pred`: average pooling, flatten, linear with zero-initialised weight.
 
-    The pooling is that of `Pooling` with `dim_in_decoder` features.
+    The pooling is that of `Pooling` with `dim_in_decoder` features. With `feedback` errors go back through a
+    matrix B ~ U(+-1/sqrt(features)) that is drawn once, instead of the weight.
     """
+
+    feedback: Tensor | None
 
     def __init__(
         self,
@@ -59,17 +63,23 @@ class PredHead(Head):
         output: TensorSpec,
         *,
         dim_in_decoder: int = 4096,
+        feedback: bool = False,
         **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(spec, output, **options)
         self.pool = Pooling(self.readout, spec, dim_in_decoder)
         at = placement(spec, **options)
         self.linear = nn.Linear(self.pool.features, self.readout.out_features, **at)
+        drawn = self.linear.weight.detach().clone() if feedback else None  # the law of nn.Linear
+        self.register_buffer("feedback", drawn)
         zero_(self.linear, bias=False)
 
     def rows(self, h: Tensor) -> Tensor:
         """Return the classifier's result."""
-        y: Tensor = self.linear(self.pool(h))
+        x: Tensor = self.pool(h)
+        if self.feedback is not None:
+            return feedback_linear(x, self.linear.weight, self.linear.bias, self.feedback)
+        y: Tensor = self.linear(x)
         return y
 
 
@@ -77,13 +87,14 @@ class SimHead(nn.Module):
     """The map z(h) of `sim`: linear n->n, conv 3x3 with the same channels, or linear per position; no bias.
 
     Returns z as [B,D] or [B,D,*positions] whatever the boundary's layout: the form `similarity_matrix`
-    takes. A sequence has no kernel over time, so that a causal model stays causal.
+    takes. A sequence has no kernel over time, so that a causal model stays causal. With `bare` z is h itself.
     """
 
     def __init__(
         self,
         spec: TensorSpec,
         *,
+        bare: bool = False,
         layout: Layout | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -93,7 +104,9 @@ class SimHead(nn.Module):
         width = self.layout.channels(spec)
         at: Any = placement(spec, device, dtype)
         self.map: nn.Module
-        if self.layout.kind == "image":
+        if bare:
+            self.map = nn.Identity()
+        elif self.layout.kind == "image":
             self.map = CONV[len(self.layout.position_dims)](width, width, 3, padding=1, bias=False, **at)
         else:
             self.map = nn.Linear(width, width, bias=False, **at)
