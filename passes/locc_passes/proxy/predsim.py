@@ -112,8 +112,11 @@ class PredSim(Method):
         },
     )
     alpha: float = field(
-        default=0.0,
-        metadata={"help": "weight of loss_unsup; 1 - alpha is that of sim and pred", "range": (0.0, 0.9)},
+        default=0.5,
+        metadata={
+            "help": "weight of loss_unsup, if there is one; 1 - alpha is then that of sim and pred",
+            "range": (0.0, 0.9),
+        },
     )
     sim_head: Factory | None = field(
         default=None, metadata={"help": "factory (boundary spec, output spec) -> module of z(h)"}
@@ -135,10 +138,6 @@ class PredSim(Method):
             raise ValueError(f"loss_unsup={self.loss_unsup!r}; {nearest(self.loss_unsup, UNSUPERVISED)}")
         if not 0 <= self.alpha < 1:
             raise ValueError(f"alpha={self.alpha}: give a weight from 0 to below 1")
-        if bool(self.alpha) != (self.loss_unsup != "none"):
-            raise ValueError(
-                f"alpha={self.alpha} is the weight of loss_unsup='{self.loss_unsup}'; give both or neither"
-            )
         own = [name for name in ("sim_head", "pred_head", "local_loss") if getattr(self, name) is not None]
         if self.bio and own:
             raise ValueError(f"bio=True has its own heads and loss; leave out {', '.join(own)}")
@@ -152,21 +151,21 @@ class PredSim(Method):
     def passes(self) -> Sequence[Pass]:
         """Return the two kinds of heads, the local objectives, and the loss at the output."""
         beta = (0.01 if self.bio else 0.99) if self.beta is None else self.beta
+        alpha = 0.0 if self.loss_unsup == "none" else self.alpha
         projected = self.target_proj_size if self.bio else None
         steps: list[Pass] = []
         if beta > 0 or self.loss_unsup == "sim":
             steps.append(AttachSimilarityHeads(self.sim_head, self.layout, self.undropped, projected))
         if beta < 1:
             steps.append(self._classifiers())
-        if self.alpha:
-            weights = (self.alpha, self.alpha)
-            steps.append(Unsupervised(weights=weights, undropped=self.undropped, kind=self.loss_unsup))
+        if alpha:
+            steps.append(Unsupervised(weights=(alpha, alpha), undropped=self.undropped, kind=self.loss_unsup))
         weight = self.output_weight
         if weight is None:
             weight = complement(beta) if 0 < beta < 1 else 1.0
         return (
             *steps,
-            LocalErrors(beta, self.local_loss, self.label, self.alpha),
+            LocalErrors(beta, self.local_loss, self.label, alpha),
             OutputError(weight, self.zero_output),
         )
 

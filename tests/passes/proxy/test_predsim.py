@@ -333,9 +333,8 @@ def test_a_program_in_eval_mode_does_not_train() -> None:
         {"beta": 1.5},
         {"output_weight": 0},
         {"dim_in_decoder": 0},
-        {"loss_unsup": "simm", "alpha": 0.1},
-        {"alpha": 0.1},
-        {"alpha": 0.0, "loss_unsup": "sim"},
+        {"loss_unsup": "simm"},
+        {"alpha": 1.0},
         {"bio": True, "local_loss": "mse"},
     ],
 )
