@@ -610,7 +610,7 @@ def test_your_own_matrices(factory):
     ("given", "message"),
     [
         ({"mid": torch.zeros(8, 7), "out": torch.zeros(7, 4)}, r"'mid': give a tensor of shape \(7, 8\)"),
-        ({"mid": torch.zeros(7, 8)}, "module 'out': the dict has none for it; nearest"),
+        ({"mid": torch.zeros(7, 8)}, "module 'out': the dict has none for it; known: 'mid'"),
     ],
 )
 def test_wrong_matrices_of_your_own_are_refused(given, message):
