@@ -10,19 +10,21 @@ import torch
 from torch import nn
 
 from locc.errors import LoccError, nearest
+from locc.optimizers import BatchManhattan
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
     "rmsprop": torch.optim.RMSprop,
+    "manhattan": BatchManhattan,
 }
 _FUSED = ("adam", "adamw", "sgd")
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An optimizer of `torch.optim` by name, its learning rate, and its other arguments.
+    """An optimizer of `torch.optim` or `locc.optimizers` by name, its learning rate, and its other arguments.
 
     Raises:
         LoccError: the name is none of `OPTIMIZERS`, or the rate is not above 0.

@@ -190,3 +190,18 @@ def test_the_example_points_a_search_at_any_method(method, place):
     from examples.search import accuracy
 
     assert 0.0 <= accuracy(FirstOrLast(place), method, epochs=1) < 1.0
+
+
+def test_batch_manhattan_is_sgd_on_signs():
+    """Momentum and decay act after the sign; one weight has no gradient."""
+    w, still = (nn.Parameter(torch.randn(3, 2, dtype=torch.float64)) for _ in range(2))
+    spec = OptimizerSpec("manhattan", 0.1, {"momentum": 0.9, "weight_decay": 0.01})
+    optimizer, wanted, unmoved = spec.build([w, still]), w.detach().clone(), still.detach().clone()
+    velocity = torch.zeros_like(wanted)
+    for _ in range(3):
+        w.grad = torch.randn_like(w) * 1e3
+        velocity = 0.9 * velocity + w.grad.sign() + 0.01 * wanted
+        wanted = wanted - 0.1 * velocity
+        optimizer.step()
+        torch.testing.assert_close(w.detach(), wanted, atol=1e-12, rtol=0)
+    assert torch.equal(still, unmoved)

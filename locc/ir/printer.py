@@ -58,7 +58,8 @@ def _title(ir: View, owner: str) -> str:
         return f"---- {owner}"
     kind = "auxiliary" if found.auxiliary else f"module {found.index}"
     scale = f", learning rate x{found.lr_scale:g}" if found.lr_scale != 1.0 else ""
-    return f"---- {kind}: {owner}{scale}"
+    norms = ", weights keep their norms" if found.keeps_norms else ""
+    return f"---- {kind}: {owner}{scale}{norms}"
 
 
 def statement(node: fx.Node, inline: Collection[fx.Node] = ()) -> str:

@@ -36,13 +36,15 @@ class Owner:
     """A module of the partition, or an auxiliary that trains alone (a synthesiser, an inverse).
 
     `index` is the position of the module in forward order; an auxiliary has the index of the module
-    that it serves. `lr_scale` multiplies the learning rate of the owner's optimizer.
+    that it serves. `lr_scale` multiplies the learning rate of the owner's optimizer. With `keeps_norms` each
+    update leaves the owner's weights (parameters of two or more dimensions) at the norm that they had.
     """
 
     name: str
     index: int
     auxiliary: bool = False
     lr_scale: float = 1.0
+    keeps_norms: bool = False
 
 
 @dataclass(frozen=True)

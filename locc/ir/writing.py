@@ -126,6 +126,10 @@ class Writer(View):
         """Multiply the learning rate of an owner's optimizer."""
         self.owners[name] = replace(self.owners[name], lr_scale=lr_scale)
 
+    def keep_norms(self, name: str) -> None:
+        """Have each update of an owner leave its weights at the norm that they had before."""
+        self.owners[name] = replace(self.owners[name], keeps_norms=True)
+
     def add_module(self, name: str, module: nn.Module) -> str:
         """Register an auxiliary network and return its path.
 

@@ -30,13 +30,13 @@ from locc.nn.feedback import (
     feedback_conv,
     feedback_linear,
 )
-from locc.nn.heads import FixedHead, LinearHead, MLPHead, MLPSRHead, build_head
+from locc.nn.heads import DGLHead, FixedHead, LinearHead, build_head
 from locc.nn.inverses import ACTIVATIONS, Inverse, build_inverse
 from locc.nn.labels import one_hot
 from locc.nn.layout import Layout, check_boundary, guess_layout, layout_of, pool, positions, regrid, resize
 from locc.nn.maps import with_channels
 from locc.nn.predsim import PredHead, SimHead, build_pred_head, build_sim_head, sim_loss, similarity_matrix
-from locc.nn.readout import Readout, plan_readout
+from locc.nn.readout import Head, Readout, plan_readout
 from locc.nn.synthesisers import Synthesiser, build_synthesiser
 
 Factory = Callable[[TensorSpec, TensorSpec], nn.Module]
@@ -50,17 +50,17 @@ __all__ = [
     "PAIR_OBJECTIVES",
     "BroadcastFeedback",
     "CascadeHead",
+    "DGLHead",
     "DenseDecoder",
     "Factory",
     "FixedHead",
     "GreedyHead",
+    "Head",
     "ImageDecoder",
     "InfoProHead",
     "Inverse",
     "Layout",
     "LinearHead",
-    "MLPHead",
-    "MLPSRHead",
     "PositionDecoder",
     "PredHead",
     "PredictiveCoding",

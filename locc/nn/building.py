@@ -28,7 +28,12 @@ class Placement(TypedDict):
     dtype: torch.dtype
 
 
-def placement(spec: TensorSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> Placement:
+def placement(
+    spec: TensorSpec,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **others: object,
+) -> Placement:
     """Return the factory keywords of a network that reads `spec`: its dtype unless another is asked for."""
     return {"device": device, "dtype": spec.dtype if dtype is None else dtype}
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from locc.ir.spec import TensorSpec
 from locc.nn.building import BATCH_NORM, CONV, placement
-from locc.nn.layout import Layout, resize
+from locc.nn.layout import resize
 from locc.nn.predsim import Pooling
-from locc.nn.readout import Readout, plan_readout
-
-Device = torch.device | str | None
+from locc.nn.readout import Head, HeadOptions, Readout
 
 
-class GreedyHead(nn.Module):
+class GreedyHead(Head):
     """The auxiliary problem of greedy layerwise training: `depth` layers, then a linear classifier.
 
     Belilovsky, Eickenberg & Oyallon, "Greedy layerwise learning can scale to ImageNet" (2019), released code.
@@ -26,6 +23,10 @@ class GreedyHead(nn.Module):
     BN, linear. `width` is twice the boundary's channels unless given. Convolutions have no padding, as
     published, where the map has more than four positions a side. Elsewhere: depth x (linear, norm,
     ReLU), linear.
+
+    With `halve=False` the map keeps its size, with padding, and its number of channels: DGL's "CNN" auxiliary
+    (Belilovsky, Eickenberg & Oyallon 2020), from memory of its code; the 200 % of a layer's operations that
+    the paper gives it are those of two such convolutions.
     """
 
     def __init__(
@@ -35,21 +36,20 @@ class GreedyHead(nn.Module):
         *,
         depth: int = 2,
         width: int | None = None,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        halve: bool = True,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.readout = plan = plan_readout(spec, output, layout, output_layout)
-        at: Any = placement(spec, device, dtype)
-        channels, wide = plan.in_features, width or 2 * plan.in_features
+        super().__init__(spec, output, **options)
+        plan = self.readout
+        at: Any = placement(spec, **options)
+        self.shrink = 2 if halve else 1
+        channels, wide = plan.in_features, width or self.shrink * plan.in_features
         self.spatial = _is_map(plan)
         layers: list[nn.Module] = []
         if self.spatial:
             sizes = plan.layout.sizes(spec)
             rank = len(sizes)
-            padding = 0 if min(_halved(sizes)) > 4 + 2 * depth - 2 else 1
+            padding = 0 if halve and min(_over(sizes, 2)) > 4 + 2 * depth - 2 else 1
             for _ in range(depth):
                 layers += [
                     CONV[rank](channels, wide, 3, padding=padding, bias=False, **at),
@@ -65,16 +65,17 @@ class GreedyHead(nn.Module):
                 channels = wide
         self.net = nn.Sequential(*layers, nn.Linear(channels, plan.out_features, **at))
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
         plan = self.readout
         if not self.spatial:
-            return plan.write(self.net(plan.read(h)))
+            return self.net(plan.read(h))  # type: ignore[no-any-return]
         x = plan.layout.first(h)
-        return plan.write(self.net(resize(x, _halved(x.shape[2:]))))
+        found: Tensor = self.net(resize(x, _over(x.shape[2:], self.shrink)))
+        return found
 
 
-class CascadeHead(nn.Module):
+class CascadeHead(Head):
     """The temporary head of deep cascade learning: flatten, 512, 256, classes, with ReLU and dropout of 0.5.
 
     Marquez, Hare & Niranjan, "Deep cascade learning" (2018), released code. A map is averaged until it has at
@@ -90,14 +91,11 @@ class CascadeHead(nn.Module):
         hidden: tuple[int, ...] = (512, 256),
         dropout: float = 0.5,
         dim_in_decoder: int = 4096,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.readout = plan = plan_readout(spec, output, layout, output_layout)
-        at = placement(spec, device, dtype)
+        super().__init__(spec, output, **options)
+        plan = self.readout
+        at = placement(spec, **options)
         self.pool = Pooling(plan, spec, dim_in_decoder)
         width, layers = self.pool.features, []
         for units in hidden:
@@ -105,12 +103,13 @@ class CascadeHead(nn.Module):
             width = units
         self.net = nn.Sequential(*layers, nn.Linear(width, plan.out_features, **at))
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
-        return self.readout.write(self.net(self.pool(h)))
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
+        x: Tensor = self.net(self.pool(h))
+        return x
 
 
-class InfoProHead(nn.Module):
+class InfoProHead(Head):
     """InfoPro's head "1c2f": conv3x3, BN, ReLU, mean over the map, linear, ReLU, linear.
 
     Wang et al., "Revisiting locally supervised learning" (ICLR 2021), released code: the convolution has
@@ -126,14 +125,11 @@ class InfoProHead(nn.Module):
         hidden: int = 128,
         channels: int | None = None,
         stride: int | None = None,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.readout = plan = plan_readout(spec, output, layout, output_layout)
-        at: Any = placement(spec, device, dtype)
+        super().__init__(spec, output, **options)
+        plan = self.readout
+        at: Any = placement(spec, **options)
         width = plan.in_features
         self.spatial = _is_map(plan)
         step = stride or (2 if self.spatial and min(plan.layout.sizes(spec)) > 8 else 1)
@@ -149,10 +145,11 @@ class InfoProHead(nn.Module):
         rest = [nn.Linear(wide, hidden, **at), nn.ReLU(), nn.Linear(hidden, plan.out_features, **at)]
         self.net = nn.Sequential(*first, *rest)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
         plan = self.readout
-        return plan.write(self.net(plan.layout.first(h) if self.spatial else plan.read(h)))
+        x: Tensor = self.net(plan.layout.first(h) if self.spatial else plan.read(h))
+        return x
 
 
 class _To(nn.Module):
@@ -179,5 +176,5 @@ def _norm(plan: Readout) -> type[nn.Module]:
     return nn.LayerNorm if plan.per_position else nn.BatchNorm1d
 
 
-def _halved(sizes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(-(-n // 2) for n in sizes)
+def _over(sizes: Sequence[int], shrink: int) -> tuple[int, ...]:
+    return tuple(-(-n // shrink) for n in sizes)

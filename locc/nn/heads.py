@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,65 +16,29 @@ from locc.ir.spec import TensorSpec
 from locc.nn.building import ADAPTIVE_POOL, BATCH_NORM, CONV, check_shapes, placement
 from locc.nn.conv_heads import CascadeHead, GreedyHead, InfoProHead
 from locc.nn.layout import Layout, regrid, resize
-from locc.nn.readout import plan_readout
-
-Device = torch.device | str | None
+from locc.nn.readout import Head, HeadOptions
 
 
-class LinearHead(nn.Module):
+class LinearHead(Head):
     """Pool and linear, or linear at every position: any boundary to the output's shape."""
 
     def __init__(
         self,
         spec: TensorSpec,
         output: TensorSpec,
-        *,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.readout = plan_readout(spec, output, layout, output_layout)
-        at = placement(spec, device, dtype)
+        super().__init__(spec, output, **options)
+        at = placement(spec, **options)
         self.linear = nn.Linear(self.readout.in_features, self.readout.out_features, **at)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
-        return self.readout.write(self.linear(self.readout.read(h)))
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
+        y: Tensor = self.linear(self.readout.read(h))
+        return y
 
 
-class MLPHead(nn.Module):
-    """Pool, `depth` x (linear, ReLU), linear; at every position for token-level and dense outputs."""
-
-    def __init__(
-        self,
-        spec: TensorSpec,
-        output: TensorSpec,
-        *,
-        hidden: int | None = None,
-        depth: int = 1,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.readout = plan_readout(spec, output, layout, output_layout)
-        at = placement(spec, device, dtype)
-        width = self.readout.in_features
-        layers: list[nn.Module] = []
-        for _ in range(depth):
-            layers += [nn.Linear(width, hidden or width, **at), nn.ReLU()]
-            width = hidden or width
-        self.net = nn.Sequential(*layers, nn.Linear(width, self.readout.out_features, **at))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
-        return self.readout.write(self.net(self.readout.read(h)))
-
-
-class FixedHead(nn.Module):
+class FixedHead(Head):
     """Random linear classifier that never trains: M ~ U(+-1/sqrt(d)), no bias, kept in a buffer.
 
     Mostafa, Ramesh & Cauwenberghs, "Deep supervised learning using local errors".
@@ -84,58 +50,49 @@ class FixedHead(nn.Module):
         self,
         spec: TensorSpec,
         output: TensorSpec,
-        *,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.readout = plan_readout(spec, output, layout, output_layout)
+        super().__init__(spec, output, **options)
         width = self.readout.in_features
-        weight = torch.empty(self.readout.out_features, width, **placement(spec, device, dtype))
+        weight = torch.empty(self.readout.out_features, width, **placement(spec, **options))
         # A buffer reaches neither the optimiser nor weight decay, and is saved with the rest.
         self.register_buffer("weight", weight.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width)))
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
-        return self.readout.write(F.linear(self.readout.read(h), self.weight))
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
+        return F.linear(self.readout.read(h), self.weight)
 
 
-class MLPSRHead(nn.Module):
-    """DGL's spatially-reduced MLP ("MLP-SR") head.
+class DGLHead(Head):
+    """DGL's spatially-reduced MLP ("MLP-SR") head; with `convs=0` its "MLP" head.
 
     Belilovsky, Eickenberg & Oyallon, "Decoupled greedy learning of CNNs". On images: adaptive pool to
-    ceil(size/4), 3 x (conv1x1 C->C, BN, ReLU), pool to 2x2, 3 x (linear 4C->4C, BN, ReLU), linear. Elsewhere:
+    ceil(size/4), `convs` x (conv1x1 C->C, BN, ReLU), pool to 2x2, 3 x (linear 4C->4C, BN, ReLU), linear.
+    From memory of the released code: the convolutions have no bias, the linear layers have one, and "MLP" is
+    the same class without convolutions. Elsewhere:
       * sequences and 1-D images: the same in one dimension, pooled to 4 positions; 3-D: to 2x2x2;
       * flat values and class tokens: 3 x (linear, BN, ReLU), linear, as there is no space to reduce;
       * a linear layer per token: 3 x (linear, LayerNorm, ReLU), linear, unpooled: batch statistics over
         positions would let a token see those after it;
-      * dense outputs of images: the conv1x1 part at ceil(size/4), conv1x1, resized to the output.
+      * dense outputs of images: 3 x conv1x1 at ceil(size/4), conv1x1, resized to the output.
     Initial values of the ImageNet code: convolutions Kaiming normal (fan-out), linear layers N(0, 0.01^2).
     """
 
     def __init__(
-        self,
-        spec: TensorSpec,
-        output: TensorSpec,
-        *,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        self, spec: TensorSpec, output: TensorSpec, *, convs: int = 3, **options: Unpack[HeadOptions]
     ) -> None:
-        super().__init__()
-        self.readout = plan = plan_readout(spec, output, layout, output_layout)
+        super().__init__(spec, output, **options)
+        plan = self.readout
         found, width = plan.layout, plan.in_features
-        at: Any = placement(spec, device, dtype)
+        at: Any = placement(spec, **options)
         tokens = plan.per_position and found.kind == "sequence"
         self.spatial: nn.Module | None = None
         if found.kind != "flat" and not found.class_token and not tokens:
             rank = len(found.position_dims) if plan.folded_in == 1 else 1
             layers: list[nn.Module] = [_Quarter(rank)]
-            for _ in range(3):
-                layers += [CONV[rank](width, width, 1, **at), BATCH_NORM[rank](width, **at), nn.ReLU()]
+            for _ in range(3 if plan.per_position else convs):
+                conv = CONV[rank](width, width, 1, bias=False, **at)
+                layers += [conv, BATCH_NORM[rank](width, **at), nn.ReLU()]
             if not plan.per_position:
                 grid = {1: (4,), 2: (2, 2), 3: (2, 2, 2)}[rank]
                 layers += [ADAPTIVE_POOL[rank](grid), nn.Flatten()]
@@ -148,16 +105,13 @@ class MLPSRHead(nn.Module):
         self.dense = nn.Sequential(*dense, nn.Linear(width, plan.out_features, **at))
         self.apply(_dgl_init)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
         plan = self.readout
-        if self.spatial is None:
-            return plan.write(self.dense(plan.read(h)))
-        x: Tensor = self.spatial(plan.layout.first(plan.unfold(h)))
-        if not plan.per_position:
-            return plan.write(self.dense(x))
-        y: Tensor = self.dense(x.movedim(1, -1)).movedim(-1, 1)
-        return plan.write(regrid(y, plan.positions(h)).movedim(1, -1))
+        x: Tensor = plan.read(h) if self.spatial is None else self.spatial(plan.layout.first(plan.unfold(h)))
+        reduced = self.spatial is not None and plan.per_position
+        y: Tensor = self.dense(x.movedim(1, -1) if reduced else x)
+        return regrid(y.movedim(-1, 1), plan.positions(h)).movedim(1, -1) if reduced else y
 
 
 class _Quarter(nn.Module):
@@ -177,14 +131,14 @@ def _dgl_init(layer: nn.Module) -> None:
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(layer, nn.Linear):
         nn.init.normal_(layer.weight, std=0.01)
-    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
-HEADS: dict[str, type[nn.Module]] = {
+HEADS: dict[str, Callable[..., nn.Module]] = {
     "linear": LinearHead,
-    "mlp": MLPHead,
-    "mlp-sr": MLPSRHead,
+    "mlp-sr": DGLHead,
+    "mlp": partial(DGLHead, convs=0),
+    "cnn": partial(GreedyHead, halve=False),
     "fixed": FixedHead,
     "greedy": GreedyHead,
     "cascade": CascadeHead,
@@ -197,10 +151,6 @@ def build_head(
     output: TensorSpec,
     kind: str = "linear",
     layout: Layout | str | None = None,
-    *,
-    output_layout: Layout | str | None = None,
-    device: Device = None,
-    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a head whose result has the shape of the model's output, so that the user's loss applies.
@@ -209,21 +159,17 @@ def build_head(
         spec: the boundary.
         output: the model's output: [B,C] or [B] (per sample), [B,T,V], [B,V,T], [T,B,V] or [T*B,V] (per
             token), [B,C,*space] or [B,*space,C] (dense).
-        kind: "linear", "mlp" (options hidden, depth), "mlp-sr", "fixed", "greedy" (depth, width), "cascade"
-            (hidden, dropout, dim_in_decoder) or "infopro" (hidden, channels, stride).
+        kind: "linear", DGL's "mlp-sr", "mlp" and "cnn" (options depth, width), "fixed", "greedy" (depth,
+            width), "cascade" (hidden, dropout, dim_in_decoder) or "infopro" (hidden, channels, stride).
         layout: of the boundary, where `guess_layout` guesses wrong.
-        output_layout: of the output, likewise.
-        device: of the parameters.
-        dtype: of the parameters; the boundary's unless given.
-        **options: of the head's class.
+        **options: `output_layout`, where it is guessed wrong; `device` and `dtype` of the parameters (the
+            boundary's dtype unless given); and those of the kind.
 
     Raises:
         MethodError: an unknown kind, or no way from `spec` to `output`.
     """
     if kind not in HEADS:
         raise MethodError(f"head {kind!r} is unknown; {nearest(kind, HEADS)}")
-    head = HEADS[kind](
-        spec, output, layout=layout, output_layout=output_layout, device=device, dtype=dtype, **options
-    )
+    head = HEADS[kind](spec, output, layout=layout, **options)
     check_shapes(head, (spec,), output, f"the {kind} head")
     return head

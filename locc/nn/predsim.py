@@ -6,7 +6,7 @@ Nøkland & Eidnes, "Training neural networks with local error signals" (ICML 201
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from locc.ir.spec import TensorSpec
 from locc.nn.building import CONV, check_shapes, placement, zero_
+from locc.nn.feedback import feedback_linear
 from locc.nn.layout import Layout, ceil_div, guess_layout, pool_kernel
-from locc.nn.readout import Readout, plan_readout
+from locc.nn.readout import Head, HeadOptions, Readout
 
 _AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
@@ -47,11 +48,14 @@ class Pooling(nn.Module):
         return pooled.flatten(1)
 
 
-class PredHead(nn.Module):
+class PredHead(Head):
     """The classifier of `pred`: average pooling, flatten, linear with zero-initialised weight.
 
-    The pooling is that of `Pooling` with `dim_in_decoder` features.
+    The pooling is that of `Pooling` with `dim_in_decoder` features. With `feedback` errors go back through a
+    matrix B ~ U(+-1/sqrt(features)) that is drawn once, instead of the weight.
     """
+
+    feedback: Tensor | None
 
     def __init__(
         self,
@@ -59,34 +63,38 @@ class PredHead(nn.Module):
         output: TensorSpec,
         *,
         dim_in_decoder: int = 4096,
-        layout: Layout | str | None = None,
-        output_layout: Layout | str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        feedback: bool = False,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.readout = plan_readout(spec, output, layout, output_layout)
+        super().__init__(spec, output, **options)
         self.pool = Pooling(self.readout, spec, dim_in_decoder)
-        at = placement(spec, device, dtype)
+        at = placement(spec, **options)
         self.linear = nn.Linear(self.pool.features, self.readout.out_features, **at)
+        drawn = self.linear.weight.detach().clone() if feedback else None  # the law of nn.Linear
+        self.register_buffer("feedback", drawn)
         zero_(self.linear, bias=False)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map the boundary `h` to the output's shape."""
-        return self.readout.write(self.linear(self.pool(h)))
+    def rows(self, h: Tensor) -> Tensor:
+        """Return the classifier's result."""
+        x: Tensor = self.pool(h)
+        if self.feedback is not None:
+            return feedback_linear(x, self.linear.weight, self.linear.bias, self.feedback)
+        y: Tensor = self.linear(x)
+        return y
 
 
 class SimHead(nn.Module):
     """The map z(h) of `sim`: linear n->n, conv 3x3 with the same channels, or linear per position; no bias.
 
     Returns z as [B,D] or [B,D,*positions] whatever the boundary's layout: the form `similarity_matrix`
-    takes. A sequence has no kernel over time, so that a causal model stays causal.
+    takes. A sequence has no kernel over time, so that a causal model stays causal. With `bare` z is h itself.
     """
 
     def __init__(
         self,
         spec: TensorSpec,
         *,
+        bare: bool = False,
         layout: Layout | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -96,7 +104,9 @@ class SimHead(nn.Module):
         width = self.layout.channels(spec)
         at: Any = placement(spec, device, dtype)
         self.map: nn.Module
-        if self.layout.kind == "image":
+        if bare:
+            self.map = nn.Identity()
+        elif self.layout.kind == "image":
             self.map = CONV[len(self.layout.position_dims)](width, width, 3, padding=1, bias=False, **at)
         else:
             self.map = nn.Linear(width, width, bias=False, **at)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import TypedDict, Unpack
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from locc.errors import MethodError
 from locc.ir.spec import BatchDim, TensorSpec
@@ -83,6 +86,31 @@ class Readout:
         if self.folded_out:
             return split_dim(e, 0, (-1, *self.target))
         return e if self.output is None else self.output.last(e)
+
+
+class HeadOptions(TypedDict, total=False):
+    """What every head takes: layouts, where a guess from shapes is wrong; where its parameters are made."""
+
+    layout: Layout | str | None
+    output_layout: Layout | str | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class Head(nn.Module, ABC):
+    """A network from a boundary to a value of the output's shape; a subclass says what it makes of rows."""
+
+    def __init__(self, spec: TensorSpec, output: TensorSpec, **options: Unpack[HeadOptions]) -> None:
+        super().__init__()
+        self.readout = plan_readout(spec, output, options.get("layout"), options.get("output_layout"))
+
+    @abstractmethod
+    def rows(self, h: Tensor) -> Tensor:
+        """Return what `Readout.write` takes, for the boundary `h`."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map the boundary `h` to the output's shape."""
+        return self.readout.write(self.rows(h))
 
 
 def plan_readout(

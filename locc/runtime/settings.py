@@ -13,6 +13,7 @@ from torch import nn
 from locc.errors import LoccError, MethodError, nearest
 from locc.ir import Owner, TrainingGraph
 from locc.ir.captured import strip
+from locc.optimizers import keep_norms
 from locc.recipes import Recipe
 from locc.runtime.backends import BACKENDS
 from locc.runtime.learner import Learner
@@ -117,6 +118,8 @@ class Settings:
                 optimizer = self._optimizer(owner, parameters, paths)
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"] * owner.lr_scale
+                if owner.keeps_norms:
+                    keep_norms(optimizer)
                 found[name] = Learner(name, parameters, optimizer, self.clip)
         return found
 

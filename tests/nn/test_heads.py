@@ -11,7 +11,7 @@ from locc.nn import Layout, build_head, build_pred_head, one_hot, plan_readout
 from locc.nn.layout import pool_kernel
 from nn.specs import BOUNDARIES, OUTPUTS, B, spec, value
 
-KINDS = ["linear", "mlp", "mlp-sr", "fixed", "pred"]
+KINDS = ["linear", "mlp", "mlp-sr", "cnn", "fixed", "pred"]
 
 
 def build(kind, s, output, **options):
@@ -105,10 +105,34 @@ def test_mlp_sr_is_the_net_of_the_paper():
     assert kinds == ["_Quarter", *block * 3, "AdaptiveAvgPool2d", "Flatten", *dense * 3, "Linear"]
     assert head.spatial[0](torch.zeros(2, 8, 10, 9)).shape == (2, 8, 3, 3)
     assert head.spatial[1].weight.shape == (8, 8, 1, 1)
+    assert head.spatial[1].bias is None
     assert head.dense[0].weight.shape == (32, 32)
     big = build_head(spec(B, 64, 8, 8, dtype=torch.float32), spec(B, 10), "mlp-sr")
     assert abs(big.dense[0].weight.std().item() - 0.01) < 1e-3
     assert abs(big.spatial[1].weight.std().item() - (2 / 64) ** 0.5) < 0.01
+
+
+def layers(head):
+    return [str(m).partition(", b")[0] for m in head.modules() if not list(m.children())]
+
+
+def test_the_other_heads_of_dgl():
+    """MLP-SR without its convolutions, and two 3x3 convolutions of the boundary's size and channels."""
+    s, out = spec(B, 4, 9, 8), spec(B, 5)
+    mlp, cnn, h = build_head(s, out, "mlp"), build_head(s, out, "cnn"), value(s)
+    linear, norm = "Linear(in_features=16, out_features=16", "BatchNorm1d(16, eps=1e-05, momentum=0.1"
+    last = "Linear(in_features=16, out_features=5"
+    kinds = [*[linear, norm, "ReLU()"] * 3, last]
+    assert [name.partition(", affine")[0] for name in layers(mlp)[3:]] == kinds
+    small = F.adaptive_avg_pool2d(F.adaptive_avg_pool2d(h, (3, 2)), 2).flatten(1)
+    torch.testing.assert_close(mlp(h), mlp.dense(small), atol=1e-12, rtol=0)
+    first, norm1, _, second, norm2, *_, norm3, _, linear = cnn.net
+    x = norm2(F.conv2d(norm1(F.conv2d(h, first.weight, padding=1)).relu(), second.weight, padding=1)).relu()
+    torch.testing.assert_close(
+        cnn(h), linear(norm3(F.adaptive_avg_pool2d(x, 2)).flatten(1)), atol=1e-12, rtol=0
+    )
+    assert first.weight.shape == second.weight.shape == (4, 4, 3, 3)
+    assert first.bias is second.bias is None
 
 
 def test_the_fixed_head_trains_nothing():

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from locc.ir import TrainingGraph
-from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass, Recipe, spec_of
-from locc_passes.auxiliary_variables.blocks import UNUSED, Blocks, Formula, check
+from locc.rewrite import Pass, spec_of
+from locc_passes.auxiliary_variables.blocks import BlockMethod, Blocks, Formula, check
 from locc_passes.auxiliary_variables.formulas import (
     OUTPUTS,
     affine,
@@ -20,7 +20,7 @@ from locc_passes.auxiliary_variables.formulas import (
     fitted_input,
     fitted_weight,
 )
-from locc_passes.auxiliary_variables.layers import LAYERS, layers_of, unlayered
+from locc_passes.auxiliary_variables.layers import layers_of, unlayered
 
 
 def centered(m: Tensor, multiplier: Tensor, weight: float) -> Tensor:
@@ -115,7 +115,7 @@ def unlinear(ir: TrainingGraph) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class ADMM(Method):
+class ADMM(BlockMethod):
     """Alternating directions: layer-wise least squares, and a multiplier at the output.
 
     A step is some sweeps from the first layer up (see `UpwardSweep`); each brings the label down by one
@@ -124,20 +124,12 @@ class ADMM(Method):
     weights near and the system solvable, and the start is a forward pass, so that a minibatch moves the
     weights from where they are.
 
-    What trains is set by formulas and has no gradients: `optimizer=` and the schedules of rates do nothing,
-    and `accumulate`, `clip` and `scheduler` are refused. There are no phases. The user's loss is reported and
-    trains nothing; `output` is what does.
-
-    The variables live on while a step gets the same batch, in the same order, as the one before (full-batch
-    training; `shuffle=False`). On another batch they start anew by a forward pass, and the multiplier
-    at 0.
+    The user's loss is reported and trains nothing; `output` is what does. The variables live on while a step
+    gets the same batch, in the same order, as the one before (full-batch training; `shuffle=False`).
+    On another batch they start anew by a forward pass, and the multiplier at 0.
     """
 
-    family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Taylor et al. 2016, Training neural networks without gradients"
-    recipe: ClassVar[Recipe] = UNUSED
-    target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
-    opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
     beta: float = field(
         default=1.0,

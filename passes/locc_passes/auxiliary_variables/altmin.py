@@ -11,6 +11,7 @@ from torch import fx
 from torch.nn import functional
 
 from locc.ir import TrainingGraph
+from locc.losses import Loss
 from locc.rewrite import Method, OptimizerSpec, Pass, Recipe, add_all, is_rectified, range_of
 from locc_passes.auxiliary_variables.codes import InnerSteps, code_of, coded, mean_abs
 
@@ -76,7 +77,12 @@ class AltMin(Method):
 
     The codes are the modules' outputs, so cut after linear (and normalisation) layers, before the
     nonlinearity; the last module has none. They are made anew for every batch. The settings are those of
-    the released code, tuned with BatchNorm.
+    the released code, tuned with BatchNorm and cross-entropy. A squared loss counts 1 / mu times in the
+    energy of the codes, and the inner steps diverge once rate x curvature is above
+    2 (1 + momentum) / (1 + 2 momentum) = 1.36.
+
+    Two things differ from the released code: BatchNorm's statistics move once in a step, not with each of its
+    forwards; and its second variant (running sums of codes, coordinate descent on the weights) is not here.
     """
 
     family: ClassVar[str] = "auxiliary variables"
@@ -131,7 +137,13 @@ class AltMin(Method):
             raise ValueError(f"mu={self.mu}: the loss is divided by it, so it must be above 0")
 
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
-        """Warn of cuts after a nonlinearity."""
+        """Warn of cuts after a nonlinearity, and of a loss on which the inner steps may diverge."""
+        if len(ir.modules) > 1 and Loss.of(ir.loss_function).name == "mse":
+            yield (
+                f"a squared loss counts 1/mu = {1 / self.mu:.0f} times in the energy of the codes, whose "
+                f"inner steps of rate={self.rate:g} were set with cross-entropy and may diverge on it; lower "
+                "rate, or raise mu"
+            )
         values = dict.fromkeys(b.value for b in coded(ir))
         bent = [v for v in values if is_rectified(v, ir.root) or range_of(v, ir.root) != "linear"]
         if bent:

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import nn
-
 from locc.ir import TrainingGraph
-from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass, Recipe
-from locc_passes.auxiliary_variables.blocks import UNUSED, Blocks, Formula, check
+from locc.rewrite import Pass
+from locc_passes.auxiliary_variables.blocks import BlockMethod, Blocks, Formula, check
 from locc_passes.auxiliary_variables.descent import descended_bias, descended_input, descended_weight
 from locc_passes.auxiliary_variables.formulas import (
     OUTPUTS,
@@ -23,7 +21,7 @@ from locc_passes.auxiliary_variables.formulas import (
     fitted_weight,
     mean_of,
 )
-from locc_passes.auxiliary_variables.layers import LAYERS, unlayered
+from locc_passes.auxiliary_variables.layers import unlayered
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ _ROUNDS = {"help": "conjugate-gradient rounds for what a convolution reads", "ra
 
 
 @dataclass(frozen=True)
-class BCD3(Method):
+class BCD3(BlockMethod):
     """Block coordinate descent with products and activations as variables: every block in closed form.
 
     A step is one sweep from the output down; what follows is sums over samples, as published (see
@@ -164,20 +162,12 @@ class BCD3(Method):
     the old W (`old_weight`), which is no minimum. A nonlinearity other than ReLU and LeakyReLU has its U by
     an inner search, and what a convolution or a pooling reads by conjugate gradients.
 
-    What trains is set by formulas and has no gradients: `optimizer=` and the schedules of rates do nothing,
-    and `accumulate`, `clip` and `scheduler` are refused. There are no phases. The user's loss is reported and
-    trains nothing; `output` is what does.
-
-    The variables live on while a step gets the same batch, in the same order, as the one before (full-batch
-    training; `shuffle=False`). On another batch they start anew by a forward pass, and alpha keeps
-    W and b near.
+    The user's loss is reported and trains nothing; `output` is what does. The variables live on while a step
+    gets the same batch, in the same order, as the one before (full-batch training; `shuffle=False`).
+    On another batch they start anew by a forward pass, and alpha keeps W and b near.
     """
 
-    family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Zeng, Lau, Lin & Yao 2019, three-splitting"
-    recipe: ClassVar[Recipe] = UNUSED
-    target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
-    opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
     gamma: float = field(default=1.0, metadata=_GAMMA)
     rho: float = field(default=1.0, metadata=_RHO)
@@ -199,26 +189,18 @@ class BCD3(Method):
 
 
 @dataclass(frozen=True)
-class BCD2(Method):
+class BCD2(BlockMethod):
     """Block coordinate descent with activations as variables: nonlinear least squares by inner steps.
 
     A step is one sweep from the output down (see `TwoSplitSweep`). The paper leaves the inner solver open;
     here it is Gauss-Newton with one Cholesky factor for a block, shortened until the objective does not rise.
 
-    What trains is set by formulas and has no gradients: `optimizer=` and the schedules of rates do nothing,
-    and `accumulate`, `clip` and `scheduler` are refused. There are no phases. The user's loss is reported and
-    trains nothing; `output` is what does.
-
-    The variables live on while a step gets the same batch, in the same order, as the one before (full-batch
-    training; `shuffle=False`). On another batch they start anew by a forward pass, and alpha keeps
-    W and b near.
+    The user's loss is reported and trains nothing; `output` is what does. The variables live on while a step
+    gets the same batch, in the same order, as the one before (full-batch training; `shuffle=False`).
+    On another batch they start anew by a forward pass, and alpha keeps W and b near.
     """
 
-    family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Zeng, Lau, Lin & Yao 2019, two-splitting"
-    recipe: ClassVar[Recipe] = UNUSED
-    target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
-    opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
     gamma: float = field(default=1.0, metadata=_GAMMA)
     alpha: float = field(default=5.0, metadata=_ALPHA)

@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from locc.ir import TensorSpec, TrainingGraph
-from locc.rewrite import Method, Recipe, give_copy, in_place, spec_of
+from locc.rewrite import CLASS_IDS, NUMBERS, Method, Recipe, give_copy, in_place, spec_of
 from locc_passes.auxiliary_variables.formulas import OUTPUTS, labels, output_step
-from locc_passes.auxiliary_variables.layers import Layer, layers_of
+from locc_passes.auxiliary_variables.layers import LAYERS, Layer, layers_of
 
-UNUSED = Recipe(source="not used: what trains is set by formulas")
+
+@dataclass(frozen=True)
+class BlockMethod(Method):
+    """A method whose weights and auxiliary variables are set by formulas, and have no gradients.
+
+    `optimizer=` and the schedules of rates do nothing, and `accumulate`, `clip` and `scheduler` are refused.
+    There are no phases. The user's loss is reported and trains nothing; `output` is what does.
+    """
+
+    family: ClassVar[str] = "auxiliary variables"
+    recipe: ClassVar[Recipe] = Recipe(source="not used: what trains is set by formulas")
+    target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
+    opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from locc.ir import TensorSpec, TrainingGraph
-from locc.rewrite import CLASS_IDS, NUMBERS, Method, Pass, Recipe, spec_of
+from locc.rewrite import Pass, spec_of
 from locc_passes.auxiliary_variables.admm import unlinear
-from locc_passes.auxiliary_variables.blocks import UNUSED, Blocks, Formula, check
+from locc_passes.auxiliary_variables.blocks import BlockMethod, Blocks, Formula, check
 from locc_passes.auxiliary_variables.formulas import OUTPUTS, affine, bent
-from locc_passes.auxiliary_variables.layers import LAYERS, unlayered
+from locc_passes.auxiliary_variables.layers import unlayered
 from locc_passes.auxiliary_variables.products import Bend, Product
 
 CAP, RISES = 0.1, 3
@@ -199,7 +199,7 @@ class DownAndUp(Pass):
 
 
 @dataclass(frozen=True)
-class DLADMM(Method):
+class DLADMM(BlockMethod):
     """Alternating directions without inverses: gradient steps down and up the network.
 
     A step goes down and up once (see `DownAndUp`). The step of W and of a is 1 / t, t the first of 1, 2, 4,
@@ -209,20 +209,12 @@ class DLADMM(Method):
     their number, so on small batches in float32 such a step moves nothing, and the default is their last
     value. Hidden layers have no multiplier.
 
-    What trains is set by formulas and has no gradients: `optimizer=` and the schedules of rates do nothing,
-    and `accumulate`, `clip` and `scheduler` are refused. There are no phases. The user's loss is reported and
-    trains nothing; `output` is what does.
-
-    The variables live on while a step gets the same batch, in the same order, as the one before (full-batch
-    training; `shuffle=False`). On another batch they start anew by a forward pass, z_L at +1
-    for the class and -1 elsewhere.
+    The user's loss is reported and trains nothing; `output` is what does. The variables live on while a step
+    gets the same batch, in the same order, as the one before (full-batch training; `shuffle=False`).
+    On another batch they start anew by a forward pass, z_L at +1 for the class and -1 elsewhere.
     """
 
-    family: ClassVar[str] = "auxiliary variables"
     reference: ClassVar[str] = "Wang, Yu, Chen & Zhao 2019, dlADMM"
-    recipe: ClassVar[Recipe] = UNUSED
-    target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
-    opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
 
     rho: float = field(
         default=0.1, metadata={"help": "weight of every constraint", "range": (1e-6, 1.0), "scale": "log"}

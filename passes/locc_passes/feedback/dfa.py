@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from locc.errors import MethodError, nearest
 from locc.ir import Task, TensorSpec, TrainingGraph, inner
@@ -19,11 +19,11 @@ from locc.rewrite import (
     Pass,
     Recipe,
     add_all,
-    given_for,
     has_rows,
     output_error,
     unreached,
 )
+from locc_passes.feedback.given import given_matrix
 from locc_passes.feedback.published import RECIPE, advice
 from locc_passes.feedback.zero import ZeroWeights
 
@@ -84,14 +84,8 @@ class DirectFeedback(Pass):
             getattr(nn.init, f"{self.init}_")(network.matrix)
         if self.given is None:
             return network
-        found, wanted = given_for(self.given, owner, spec, output, "feedback"), tuple(network.matrix.shape)
-        if not isinstance(found, Tensor) or tuple(found.shape) not in (
-            wanted,
-            (network.readout.in_features, wanted[1]),
-        ):
-            text = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise MethodError(f"feedback of module '{owner}': give a tensor of shape {wanted}; found {text}")
-        network.matrix = found.detach().clone().to(network.matrix)
+        pooled = (network.readout.in_features, network.matrix.shape[1])
+        network.matrix = given_matrix(self.given, owner, (spec, output), network.matrix, pooled)
         return network
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from locc.ir import TrainingGraph
-from locc.rewrite import GradientChain, Method, OutputLoss, Pass, Recipe
+from locc.rewrite import Given, GradientChain, Method, OutputLoss, Pass, Recipe
 from locc_passes.feedback.layers import FeedbackLayers, opened
 from locc_passes.feedback.published import RECIPE, advice
 from locc_passes.feedback.zero import ZeroWeights
@@ -34,6 +34,13 @@ class FA(Method):
             "choices": ("kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"),
         },
     )
+    feedback: Given | None = field(
+        default=None,
+        metadata={
+            "help": "your own matrices: a dict by layer of tensors in the shape of its weight, or a factory "
+            "(spec of the weight, the same again[, layer's name]) -> tensor"
+        },
+    )
     zero_init: bool = field(
         default=False,
         metadata={"help": "start all forward weights and biases at zero (for tanh and sigmoid networks)"},
@@ -46,7 +53,7 @@ class FA(Method):
     def passes(self) -> Sequence[Pass]:
         """Return the feedback layers, the loss and the chain."""
         start = (ZeroWeights(),) if self.zero_init else ()
-        return (*start, FeedbackLayers(self.init), OutputLoss(), GradientChain())
+        return (*start, FeedbackLayers(self.init, self.feedback), OutputLoss(), GradientChain())
 
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
         """Warn of ReLUs without normalisation."""

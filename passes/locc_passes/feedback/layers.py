@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from locc.ir import TrainingGraph, call_with, owned_tensor, strip
+from locc.ir import TensorSpec, TrainingGraph, call_with, owned_tensor, strip
 from locc.nn import draw_feedback, feedback_call
-from locc.rewrite import Pass, learned, spec_of
+from locc.rewrite import Given, Pass, learned, spec_of
+from locc_passes.feedback.given import given_matrix
 from locc_passes.feedback.products import products, spelled
 
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -48,11 +49,13 @@ class FeedbackLayers(Pass):
 
     That is a call of a linear or convolution layer, or of a function (`F.linear`, `x @ w`, attention's packed
     projections, what a layer with a forward of its own calls). Forward value, weight and bias gradient stay
-    exact; the gradient to the input goes through a matrix B of the weight's shape, drawn once. Uses of one
-    weight share one B. What reads only data or frozen layers sends no gradient, so it stays as it is.
+    exact; the gradient to the input goes through a matrix B of the weight's shape, drawn once or `given`, by
+    the layer's path. Uses of one weight share one B. What reads only data or frozen layers sends no gradient,
+    so it stays as it is.
     """
 
     init: str = "kaiming_uniform"
+    given: Given | None = None
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Refuse models in which some product with a weight would keep its exact gradient."""
@@ -88,7 +91,7 @@ class FeedbackLayers(Pass):
             key = id(next(p for n, p in layer.named_parameters() if "weight" in n))
             if key not in paths:
                 weight = layer.weight.detach()  # type: ignore[operator]
-                held = FeedbackMatrix(draw_feedback(weight, self.init))
+                held = FeedbackMatrix(self._of(strip(path), draw_feedback(weight, self.init)))
                 paths[key] = ir.add_module(f"feedback_{strip(path)}", held)
             holder = ir.read(owner, path, role="module")
             matrix = ir.read(owner, f"{paths[key]}.matrix", role="feedback")
@@ -110,14 +113,21 @@ class FeedbackLayers(Pass):
                     drawn = torch.empty(spec.concrete(1), dtype=spec.dtype, device=_device(ir))
                     drawn = drawn.mT if product.right else drawn
                     drawn = draw_feedback(drawn, self.init)
-                    held = FeedbackMatrix(drawn.mT.contiguous() if product.right else drawn)
-                    paths[key] = ir.add_module(f"feedback_{_parameter(weight)}", held)
+                    drawn, name = drawn.mT.contiguous() if product.right else drawn, _parameter(weight)
+                    held = FeedbackMatrix(self._of(name, drawn))
+                    paths[key] = ir.add_module(f"feedback_{name}", held)
                 matrices.append(ir.read(product.node.meta["owner"], f"{paths[key]}.matrix", role="feedback"))
             node, one = product.node, len(matrices) == 1
             node.meta.update(stands_for=(node.op, node.target), made_by=self.label)
             assert product.replacement is not None
             node.op, node.target = "call_function", product.replacement
             node.args = (node.args, matrices[0] if one else tuple(matrices))
+
+    def _of(self, name: str, drawn: Tensor) -> Tensor:
+        """Return the user's matrix of a layer, or what was drawn."""
+        if self.given is None:
+            return drawn
+        return given_matrix(self.given, name, (TensorSpec.of(drawn), TensorSpec.of(drawn)), drawn)
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
         """Every layer left hands no gradient down."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -103,6 +103,16 @@ def _scale(root: nn.Module, use: fx.Node, held: Tensor) -> float:
 
 
 @dataclass(frozen=True)
+class StrictNorms(Pass):
+    """Rescales, after each update, every weight to the norm that it has at the start."""
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Say so of every owner."""
+        for owner in list(ir.owners):
+            ir.keep_norms(owner)
+
+
+@dataclass(frozen=True)
 class UniformSigns(Method):
     """Sign-symmetric feedback, uniform: errors go back through the signs of the weights, all of one size.
 
@@ -116,9 +126,18 @@ class UniformSigns(Method):
     opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
     sizes: ClassVar[str] = ALIKE
 
+    normalize: bool = field(
+        default=False,
+        metadata={
+            "help": "strict normalisation: each update leaves a weight at its initial norm (Moskovitz, "
+            "Litwin-Kumar & Abbott 2018)"
+        },
+    )
+
     def passes(self) -> Sequence[Pass]:
         """Return the feedback layers and their signs, the loss and the chain."""
-        return (FeedbackLayers(), SignSymmetry(self.sizes), OutputLoss(), GradientChain())
+        norms = (StrictNorms(),) if self.normalize else ()
+        return (FeedbackLayers(), SignSymmetry(self.sizes), OutputLoss(), GradientChain(), *norms)
 
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
         """Warn of networks without normalisation."""

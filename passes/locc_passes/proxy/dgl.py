@@ -16,7 +16,8 @@ class DGL(Method):
 
     Module k minimises loss(aux_k(f_k(sg h_{k-1})), y) over its own and its head's parameters, and passes
     sg h_k on; the last module's head is the network's own. Belilovsky, Eickenberg & Oyallon, "Decoupled
-    greedy learning of CNNs" (2020), with the MLP-SR heads of the released code.
+    greedy learning of CNNs" (2020), with the MLP-SR heads of the released code; the paper compares these with
+    two others, "mlp" and "cnn", whose details are from memory of that code.
     """
 
     family: ClassVar[str] = "proxy"
@@ -31,11 +32,11 @@ class DGL(Method):
     head: str | Factory = field(
         default="auto",
         metadata={
-            "help": "mlp-sr (the paper's), or locc's own mlp (pool, linear, ReLU, linear; not the paper's "
-            "MLP variant) or linear; each adapts to flat, sequence and image boundaries. auto: mlp-sr "
-            "on images, as in the paper, and linear elsewhere. From Python also a factory (boundary spec, "
-            "output spec) -> module",
-            "choices": ("auto", "mlp-sr", "mlp", "linear"),
+            "help": "the paper's mlp-sr (reduced maps, 1x1 convolutions, MLP), mlp (the same without "
+            "convolutions) or cnn (two 3x3 convolutions at full size), or linear; each adapts to flat, "
+            "sequence and image boundaries. auto: mlp-sr on images, as in the paper, and linear elsewhere. "
+            "From Python also a factory (boundary spec, output spec) -> module",
+            "choices": ("auto", "mlp-sr", "mlp", "cnn", "linear"),
         },
     )
     layout: str | None = field(

@@ -8,9 +8,19 @@ from typing import ClassVar
 
 from torch import nn
 
+from locc.errors import nearest
 from locc.nn import Factory
 from locc.rewrite import CLASS_IDS, NUMBERS, AttachHeads, LossLike, Method, OptimizerSpec, Pass, Recipe
-from locc_passes.proxy.similarity import AttachSimilarityHeads, LocalErrors, OutputError, complement
+from locc_passes.proxy.similarity import (
+    AttachSignHeads,
+    AttachSimilarityHeads,
+    LocalErrors,
+    OutputError,
+    complement,
+)
+from locc_passes.proxy.unsupervised import Unsupervised
+
+UNSUPERVISED = ("none", "sim", "recon")
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,11 @@ class PredSim(Method):
     Dropout counts as ending a module if its result is what the module sends: an `nn.Dropout*` or a dropout
     function, also as the last layer of an `nn.Sequential` that a split names, or inside the forward of a
     submodule that a split names. Dropout deeper inside is the module's own business.
+
+    With `bio`, the paper's biologically plausible variant: z(h) is h; a fixed random matrix P brings labels y
+    to `target_proj_size` numbers; sim has S(P y) for S(Y), and pred is the binary cross-entropy of the signs
+    [P y > 0], whose classifier passes its error through a fixed random matrix. With `loss_unsup` the
+    objective is alpha unsup + (1 - alpha) of it. Both are from memory of the released code.
     """
 
     family: ClassVar[str] = "proxy"
@@ -38,8 +53,12 @@ class PredSim(Method):
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
     label: ClassVar[str] = "predsim"
 
-    beta: float = field(
-        default=0.99, metadata={"help": "weight of sim; 1 - beta is that of pred", "range": (0.0, 1.0)}
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "weight of sim; 1 - beta is that of pred; unless given, 0.99, and 0.01 with bio",
+            "range": (0.0, 1.0),
+        },
     )
     output_weight: float | None = field(
         default=None,
@@ -73,6 +92,32 @@ class PredSim(Method):
         default=False,
         metadata={"help": "start the weight of the output layer at zero, as the released code does"},
     )
+    bio: bool = field(
+        default=False, metadata={"help": "the biologically plausible variant: projected labels, no map z"}
+    )
+    target_proj_size: int = field(
+        default=128,
+        metadata={
+            "help": "with bio: numbers that a label is projected to",
+            "range": (8, 1024),
+            "scale": "log",
+        },
+    )
+    loss_unsup: str = field(
+        default="none",
+        metadata={
+            "help": "a local loss without labels: sim (the similarities of the module's input) or recon (the "
+            "input itself; the first module has none)",
+            "choices": UNSUPERVISED,
+        },
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "weight of loss_unsup, if there is one; 1 - alpha is then that of sim and pred",
+            "range": (0.0, 0.9),
+        },
+    )
     sim_head: Factory | None = field(
         default=None, metadata={"help": "factory (boundary spec, output spec) -> module of z(h)"}
     )
@@ -81,12 +126,21 @@ class PredSim(Method):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
+        if self.beta is not None and not 0 <= self.beta <= 1:
             raise ValueError(f"beta={self.beta}: give a weight from 0 (pred) to 1 (sim)")
         if self.output_weight is not None and not self.output_weight > 0:
             raise ValueError(f"output_weight={self.output_weight}: give a weight above 0")
         if self.dim_in_decoder < 1:
             raise ValueError(f"dim_in_decoder={self.dim_in_decoder}: give at least 1")
+        if self.target_proj_size < 1:
+            raise ValueError(f"target_proj_size={self.target_proj_size}: give at least 1")
+        if self.loss_unsup not in UNSUPERVISED:
+            raise ValueError(f"loss_unsup={self.loss_unsup!r}; {nearest(self.loss_unsup, UNSUPERVISED)}")
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"alpha={self.alpha}: give a weight from 0 to below 1")
+        own = [name for name in ("sim_head", "pred_head", "local_loss") if getattr(self, name) is not None]
+        if self.bio and own:
+            raise ValueError(f"bio=True has its own heads and loss; leave out {', '.join(own)}")
 
     def opened(self, model: nn.Module, splits: Sequence[str]) -> Iterator[str]:
         """Yield the dropout layers that may end a split submodule, so that h before them can be seen."""
@@ -96,20 +150,30 @@ class PredSim(Method):
 
     def passes(self) -> Sequence[Pass]:
         """Return the two kinds of heads, the local objectives, and the loss at the output."""
-        options = {} if self.pred_head else {"dim_in_decoder": self.dim_in_decoder}
+        beta = (0.01 if self.bio else 0.99) if self.beta is None else self.beta
+        alpha = 0.0 if self.loss_unsup == "none" else self.alpha
+        projected = self.target_proj_size if self.bio else None
         steps: list[Pass] = []
-        if self.beta > 0:
-            steps.append(AttachSimilarityHeads(self.sim_head, self.layout, self.undropped))
-        if self.beta < 1:
-            steps.append(AttachHeads(self.pred_head or "pred", self.layout, self.undropped, options))
+        if beta > 0 or self.loss_unsup == "sim":
+            steps.append(AttachSimilarityHeads(self.sim_head, self.layout, self.undropped, projected))
+        if beta < 1:
+            steps.append(self._classifiers())
+        if alpha:
+            steps.append(Unsupervised(weights=(alpha, alpha), undropped=self.undropped, kind=self.loss_unsup))
         weight = self.output_weight
         if weight is None:
-            weight = complement(self.beta) if 0 < self.beta < 1 else 1.0
+            weight = complement(beta) if 0 < beta < 1 else 1.0
         return (
             *steps,
-            LocalErrors(self.beta, self.local_loss, self.label),
+            LocalErrors(beta, self.local_loss, self.label, alpha),
             OutputError(weight, self.zero_output),
         )
+
+    def _classifiers(self) -> Pass:
+        if self.bio:
+            return AttachSignHeads(self.target_proj_size, self.dim_in_decoder, self.layout, self.undropped)
+        options = {} if self.pred_head else {"dim_in_decoder": self.dim_in_decoder}
+        return AttachHeads(self.pred_head or "pred", self.layout, self.undropped, options)
 
 
 @dataclass(frozen=True)
@@ -118,7 +182,7 @@ class Sim(PredSim):
 
     label: ClassVar[str] = "sim"
 
-    beta: float = field(default=1.0, init=False)
+    beta: float | None = field(default=1.0, init=False)
     dim_in_decoder: int = field(default=4096, init=False)
     local_loss: LossLike | None = field(default=None, init=False)
     pred_head: Factory | None = field(default=None, init=False)
@@ -131,7 +195,9 @@ class Pred(PredSim):
     target: ClassVar[tuple[str, ...]] = ()
     label: ClassVar[str] = "pred"
 
-    beta: float = field(default=0.0, init=False)
+    beta: float | None = field(default=0.0, init=False)
+    bio: bool = field(default=False, init=False)
+    target_proj_size: int = field(default=128, init=False)
     sim_head: Factory | None = field(default=None, init=False)
 
 

@@ -1,4 +1,4 @@
-"""The passes of `predsim`: similarity heads, and the weighted sum of the two local errors."""
+"""The passes of `predsim`: similarity heads, classifiers of projected labels, and the sum of local errors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from locc.errors import MethodError
 from locc.ir import BatchDim, Task, TensorSpec, TrainingGraph
-from locc.nn import Factory, Readout, build_sim_head, guess_layout, one_hot, plan_readout, sim_loss
+from locc.nn import (
+    Factory,
+    Readout,
+    build_head,
+    build_pred_head,
+    build_sim_head,
+    guess_layout,
+    one_hot,
+    plan_readout,
+    sim_loss,
+)
 from locc.rewrite import (
     LossLike,
     Pass,
@@ -41,11 +52,14 @@ class AttachSimilarityHeads(Pass):
             `locc.nn.build_sim_head` unless given.
         layout: hint for `locc.nn.guess_layout`.
         undropped: read a value before the dropout that ends its module.
+        projected: z is h itself, and is compared with labels that a fixed random matrix has brought to so
+            many numbers (the biologically plausible variant).
     """
 
     head: Factory | None = None
     layout: str | None = None
     undropped: bool = True
+    projected: int | None = None
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Every output's samples can be compared as the labels' are."""
@@ -64,15 +78,17 @@ class AttachSimilarityHeads(Pass):
         for owner, value in local_values(ir, self.undropped):
             path = ir.add_module(f"{owner}_sim_{value.name}", self._build(ir, owner, value))
             head = ir.call(owner, path, value, role="sim_head")
+            compare = [SimilarityLoss(readout(ir, value, task, self.layout), task.spec) for task in ir.tasks]
             head.meta["compare"] = [
-                SimilarityLoss(readout(ir, value, task, self.layout), task.spec) for task in ir.tasks
+                (loss, projection(ir, owner, i, loss, self.projected)) for i, loss in enumerate(compare)
             ]
 
     def _build(self, ir: TrainingGraph, owner: str, value: fx.Node) -> nn.Module:
         spec, output = spec_of(value), prediction_spec(ir)
         if self.head is not None:
             return build_custom(self.head, owner, spec, output, "similarity head", check=False)
-        make = partial(build_sim_head, layout=self.layout or layout_at(ir, value))
+        bare = self.projected is not None
+        make = partial(build_sim_head, bare=bare, layout=self.layout or layout_at(ir, value))
         return build(make, owner, spec, output)
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
@@ -83,31 +99,93 @@ class AttachSimilarityHeads(Pass):
 
 
 @dataclass(frozen=True)
+class AttachSignHeads(Pass):
+    """Gives each output of every module but the last a classifier of the signs of its projected labels.
+
+    The classifier learns by feedback alignment. Runs after `AttachSimilarityHeads` or in its place.
+
+    Attributes:
+        projected: how many numbers a fixed random matrix makes of a label.
+        dim_in_decoder: largest number of features that the classifier reads.
+        layout: hint for `locc.nn.guess_layout`.
+        undropped: read a value before the dropout that ends its module.
+    """
+
+    projected: int = 128
+    dim_in_decoder: int = 4096
+    layout: str | None = None
+    undropped: bool = True
+
+    def requires(self, ir: TrainingGraph) -> Iterator[str]:
+        """Every output's samples have labels, as for their similarities."""
+        yield from AttachSimilarityHeads(layout=self.layout, undropped=self.undropped).requires(ir)
+
+    def rewrite(self, ir: TrainingGraph) -> None:
+        """Build the classifiers and call them."""
+        for owner, value in local_values(ir, self.undropped):
+            for i, task in enumerate(ir.tasks):
+                compare = SignLoss(readout(ir, value, task, self.layout), task.spec)
+                shape = list(task.spec.shape)
+                shape[compare.class_dim] = self.projected
+                make = partial(
+                    build_pred_head,
+                    feedback=True,
+                    dim_in_decoder=self.dim_in_decoder,
+                    layout=self.layout or layout_at(ir, value),
+                    output_layout=output_layout(ir, task),
+                )
+                network = build(make, owner, spec_of(value), TensorSpec(tuple(shape), task.spec.dtype))
+                path = ir.add_module(f"{owner}_signs_{value.name}" + (f"_{i}" if i else ""), network)
+                head = ir.call(owner, path, value, role="sign_head")
+                head.meta["compare"] = (task, compare, projection(ir, owner, i, compare, self.projected))
+
+
+@dataclass(frozen=True)
 class LocalErrors(Pass):
     """Gives each of `local_modules` the objective beta * similarity loss + (1 - beta) * prediction loss.
 
     Attributes:
-        beta: weight of the similarity loss; a term of weight zero has no head and is left out.
+        beta: weight of the similarity loss; a term of weight zero is left out.
         loss: of the prediction heads, as in `objectives.LocalLoss`.
         name: under which the objective is reported.
+        alpha: weight of another objective of each module; this one has 1 - alpha.
     """
 
     beta: float
     loss: LossLike | None = field(default=None)
     name: str = "predsim"
+    alpha: float = 0.0
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the losses and the objectives."""
+        rest = complement(self.alpha)
         for owner in (o.name for o in local_modules(ir)):
-            sims = [
-                ir.emit(owner, compare, head, own_target(ir, owner, task), role="sim_loss", spec=ir.scalar)
-                for head in ir.nodes(owner, "sim_head")
-                for task, compare in zip(ir.tasks, head.meta["compare"], strict=True)
-            ]
-            predictions = [head_loss(ir, heads, self.loss) for heads in heads_of(ir, owner)]
-            terms = [weigh(ir, term, self.beta) for term in sims]
-            terms += [weigh(ir, term, complement(self.beta)) for term in predictions]
+            sims, predictions = self._similarities(ir, owner), self._predictions(ir, owner)
+            terms = [weigh(ir, term, round(rest * self.beta, 12)) for term in sims]
+            terms += [weigh(ir, term, round(rest * complement(self.beta), 12)) for term in predictions]
             ir.objective(owner, add_all(ir, owner, terms), self.name)
+
+    def _similarities(self, ir: TrainingGraph, owner: str) -> list[fx.Node]:
+        return [
+            self._compared(ir, head, task, compare, path, "sim_loss")
+            for head in (ir.nodes(owner, "sim_head") if self.beta else [])
+            for task, (compare, path) in zip(ir.tasks, head.meta["compare"], strict=True)
+        ]
+
+    def _predictions(self, ir: TrainingGraph, owner: str) -> list[fx.Node]:
+        found = [head_loss(ir, heads, self.loss) for heads in heads_of(ir, owner)]
+        for head in ir.nodes(owner, "sign_head"):
+            task, compare, path = head.meta["compare"]
+            found.append(self._compared(ir, head, task, compare, path, "sign_loss"))
+        return found
+
+    @staticmethod
+    def _compared(
+        ir: TrainingGraph, head: fx.Node, task: Task, compare: SimilarityLoss, path: str | None, role: str
+    ) -> fx.Node:
+        owner = str(head.meta["owner"])
+        given = [] if path is None else [ir.read(owner, path, role="projection")]
+        return ir.emit(owner, compare, head, own_target(ir, owner, task), *given, role=role, spec=ir.scalar)
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
         """Every module that trains on a local loss has an objective."""
@@ -159,6 +237,19 @@ def readout(ir: TrainingGraph, value: fx.Node, task: Task, layout: str | None) -
     return plan_readout(spec_of(value), task.spec, found, output_layout(ir, task))
 
 
+def projection(
+    ir: TrainingGraph, owner: str, task: int, loss: SimilarityLoss, size: int | None
+) -> str | None:
+    """Return the path of the fixed random matrix [size,C] of a module's labels for a task."""
+    if size is None:
+        return None
+    name = f"{owner}_projection".replace(".", "_") + (f"_{task}" if task else "")
+    if name not in ir.root.aux:
+        source, result = (TensorSpec((BatchDim(), n), loss.output.dtype) for n in (loss.classes, size))
+        ir.add_module(name, build(partial(build_head, kind="fixed"), owner, source, result))
+    return f"aux.{name}.weight"
+
+
 def classes(plan: Readout, output: TensorSpec) -> int:
     """Return the number of classes C that the prediction has."""
     if plan.squeeze:
@@ -200,9 +291,17 @@ class SimilarityLoss:
         self.class_dim = len(output.shape) - 1 if plan.output is None else plan.output.channel_dim
         self.__name__ = self.__qualname__ = "similarity_loss"
 
-    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
-        """Return the loss, shape [], for `z` as a similarity head gives it and the user's target."""
+    def __call__(self, z: Tensor, target: Tensor, projection: Tensor | None = None) -> Tensor:
+        """Return the loss, shape [], for `z` as a similarity head gives it and the user's target.
+
+        Args:
+            z: [B,D] or [B,D,*positions].
+            target: the user's.
+            projection: [N,C], by which labels are multiplied before they are compared.
+        """
         y = self.labels(target)
+        if projection is not None:
+            y = y.to(projection.dtype) @ projection.t()
         if self.plan.folded_in > 1:
             z = self.plan.unfold(z).movedim(-1, 1)
         if z.dim() == y.dim() == 2 and self.output.shape[0] != BatchDim():
@@ -214,3 +313,26 @@ class SimilarityLoss:
         if target.dim() < len(self.output.shape):
             target = one_hot(target, self.classes).movedim(-1, self.class_dim)
         return self.plan.rows_of(target)
+
+
+class SignLoss(SimilarityLoss):
+    """The loss of (scores, target, P): binary cross-entropy of [P y > 0], y the labels as vectors."""
+
+    def __init__(self, plan: Readout, output: TensorSpec) -> None:
+        super().__init__(plan, output)
+        self.__name__ = self.__qualname__ = "sign_loss"
+
+    def __call__(self, z: Tensor, target: Tensor, projection: Tensor | None = None) -> Tensor:
+        """Return the loss, shape [], a mean over the samples (or tokens) that have a label.
+
+        Args:
+            z: scores in the shape of the output, with N for its classes.
+            target: the user's.
+            projection: P [N,C].
+        """
+        assert projection is not None
+        scores, y = self.plan.rows_of(z), self.labels(target)
+        signs = (y.to(projection.dtype) @ projection.t() > 0).to(scores.dtype)
+        losses = F.binary_cross_entropy_with_logits(scores, signs, reduction="none").mean(-1)
+        labelled = (y != 0).any(-1).to(losses.dtype)
+        return (losses * labelled).sum() / labelled.sum().clamp_min(1)

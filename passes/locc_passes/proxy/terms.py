@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,6 +41,7 @@ class LocalTerm(Pass):
         name: of the objective.
         weights: of the term in the first module, and in the last but one; linear between them. Two modules
             have one local objective, with the first.
+        undropped: read a value before the dropout that ends its module.
     """
 
     single: ClassVar[bool] = False
@@ -47,6 +49,7 @@ class LocalTerm(Pass):
 
     name: str = "term"
     weights: tuple[float, float] = (1.0, 1.0)
+    undropped: bool = field(default=False, kw_only=True)
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Every module but the last sends a value that it can train on, and that the term can read."""
@@ -62,9 +65,9 @@ class LocalTerm(Pass):
         """Say why a value has no such term, if it has none."""
         return None
 
-    def term(self, ir: TrainingGraph, owner: str, value: fx.Node) -> fx.Node:
-        """Return the term of a value: a node of its owner of shape []."""
-        raise NotImplementedError
+    @abstractmethod
+    def term(self, ir: TrainingGraph, owner: str, value: fx.Node) -> fx.Node | None:
+        """Return the term of a value, a node of its owner of shape []; None if it has none."""
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add the terms and the objectives."""
@@ -72,9 +75,10 @@ class LocalTerm(Pass):
         for index, owner in enumerate(owners):
             weight = between(self.weights, index, len(owners))
             if weight:
-                values = [value for name, value in local_values(ir, undropped=False) if name == owner]
-                total = add_all(ir, owner, [self.term(ir, owner, value) for value in values])
-                ir.objective(owner, weigh(ir, total, weight), self.name)
+                values = [value for name, value in local_values(ir, self.undropped) if name == owner]
+                terms = [term for value in values if (term := self.term(ir, owner, value)) is not None]
+                if terms:
+                    ir.objective(owner, weigh(ir, add_all(ir, owner, terms), weight), self.name)
 
     def network(
         self,
@@ -115,9 +119,9 @@ class PairTerm(LocalTerm):
 
     single: ClassVar[bool] = True
 
+    @abstractmethod
     def loss(self, ir: TrainingGraph, value: fx.Node) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function of (value [B,...], class ids [B]) -> shape []."""
-        raise NotImplementedError
 
     def refusal(self, ir: TrainingGraph, value: fx.Node) -> str | None:
         """Each sample has one row and one label."""

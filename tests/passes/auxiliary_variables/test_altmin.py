@@ -363,3 +363,17 @@ def test_a_borrowed_parameter_is_refused():
     model[2].weight = model[0].weight
     with pytest.raises(MethodError, match="a code cannot stand for it: compile with tied='copy'"):
         locc.compile(model, "altmin", ["0"], example_inputs=torch.randn(5, 6), tied="owner")
+
+
+@pytest.mark.parametrize("times_the_bound", [0.95, 1.05])
+def test_inner_steps_on_a_squared_loss_diverge_beyond_the_bound(times_the_bound):
+    """Nesterov's SGD on a quadratic is stable up to rate x curvature = 2 (1 + 0.9) / (1 + 2 x 0.9)."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    curvature = 2 * torch.linalg.matrix_norm(model[1].weight, 2).item() ** 2 / (10 * 0.003) + 2 / 15
+    program = locc.compile(
+        model, "altmin", ["0"], loss="mse", example_inputs=x, optimizer=sgd(),
+        rate=times_the_bound * 3.8 / 2.8 / curvature, steps=200,
+    )  # fmt: skip
+    assert any("lower rate, or raise mu" in advice for advice in program.built.advice)
+    assert (program.step(x, y).objectives["0.codes"] < 1e3) == (times_the_bound < 1)

@@ -572,3 +572,47 @@ def test_what_libraries_do_is_backpropagation_with_the_weights_for_feedback(name
     program.step(x, y)
     for n, value in expected.items():
         torch.testing.assert_close(model.get_parameter(n), value, atol=1e-10, rtol=0, msg=n)
+
+
+class OneOfEach(nn.Module):
+    """A layer, and a product that stands right of its activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.mid = nn.Linear(6, 8), nn.Linear(8, 7)
+        self.out = nn.Parameter(torch.randn(7, 4) / 3)
+
+    def forward(self, x):
+        return torch.tanh(self.mid(torch.tanh(self.inp(x)))) @ self.out
+
+
+@pytest.mark.parametrize("factory", [False, True])
+def test_your_own_matrices(factory):
+    given = {"mid": torch.randn(7, 8), "out": torch.randn(7, 4)}
+    model, (x, y) = OneOfEach().to(D), batch("mlp")
+    program = locc.compile(
+        model, "fa", ["inp", "mid"], example_inputs=x, optimizer=sgd(),
+        feedback=(lambda source, result, name: given[name]) if factory else given,
+    )  # fmt: skip
+    w1, w2, w3 = (w.detach().clone() for w in (model.inp.weight, model.mid.weight, model.out))
+    h1 = torch.tanh(model.inp(x)).detach()
+    h2 = torch.tanh(model.mid(h1)).detach()
+    e = (torch.softmax(h2 @ w3, 1) - F.one_hot(y, 4)) / len(y)
+    d2 = e @ given["out"].to(D).T * (1 - h2**2)
+    d1 = d2 @ given["mid"].to(D) * (1 - h1**2)
+    program.step(x, y)
+    wanted = (w1 - 0.1 * d1.T @ x, w2 - 0.1 * d2.T @ h1, w3 - 0.1 * h2.T @ e)
+    for found, right in zip((model.inp.weight, model.mid.weight, model.out), wanted, strict=True):
+        torch.testing.assert_close(found.detach(), right, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mid": torch.zeros(8, 7), "out": torch.zeros(7, 4)}, r"'mid': give a tensor of shape \(7, 8\)"),
+        ({"mid": torch.zeros(7, 8)}, "module 'out': the dict has none for it; known: 'mid'"),
+    ],
+)
+def test_wrong_matrices_of_your_own_are_refused(given, message):
+    with pytest.raises(MethodError, match=message):
+        locc.compile(OneOfEach().to(D), "fa", ["inp"], example_inputs=batch("mlp")[0], feedback=given)

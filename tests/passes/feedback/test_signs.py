@@ -130,3 +130,22 @@ def test_parametrized_weights_show_their_own_signs():
     nn.functional.cross_entropy(twin(x), y).backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q.detach() - 0.1 * q.grad, atol=1e-12, rtol=0)
+
+
+def test_strict_normalisation_keeps_the_norm_of_each_weight():
+    """Against a twin without it, step by step: the same update, then the initial norm."""
+    model, x, y = mlp(), torch.randn(5, 6, dtype=D), torch.randint(4, (5,))
+    twin = copy.deepcopy(model)
+    program = locc.compile(model, "ss-usf", ["1"], example_inputs=x, optimizer=sgd(1.0), normalize=True)
+    plain = locc.compile(twin, "ss-usf", ["1"], example_inputs=x, optimizer=sgd(1.0))
+    norms = {name: p.norm() for name, p in model.named_parameters() if p.dim() > 1}
+    assert "weights keep their norms" in str(program.ir)
+    for _ in range(3):
+        program.step(x, y)
+        plain.step(x, y)
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                if name in norms:
+                    p.mul_(norms[name] / p.norm())
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, atol=1e-12, rtol=0)

@@ -75,7 +75,7 @@ def conv(width: int = 4, classes: int = 3) -> nn.Sequential:
     return nn.Sequential(first, second, nn.Sequential(nn.Flatten(), nn.Linear(96, classes)))
 
 
-@pytest.mark.parametrize("head", ["mlp-sr", "mlp", "linear"])
+@pytest.mark.parametrize("head", ["mlp-sr", "cnn", "linear"])
 def test_three_steps_equal_the_formulas(head: str) -> None:
     """The oracle: one module after the other, forward, CE of the auxiliary, SGD, pass the old output on."""
     model = conv().double()
@@ -337,11 +337,11 @@ def test_options() -> None:
 
 
 def test_the_default_head_is_the_papers_on_images_and_linear_elsewhere():
-    from locc.nn import LinearHead, MLPSRHead
+    from locc.nn import DGLHead, LinearHead
 
     image = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3))
     program = locc.compile(image, "dgl", ["0"], example_inputs=torch.randn(4, 1, 8, 8))
-    assert [type(head) for head in program.root.aux.values()] == [MLPSRHead]
+    assert [type(head) for head in program.root.aux.values()] == [DGLHead]
     flat = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     program = locc.compile(flat, "dgl", ["1"], example_inputs=torch.randn(4, 4))
     assert [type(head) for head in program.root.aux.values()] == [LinearHead]

@@ -106,6 +106,76 @@ def local_errors(program: locc.Program, index: int, h: Tensor, y: Tensor, c: int
     return s, F.cross_entropy(F.linear(F.avg_pool2d(h, kernel).flatten(1), layer.weight, layer.bias), y)
 
 
+def mine(program: locc.Program, k: int, kind: str) -> nn.Module:
+    (found,) = (m for n, m in program.root.aux.items() if n.startswith(f"{k}_{kind}"))
+    return found
+
+
+def variant(program: locc.Program, k: int, x: Tensor, h: Tensor, y: Tensor, options: Any) -> list[Tensor]:
+    """The two losses, and a last scalar that holds what feedback alignment adds to their gradient."""
+    hot, beta, alpha = F.one_hot(y, 3).to(h), options.get("beta", 0.99), options.get("alpha", 0.0)
+    if not options.get("bio"):
+        z = F.conv2d(h, mine(program, k, "sim").map.weight, padding=1)
+        sim, pred = local_errors(program, k, h, y, 3)
+        read = x if k else x.flatten(1)  # an image of one channel is compared as a vector
+        unsup = ((spread(z) - spread(read)) ** 2).mean()
+        if options["loss_unsup"] == "recon":
+            unsup = torch.zeros(())
+            if k:
+                decoder = mine(program, k, "unsupervised").map
+                unsup = F.mse_loss(F.relu(decoder(h)), x)
+        return [alpha * unsup, (1 - alpha) * (beta * sim + (1 - beta) * pred), torch.zeros(())]
+    projected, head = hot @ mine(program, k, "projection").weight.T, mine(program, k, "signs")
+    assert projected.shape == (8, options.get("target_proj_size", 128))
+    beta = options.get("beta", 0.01)
+    pooled = F.avg_pool2d(h, head.pool.pool.kernel_size).flatten(1)
+    scores = F.linear(pooled.detach(), head.linear.weight, head.linear.bias)
+    signs = (projected > 0).double()
+    pred = (1 - beta) * F.binary_cross_entropy_with_logits(scores, signs)
+    error = (1 - beta) * (scores.sigmoid() - signs).detach() / scores.numel()
+    through = (pooled * (error @ head.feedback)).sum()
+    return [beta * ((spread(h) - spread(projected)) ** 2).mean(), pred, through - through.detach()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bio": True, "dim_in_decoder": 90},
+        {"bio": True, "beta": 0.5, "target_proj_size": 16, "dim_in_decoder": 90},
+        {"loss_unsup": "sim", "alpha": 0.3},
+        {"loss_unsup": "recon", "alpha": 0.3},
+    ],
+    ids=lambda options: "-".join(map(str, options)),
+)
+def test_three_steps_of_the_variants_equal_the_formulas(options: dict[str, Any]) -> None:
+    model = published(0.0).double()
+    x, y = torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(3, (8,))
+    program = locc.compile(model, "predsim", ["0", "1"], example_inputs=x, optimizer=sgd(0.5), **options)
+    oracle, twin = copy.deepcopy(program), copy.deepcopy(model)
+    weight = 1 - options.get("beta", 0.01 if "bio" in options else 0.99)
+    for _ in range(3):
+        report, h = program.step(x, y), x
+        for k, part in enumerate(twin):
+            out = part(h.detach())
+            if k < 2:
+                loss = sum(variant(oracle, k, h.detach(), out, y, options))
+            else:
+                loss = weight * F.cross_entropy(out, y)
+            found = sum(v for name, v in report.objectives.items() if name.startswith(f"{k}."))
+            torch.testing.assert_close(found, loss, atol=1e-10, rtol=0)
+            heads = [m for n, m in oracle.root.aux.items() if n.startswith(f"{k}_")]
+            parameters = [p for m in (part, *heads) for p in m.parameters()]
+            gradients = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():
+                for p, g in zip(parameters, gradients, strict=True):
+                    p -= 0.5 * g
+            h = out
+    for mine_, theirs in ((model, twin), (program.root.aux, oracle.root.aux)):
+        wanted = theirs.state_dict()
+        for name, tensor in mine_.state_dict().items():
+            torch.testing.assert_close(tensor, wanted[name], atol=1e-10, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_three_steps_equal_the_formulas(method: str) -> None:
     """Every block: losses on h, own step, the old output passed on; the output's CE x0.01 in predsim."""
@@ -257,7 +327,17 @@ def test_a_program_in_eval_mode_does_not_train() -> None:
         program.step(*batch())
 
 
-@pytest.mark.parametrize("options", [{"beta": 1.5}, {"output_weight": 0}, {"dim_in_decoder": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta": 1.5},
+        {"output_weight": 0},
+        {"dim_in_decoder": 0},
+        {"loss_unsup": "simm"},
+        {"alpha": 1.0},
+        {"bio": True, "local_loss": "mse"},
+    ],
+)
 def test_unusable_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(locc.MethodError, match=rf"method .predsim.: {next(iter(options))}="):
         locc.compile(mlp(), "predsim", ["first"], **options)
@@ -265,9 +345,11 @@ def test_unusable_options_are_refused(options: dict[str, Any]) -> None:
 
 def test_options_of_the_presets() -> None:
     known = {name: set(info.options) for name, info in locc.methods().items()}
-    shared = {"output_weight", "undropped", "layout", "zero_output"}
-    assert known["predsim"] == shared | {"beta", "dim_in_decoder", "local_loss", "sim_head", "pred_head"}
-    assert known["sim"] == shared | {"sim_head"}
+    shared = {"output_weight", "undropped", "layout", "zero_output", "loss_unsup", "alpha"}
+    bio = {"bio", "target_proj_size"}
+    own = {"beta", "dim_in_decoder", "local_loss", "sim_head", "pred_head"}
+    assert known["predsim"] == shared | bio | own
+    assert known["sim"] == shared | bio | {"sim_head"}
     assert known["pred"] == shared | {"dim_in_decoder", "local_loss", "pred_head"}
 
 
