@@ -19,6 +19,7 @@ from locc.rewrite import (
     has_norms,
     unreached,
 )
+from locc_passes.synthetic.inputs import SyntheticInputs
 from locc_passes.synthetic.passes import Bootstrap, SyntheticGradients
 
 REDUCTIONS = ("mean", "sum")
@@ -36,8 +37,9 @@ class DNI(Method):
     runs through the network. A synthesiser starts at zero, so the first update of each hidden module is zero.
 
     A parameter lent to a later module (`tied="owner"`) gets the borrower's gradient as it is, and its owner
-    waits for it. Synthetic inputs, which would unlock the forward pass as well, are not part of this method:
-    modules wait for the outputs of those before them.
+    waits for it. With `inputs=True` the forward pass is unlocked too: in training a module reads what its
+    auxiliary `<module>.inputs` predicts from the model's input, which learns from what the module before
+    sends. Evaluation, inference and export run on the real values, with BatchNorm's statistics of training.
     """
 
     family: ClassVar[str] = "synthetic"
@@ -70,6 +72,18 @@ class DNI(Method):
     reduction: str = field(
         default="mean", metadata={"help": "'mean' or 'sum': how the loss joins the samples of a batch"}
     )
+    trace: float = field(
+        default=0.0,
+        metadata={
+            "help": "lambda: the share of the next module's target, against its prediction, in what comes "
+            "back through it to be predicted; 1 is the true gradient, and the whole backward pass",
+            "range": (0.0, 1.0),
+        },
+    )
+    inputs: bool = field(
+        default=False,
+        metadata={"help": "in training, modules read what a network predicts from the model's input"},
+    )
     factory: Factory | None = field(
         default=None,
         metadata={
@@ -83,6 +97,8 @@ class DNI(Method):
             raise MethodError(f"reduction={self.reduction!r}; {nearest(str(self.reduction), REDUCTIONS)}")
         if not self.lr_scale > 0:
             raise MethodError(f"lr_scale={self.lr_scale!r}: give a factor above 0")
+        if not 0 <= self.trace <= 1:
+            raise MethodError(f"trace={self.trace!r}: give a share between 0 and 1")
         if self.width is not None and self.width < 1:
             raise MethodError(f"width={self.width!r}: give at least 1")
 
@@ -104,11 +120,13 @@ class DNI(Method):
     def passes(self) -> Sequence[Pass]:
         """Return the loss, the predictions, and what the synthesisers learn from."""
         mean = self.reduction == "mean"
+        inputs = (SyntheticInputs(self.width, self.lr_scale),) if self.inputs else ()
         return (
             OutputLoss(),
             SyntheticGradients(self.labelled, self.width, self.lr_scale, mean, self.factory),
             LentGradients(),
-            Bootstrap(mean),
+            Bootstrap(mean, self.trace),
+            *inputs,
         )
 
 
