@@ -19,6 +19,7 @@ from locc.rewrite import (
     has_norms,
     unreached,
 )
+from locc_passes.synthetic.carried import CarriedState
 from locc_passes.synthetic.inputs import SyntheticInputs
 from locc_passes.synthetic.passes import Bootstrap, SyntheticGradients
 
@@ -40,6 +41,11 @@ class DNI(Method):
     waits for it. With `inputs=True` the forward pass is unlocked too: in training a module reads what its
     auxiliary `<module>.inputs` predicts from the model's input, which learns from what the module before
     sends. Evaluation, inference and export run on the real values, with BatchNorm's statistics of training.
+
+    A recurrent model learns beyond the chunk of a sequence that a step sees with `carry=("h0",)`, or for an
+    LSTM `("h0", "c0")`: its states are kept from step to step, and `<module>.carried` predicts from them the
+    gradient of all later chunks. Splits are not needed for that. A flag [B] among the inputs, by which the
+    model itself starts a sample anew, ends a sequence. No synthesiser of a state sees labels.
     """
 
     family: ClassVar[str] = "synthetic"
@@ -84,6 +90,21 @@ class DNI(Method):
         default=False,
         metadata={"help": "in training, modules read what a network predicts from the model's input"},
     )
+    carry: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "inputs that hold a recurrent state: in training they are what the model's last outputs, "
+            "in this order, were in the step before, and a synthesiser predicts the gradient behind a chunk"
+        },
+    )
+    carry_scale: float = field(
+        default=0.1,
+        metadata={
+            "help": "multiplies the synthetic gradient at the end of a chunk (0.1: dni-pytorch's example); 0 "
+            "is truncated backpropagation through time",
+            "range": (0.0, 1.0),
+        },
+    )
     factory: Factory | None = field(
         default=None,
         metadata={
@@ -99,6 +120,8 @@ class DNI(Method):
             raise MethodError(f"lr_scale={self.lr_scale!r}: give a factor above 0")
         if not 0 <= self.trace <= 1:
             raise MethodError(f"trace={self.trace!r}: give a share between 0 and 1")
+        if isinstance(self.carry, str):
+            raise MethodError(f"carry={self.carry!r}: give a tuple of names, ({self.carry!r},)")
         if self.width is not None and self.width < 1:
             raise MethodError(f"width={self.width!r}: give at least 1")
 
@@ -120,11 +143,18 @@ class DNI(Method):
     def passes(self) -> Sequence[Pass]:
         """Return the loss, the predictions, and what the synthesisers learn from."""
         mean = self.reduction == "mean"
+        own = None if self.labelled else self.factory
+        carried = (
+            (CarriedState(self.carry, self.carry_scale, self.width, self.lr_scale, mean, own),)
+            if self.carry
+            else ()
+        )
         inputs = (SyntheticInputs(self.width, self.lr_scale),) if self.inputs else ()
         return (
             OutputLoss(),
             SyntheticGradients(self.labelled, self.width, self.lr_scale, mean, self.factory),
             LentGradients(),
+            *carried,
             Bootstrap(mean, self.trace),
             *inputs,
         )
