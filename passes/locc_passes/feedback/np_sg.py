@@ -66,7 +66,10 @@ class NPSG(Method):
     )
     warmup: int = field(
         default=0,
-        metadata={"help": "passes over the data in which the feedback learns alone, before the first"},
+        metadata={
+            "help": "passes over the data in which the feedback learns alone, before the first",
+            "range": (0, 3),
+        },
     )
     init: str = field(
         default="kaiming_uniform",

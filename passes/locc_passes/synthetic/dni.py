@@ -37,6 +37,11 @@ class DNI(Method):
     the one that the next module computes from its own prediction (the last: from the loss); no backward pass
     runs through the network. A synthesiser starts at zero, so the first update of each hidden module is zero.
 
+    What a step costs are the synthesisers: one forward and one backward pass of each, and its update. For a
+    value of n units one has width * (2 n + width) weights. At 784-400-400-400-10 in four modules these are
+    8.8 times the network's with the published width of 1024, and 0.6 times with `width=128`; all else is a
+    step of backpropagation, in pieces.
+
     A parameter lent to a later module (`tied="owner"`) gets the borrower's gradient as it is, and its owner
     waits for it. With `inputs=True` the forward pass is unlocked too: in training a module reads what its
     auxiliary `<module>.inputs` predicts from the model's input, which learns from what the module before
@@ -62,7 +67,8 @@ class DNI(Method):
     width: int | None = field(
         default=None,
         metadata={
-            "help": "hidden width of a synthesiser (default 1024, or 128 channels for images)",
+            "help": "hidden width of a synthesiser (default 1024, or 128 channels for images), "
+            "on which the cost of a step depends most",
             "range": (32, 2048),
             "scale": "log",
         },
