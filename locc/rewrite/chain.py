@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -34,18 +35,24 @@ class GradientChain(Pass):
                 ir.objective(module.name, add_all(ir, module.name, terms), "chain")
 
 
-def returning(ir: TrainingGraph, value: fx.Node) -> list[fx.Node]:
+def returning(
+    ir: TrainingGraph, value: fx.Node, instead: Mapping[fx.Node, fx.Node] | None = None
+) -> list[fx.Node]:
     """Return the gradients that the modules which read a value have with respect to it.
 
     One gradient node for each objective of a reader that depends on the value; each belongs to the reader and
     has the value's shape. The readers must have their objectives by then. Empty where none depends on it.
+
+    Args:
+        ir: the training graph.
+        value: what a module sends.
+        instead: objective -> the scalar of its owner whose gradient is taken in the place of the objective's.
     """
     found = []
     for boundary in ir.boundaries(producer=value.meta["owner"]):
         if boundary.value is value:
             for objective in ir.objectives(boundary.consumer):
-                scalar = objective.args[0]
-                assert isinstance(scalar, fx.Node)
+                scalar = (instead or {}).get(objective, objective.all_input_nodes[0])
                 if boundary.entry in tape_of(scalar):
                     found.append(ir.gradient(scalar, boundary.entry))
     return found

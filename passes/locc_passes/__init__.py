@@ -20,6 +20,7 @@ PASSES = {
     "dtp-drl": "locc_passes.target.drl:DTPDRL",
     "ddtp-linear": "locc_passes.target.drl:DDTPLinear",
     "ddtp-rhl": "locc_passes.target.drl:DDTPRHL",
+    "np-sg": "locc_passes.feedback.np_sg:NPSG",
     "fa": "locc_passes.feedback.fa:FA",
     "dfa": "locc_passes.feedback.dfa:DFA",
     "ifa": "locc_passes.feedback.ifa:IFA",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-METHODS = ("features_replay", "replay_buffer", "carried_state")
+METHODS = ("features_replay", "replay_buffer")
 DOORS = {"locc", "locc.ir", "locc.rewrite", "locc.nn"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -108,32 +108,62 @@ class SyntheticGradients(Pass):
 class Bootstrap(Pass):
     """Gives each synthesiser the objective ||s(sg h) - sg d||^2, summed over units, mean over the rows.
 
-    d is the sum of the gradients that the readers of h get by sending their own synthetic gradient (the last
-    module: the loss) through themselves, for one sample's loss. The evaluation of s that trained the module
-    is the one that is regressed: its tape waits for d.
+    d is the sum of what the readers of h send back, for one sample's loss: the last module the gradient of
+    the loss, another one the product of its Jacobian with r = (1 - trace) s(h') + trace d' at what it sends,
+    h'. With trace 0 that is the backward pass of its own update. Otherwise it is one more, which waits for
+    d': what crosses is d' and the gradients, on which no module trains. The evaluation of s that trained the
+    module is the one that is regressed: its tape waits for d.
     """
 
     mean: bool = True
+    trace: float = 0.0
 
     def rewrite(self, ir: TrainingGraph) -> None:
-        """Add the regressions."""
-        for predicted in [n for n in ir.graph.nodes if "predicts" in n.meta]:
-            helper, value = predicted.meta["owner"], predicted.meta["predicts"]
-            dim = rows(value)
-            found = [ir.stop_gradient(helper, g) for g in returning(ir, value)]
-            if not found:
-                # A reader that does nothing differentiable with h: its gradient is zero.
-                here = ir.stop_gradient(helper, value)
-                target = ir.emit(helper, torch.zeros_like, here, role="target")
-            else:
-                target = reduce(lambda a, b: ir.emit(helper, operator.add, a, b, role="target"), found)
-                if self.mean:
-                    target = ir.emit(helper, of_sample, target, dim, role="target")
-            error = judged(
-                ir.emit(helper, squared_distance, predicted, target, dim, role="regression"), FAILS, REMEDY
-            )
-            alone = sum("predicts" in n.meta for n in ir.nodes(helper)) == 1
-            ir.objective(helper, error, "regression" if alone else f"regression_{value.name}")
+        """Add the regressions, from the last module but one down to the first."""
+        objectives = {str(n.meta["objective"]): n for n in ir.objectives()}
+        sent: dict[fx.Node, fx.Node] = {}
+        for module in reversed(ir.modules[:-1]):
+            mixed = []
+            for predicted in self._predictions(ir, f"{module.name}.synthesiser"):
+                target = self._regress(ir, predicted, sent)
+                if self.trace:
+                    mixed.append(self._mixed(ir, predicted, target))
+            if mixed:
+                sent[objectives[f"{module.name}.synthetic"]] = add_all(ir, module.name, mixed)
+
+    @staticmethod
+    def _predictions(ir: TrainingGraph, helper: str) -> list[fx.Node]:
+        return [n for n in ir.nodes(helper) if "predicts" in n.meta]
+
+    def _regress(self, ir: TrainingGraph, predicted: fx.Node, sent: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """Add the objective of one prediction, and return what it is compared with."""
+        helper, value = predicted.meta["owner"], predicted.meta["predicts"]
+        dim = rows(value)
+        found = [ir.stop_gradient(helper, g) for g in returning(ir, value, sent)]
+        if not found:
+            # A reader that does nothing differentiable with h: its gradient is zero.
+            target = ir.emit(helper, torch.zeros_like, ir.stop_gradient(helper, value), role="target")
+        else:
+            target = reduce(lambda a, b: ir.emit(helper, operator.add, a, b, role="target"), found)
+            if self.mean:
+                target = ir.emit(helper, of_sample, target, dim, role="target")
+        distance = ir.emit(helper, squared_distance, predicted, target, dim, role="regression")
+        error = judged(distance, FAILS, REMEDY)
+        alone = len(self._predictions(ir, helper)) == 1
+        ir.objective(helper, error, "regression" if alone else f"regression_{value.name}")
+        return target
+
+    def _mixed(self, ir: TrainingGraph, predicted: fx.Node, target: fx.Node) -> fx.Node:
+        """Return <h, sg r>, whose gradient at what the module reads is r through the module."""
+        helper, value = predicted.meta["owner"], predicted.meta["predicts"]
+        mix = target
+        if self.trace < 1:
+            mix = ir.emit(helper, torch.lerp, predicted, target, self.trace, role="mixed")
+        owner = str(value.meta["owner"])
+        arriving = ir.stop_gradient(owner, mix)
+        if self.mean:
+            arriving = ir.emit(owner, of_batch, arriving, rows(value), role="mixed")
+        return ir.emit(owner, inner, value, arriving, role="mixed")
 
 
 def of_sample(gradient: Tensor, dim: int) -> Tensor:

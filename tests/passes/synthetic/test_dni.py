@@ -16,6 +16,7 @@ from examples.models import SmallCNN
 from locc import Program
 from locc.errors import MethodError
 from locc.ir import TensorSpec
+from locc.testing import assert_lowered, assert_side_by_side
 from support import Residual, Tied, batch, compiled, mlp, same, sgd, snapshot
 
 SPLITS = ["relu1", "relu2"]
@@ -76,9 +77,9 @@ def step(self, input_1, target):
     grad_relu1_at_relu2 = gradient(chain_1, relu1_at_relu2)  # f32[B,8]
     # ---- auxiliary: relu1.synthesiser, learning rate x0.1
     grad_relu1_at_relu2_at_relu1_synthesiser = stop_gradient(grad_relu1_at_relu2)  # f32[B,8]
-    target_1 = of_sample(grad_relu1_at_relu2_at_relu1_synthesiser, 0)  # f32[B,8]
-    regression = squared_distance(aux_relu1_synthesiser, target_1, 0)  # f32[]
-    objective(regression)  # relu1.synthesiser.regression
+    target_2 = of_sample(grad_relu1_at_relu2_at_relu1_synthesiser, 0)  # f32[B,8]
+    regression_1 = squared_distance(aux_relu1_synthesiser, target_2, 0)  # f32[]
+    objective(regression_1)  # relu1.synthesiser.regression
     # ---- module 2: third
     relu2_at_third = stop_gradient(relu2)  # f32[B,8]
     third = self.third(relu2_at_third)  # f32[B,3]
@@ -87,9 +88,9 @@ def step(self, input_1, target):
     grad_relu2_at_third = gradient(loss, relu2_at_third)  # f32[B,8]
     # ---- auxiliary: relu2.synthesiser, learning rate x0.1
     grad_relu2_at_third_at_relu2_synthesiser = stop_gradient(grad_relu2_at_third)  # f32[B,8]
-    target_2 = of_sample(grad_relu2_at_third_at_relu2_synthesiser, 0)  # f32[B,8]
-    regression_1 = squared_distance(aux_relu2_synthesiser, target_2, 0)  # f32[]
-    objective(regression_1)  # relu2.synthesiser.regression
+    target_1 = of_sample(grad_relu2_at_third_at_relu2_synthesiser, 0)  # f32[B,8]
+    regression = squared_distance(aux_relu2_synthesiser, target_1, 0)  # f32[]
+    objective(regression)  # relu2.synthesiser.regression
     return third
 """
 
@@ -123,46 +124,88 @@ def test_one_evaluation_of_a_synthesiser_trains_module_and_synthesiser() -> None
 # ---- oracles -----------------------------------------------------------------------------------
 
 
-def by_hand(model: nn.Sequential, nets: list[nn.Module], x: Tensor, y: Tensor, rate: float) -> list[float]:
-    """One SGD step of DNI on `mlp` with a mean loss: bootstrapped, per-sample synthetic gradients."""
+def by_hand(
+    model: nn.Sequential, nets: list[nn.Module], x: Tensor, y: Tensor, rate: float, trace: float = 0.0
+) -> list[float]:
+    """One SGD step of DNI on `mlp` with a mean loss: bootstrapped, per-sample synthetic gradients.
+
+    `nets` are two synthesisers, and after them those of the inputs of the second and third module, if any.
+    """
     size = len(x)
     h1 = model.relu1(model.first(x))
     s1 = nets[0](h1.detach())
-    in2 = h1.detach().requires_grad_()
+    guesses = [net(x) for net in nets[2:]]
+    in2 = (guesses[0] if guesses else h1).detach().requires_grad_()
     h2 = model.relu2(model.second(in2))
     s2 = nets[1](h2.detach())
-    in3 = h2.detach().requires_grad_()
+    in3 = (guesses[1] if guesses else h2).detach().requires_grad_()
     loss = nn.functional.cross_entropy(model.third(in3), y)
     (h1 * s1.detach() / size).sum().backward()
-    (h2 * s2.detach() / size).sum().backward()
+    (h2 * s2.detach() / size).sum().backward(retain_graph=True)
     loss.backward()
-    assert in2.grad is not None
     assert in3.grad is not None
-    errors = [((s - size * d) ** 2).sum(1).mean() for s, d in ((s1, in2.grad), (s2, in3.grad))]
-    torch.autograd.backward(errors)
+    back = (1 - trace) * s2.detach() / size + trace * in3.grad
+    (d2,) = torch.autograd.grad(h2, in2, back)
+    errors = [((s - size * d) ** 2).sum(1).mean() for s, d in ((s1, d2), (s2, in3.grad))]
+    missed = [((g - h.detach()) ** 2).sum(1).mean() for g, h in zip(guesses, (h1, h2), strict=False)]
+    torch.autograd.backward([*errors, *missed])
     with torch.no_grad():
-        for p in (*model.parameters(), *nets[0].parameters(), *nets[1].parameters()):
+        for p in (*model.parameters(), *nn.ModuleList(nets).parameters()):
             assert p.grad is not None
             p -= rate * p.grad
             p.grad = None
     return [float(v.detach()) for v in (*errors, loss)]
 
 
-def test_steps_equal_the_formulas() -> None:
+@pytest.mark.parametrize("options", [{}, {"trace": 0.3}, {"inputs": True, "width": 16}])
+def test_steps_equal_the_formulas(options: dict[str, Any]) -> None:
     model = mlp().double()
     x, y = batch(dtype=torch.float64)
-    program = compiled(model, "dni", SPLITS, optimizer=sgd(0.05), factory=linear)
-    aux = [program.root.aux[f"{name}_synthesiser"] for name in SPLITS]
+    program = compiled(model, "dni", SPLITS, optimizer=sgd(0.05), factory=linear, **options)
+    names = [
+        *(f"{name}_synthesiser" for name in SPLITS),
+        *(["relu2_inputs", "third_inputs"] * ("inputs" in options)),
+    ]
+    aux = [program.root.aux[name] for name in names]
     other, nets = copy.deepcopy(model), copy.deepcopy(aux)
     for _ in range(4):
         report = program.step(x, y)
-        expected = by_hand(other, nets, x, y, 0.05)
+        expected = by_hand(other, nets, x, y, 0.05, options.get("trace", 0.0))
         names = ["relu1.synthesiser.regression", "relu2.synthesiser.regression", "third.loss"]
         for name, value in zip(names, expected, strict=True):
             assert abs(float(report.objectives[name]) - value) < 1e-10
         for a, b in ((model, other), *zip(aux, nets, strict=True)):
             for p, q in zip(a.parameters(), b.parameters(), strict=True):
                 assert torch.allclose(p, q, rtol=0, atol=1e-10)
+
+
+def test_synthetic_inputs_unlock_the_forward_pass_and_end_with_training() -> None:
+    model = mlp()
+    x, y = batch()
+    program = compiled(model, "dni", SPLITS, width=16, inputs=True)
+    owners = program.certificate.owners
+    assert [o.name for o in owners if o.forward_locked] == ["relu2.inputs", "third.inputs"]
+    assert [o.name for o in owners if o.update_locked] == ["relu1.synthesiser", "relu2.synthesiser"]
+    program.step(x, y)
+    program.eval()
+    with torch.no_grad():
+        for p in program.root.aux.parameters():
+            p.fill_(float("nan"))
+    assert torch.equal(program(x), model(x))
+
+
+def test_with_a_trace_and_synthetic_inputs_its_plan_and_module_programs_mean_the_same() -> None:
+    x, y = batch()
+    program = compiled(Residual(), "dni", ["blocks.0", "blocks.1"], trace=0.5, inputs=True, width=8)
+    assert not program.certificate.warnings
+    assert_lowered(program, x, y, steps=2)
+    assert_side_by_side(program, [(x, y)] * 2)
+
+
+def test_inputs_that_nothing_is_predicted_from_are_refused() -> None:
+    tokens = torch.randint(11, (4, 7))
+    with pytest.raises(MethodError, match=r"takes 'tokens', i64\[B,7\], so leave inputs=False"):
+        locc.compile(Tied(), "dni", ["embed"], example_inputs=tokens, tied="owner", inputs=True)
 
 
 class Oracle(nn.Module):
@@ -201,24 +244,14 @@ def test_an_oracle_makes_it_backpropagation(reduction: str) -> None:
     model = Residual().double()
     twin = copy.deepcopy(model)
     x, y = batch(dtype=torch.float64)
-    oracles: list[Oracle] = []
-
-    def factory(value: TensorSpec, output: TensorSpec) -> nn.Module:
-        oracles.append(Oracle())
-        return oracles[-1]
-
-    program = compiled(model, "dni", ["blocks.*"], optimizer=sgd(0.3), factory=factory, reduction=reduction)
+    program = compiled(
+        model, "dni", ["blocks.*"], optimizer=sgd(0.3), factory=lambda *_: Oracle(), reduction=reduction
+    )
     bp = compiled(twin, "bp", ["blocks.*"], optimizer=sgd(0.3))
-    sent = [n.meta["predicts"] for n in program.ir.graph.nodes if "predicts" in n.meta]
-    assert len(sent) == len(oracles) == 4
+    assert len(program.root.aux) == 4
     for _ in range(3):
-        slopes = true_gradients(program, x, y)
-        # What is predicted of `inp` is what comes back from its readers in other modules.
-        slopes["inp"] = slopes["inp"] - through_block(model, slopes["blocks_0"], x)
-        by_network = dict(zip(program.root.aux.values(), _in_order(program), strict=True))
-        for network, name in by_network.items():
-            assert isinstance(network, Oracle)
-            network.told = slopes[name] * (len(x) if reduction == "mean" else 1)
+        for network, slope in asked_of(program, model, x, y).items():
+            network.told = slope * (len(x) if reduction == "mean" else 1)
         report = program.step(x, y)
         bp.step(x, y)
         for name, value in report.objectives.items():
@@ -228,10 +261,36 @@ def test_an_oracle_makes_it_backpropagation(reduction: str) -> None:
             assert torch.allclose(p, q, rtol=0, atol=1e-12), name
 
 
-def _in_order(program: Program) -> list[str]:
-    """The names of the values whose gradients the networks of `aux` predict, in the order of `aux`."""
+@pytest.mark.parametrize(("trace", "apart"), [(1.0, False), (0.5, True)])
+def test_with_trace_1_targets_are_those_of_backpropagation(trace: float, apart: bool) -> None:
+    """Whatever the other synthesisers predict: one at a time is told the truth, the others nonsense."""
+    model = Residual().double()
+    x, y = batch(dtype=torch.float64)
+    program = compiled(
+        model, "dni", ["blocks.*"], optimizer=sgd(1e-9), factory=lambda *_: Oracle(), trace=trace
+    )
+    names = [n.meta["objective"] for n in program.ir.objectives() if "regression" in n.meta["objective"]]
+    found = []
+    for k in range(4):
+        for i, (network, slope) in enumerate(asked_of(program, model, x, y).items()):
+            network.told = slope * len(x) if i == k else torch.ones_like(slope)
+        report = program.step(x, y)
+        found.append(min(float(report.objectives[name]) for name in names))
+    # The last block's target is the gradient of the loss, whatever the trace.
+    assert (max(found) > 1e-3) == apart
+    assert apart or max(found) < 1e-20
+
+
+def asked_of(program: Program, model: Residual, x: Tensor, y: Tensor) -> dict[Oracle, Tensor]:
+    """The gradient of the loss that each network of `aux` is to predict."""
+    slopes = true_gradients(program, x, y)
+    # What is predicted of `inp` is what comes back from its readers in other modules.
+    slopes["inp"] = slopes["inp"] - through_block(model, slopes["blocks_0"], x)
     calls = {n.target: n.meta["predicts"].name for n in program.ir.graph.nodes if "predicts" in n.meta}
-    return [calls[f"aux.{key}"] for key in program.root.aux]
+    asked: dict[Any, Tensor] = {
+        network: slopes[calls[f"aux.{key}"]] for key, network in program.root.aux.items()
+    }
+    return asked
 
 
 def through_block(model: Residual, slope: Tensor, x: Tensor) -> Tensor:
@@ -407,6 +466,7 @@ def test_save_and_load_resume_bit_for_bit(tmp_path: Path) -> None:
         ({"reduction": "average"}, "reduction='average'"),
         ({"lr_scale": 0.0}, "lr_scale"),
         ({"width": 0}, "width"),
+        ({"trace": 1.5}, "trace=1.5: give a share"),
         ({"labels": True}, "no option 'labels'"),
         (
             {"factory": lambda value, output: nn.Linear(8, 9)},
