@@ -152,8 +152,8 @@ def _parameter(weight: fx.Node) -> str:
 def opened(model: nn.Module) -> Iterator[str]:
     """Yield what capture has to look at: layers, and the parameters of what multiplies by itself."""
     for name, module in model.named_modules():
-        if not name:
-            continue  # the model itself is open
+        if not name or ".parametrizations." in f"{name}.":
+            continue  # the model itself is open; a layer computes its own weight
         if isinstance(module, LAYERS):
             base = next(kind for kind in LAYERS if isinstance(module, kind))
             own = type(module).forward is not base.forward and not _hooked(module)

@@ -37,8 +37,12 @@ class FeedbackProduct:
     The value is that of the function, and so are the gradients to w and to what is added.
     """
 
-    def __init__(self, function: Callable[..., Tensor], name: str, activation: Slot, weight: Slot) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], name: str, activation: Slot, weight: Slot, right: bool
+    ) -> None:
         self.function, self.activation, self.weight = function, activation, weight
+        self.right, self.transposed = right, name in _TRANSPOSED
+        self.convolves = name in (*_CONVOLUTIONS, *_TRANSPOSED)
         self.__name__ = self.__qualname__ = f"feedback_{name}"
 
     def __call__(self, args: tuple[Any, ...], feedback: Tensor, **kwargs: Any) -> Tensor:
@@ -55,9 +59,36 @@ class FeedbackProduct:
         back = self._call(fixed, len(args))
         return exact + (back - back.detach())
 
+    def groups(self, call: fx.Node) -> int:
+        """Return the groups of a call of a convolution that this stands for."""
+        args = call.args[0]
+        assert isinstance(args, tuple)
+        place = 8 if self.__name__ == "feedback_convolution" else 6
+        found = args[place] if len(args) > place else call.kwargs.get("groups", 1)
+        assert isinstance(found, int)
+        return found
+
+    def multiplied(self, call: fx.Node) -> list[fx.Node]:
+        """Return the weight of a call that this stands for."""
+        (args, *_), kwargs = call.args, call.kwargs
+        assert isinstance(args, tuple)
+        found = args[self.weight] if isinstance(self.weight, int) else kwargs[self.weight]
+        assert isinstance(found, fx.Node)
+        return [found]
+
     def _call(self, given: dict[Slot, Any], count: int) -> Tensor:
         rest = {slot: value for slot, value in given.items() if isinstance(slot, str)}
         return self.function(*(given[i] for i in range(count)), **rest)
+
+
+def multiplied(call: fx.Node) -> list[fx.Node]:
+    """Return the weights of a call of a `replacement`, one for each of its matrices; of no other call any."""
+    if isinstance(call.target, FeedbackProduct):
+        return call.target.multiplied(call)
+    if call.target is not feedback_attention:
+        return []
+    given = inspect.signature(F.multi_head_attention_forward).bind(*call.args[0], **call.kwargs)  # type: ignore[misc]
+    return [given.arguments[n] for n in _PROJECTIONS if given.arguments.get(n) is not None]
 
 
 def feedback_attention(args: tuple[Any, ...], matrices: tuple[Tensor, ...], **kwargs: Any) -> Any:
@@ -140,8 +171,8 @@ def weights_in(ir: TrainingGraph) -> set[fx.Node]:
             own = isinstance(owned_tensor(ir.root, str(node.target)), nn.Parameter)
         else:
             sources = node.all_input_nodes
-            plain = node.op in ("call_function", "call_method")
-            own = plain and any(n in found for n in sources)
+            computed = node.op in ("call_function", "call_method", "call_module")
+            own = computed and any(n in found for n in sources)
             own = own and all(n in found or n.op == "get_attr" for n in sources)
         if own:
             found.add(node)
@@ -166,11 +197,11 @@ def _product(node: fx.Node, name: str, weights: set[fx.Node]) -> Product:
     slots = {s: a for s, a in given.items() if isinstance(a, fx.Node) and s not in added}
     held = [s for s, a in slots.items() if a in weights]
     moving = [s for s, a in slots.items() if a not in weights]
+    right = name in _RIGHT and bool(held and moving) and list(slots).index(held[0]) > 0
     replacement = None
     if len(held) == len(moving) == 1 and name != "bilinear":
         function = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
-        replacement = FeedbackProduct(function, name, moving[0], held[0])  # type: ignore[arg-type]
-    right = name in _RIGHT and bool(held and moving) and list(slots).index(held[0]) > 0
+        replacement = FeedbackProduct(function, name, moving[0], held[0], right)  # type: ignore[arg-type]
     return Product(node, tuple(slots[s] for s in moving), tuple(slots[s] for s in held), replacement, right)
 
 

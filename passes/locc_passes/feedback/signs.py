@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 from locc.ir import TrainingGraph, owned_tensor
 from locc.nn import feedback_call
 from locc.rewrite import GradientChain, Method, OutputLoss, Pass, Recipe, has_norms
-from locc_passes.feedback.layers import LAYERS, FeedbackLayers, FeedbackMatrix, feedback_layer
+from locc_passes.feedback.layers import FeedbackLayers, FeedbackMatrix, feedback_layer, opened
+from locc_passes.feedback.products import FeedbackProduct, multiplied
 
 ALIKE, REDRAWN, DRAWN = "alike", "redrawn", "drawn"
 
@@ -28,8 +29,9 @@ def signed_layer(x: Tensor, layer: nn.Module, size: Tensor | float) -> Tensor:
         return feedback_call(layer, x, weight.detach().sign() * size)
 
 
-SIGNED: Mapping[object, Callable[..., Tensor]] = {feedback_layer: signed_layer}
-"""A product with a feedback matrix of its own -> the product whose feedback has the signs of its weight."""
+def signed(weight: Tensor, size: Tensor | float) -> Tensor:
+    """Return size * sign(weight), as the weight is now."""
+    return weight.detach().sign() * size
 
 
 def sizes(x: Tensor, shape: Sequence[int], scale: float, normal: bool) -> Tensor:
@@ -57,22 +59,30 @@ class SignSymmetry(Pass):
             name = str(matrix.target).removesuffix(".matrix").removeprefix("aux.")
             held = owned_tensor(ir.root, str(matrix.target))
             assert isinstance(held, Tensor)
-            uses = list(matrix.users)
-            normal = held.dim() > 2
-            scale = max(_scale(ir.root, use, held) for use in uses)
-            for use in uses:
-                use.target = SIGNED[use.target]
-                use.meta["made_by"] = self.label
+            uses, owner = list(matrix.users), str(matrix.meta["owner"])
+            scale, normal = max(_scale(ir.root, use, held) for use in uses)
+            size: fx.Node | float = scale
             if self.sizes == DRAWN:
                 held.copy_(sizes(held, held.shape, scale, normal))
-                continue
-            size: fx.Node | float = scale
-            if self.sizes == REDRAWN:
-                first, owner = uses[0], matrix.meta["owner"]
-                size = ir.emit(owner, sizes, first.args[0], tuple(held.shape), scale, normal, role="sizes")
-                first.prepend(size)
+                size = matrix
+            elif self.sizes == REDRAWN:
+                like = _activation(uses[0])
+                size = ir.emit(owner, sizes, like, tuple(held.shape), scale, normal, role="sizes")
+                uses[0].prepend(size)
             for use in uses:
-                use.args = tuple(size if a is matrix else a for a in use.args)
+                use.meta["made_by"] = self.label
+                if use.target is feedback_layer:
+                    use.target = signed_layer
+                    use.args = tuple(size if a is matrix else a for a in use.args)
+                    continue
+                weight = next(
+                    w for w, m in zip(multiplied(use), _matrices_of(use), strict=True) if m is matrix
+                )
+                back = ir.emit(owner, signed, weight, size, role="feedback")
+                use.prepend(back)
+                use.replace_input_with(matrix, back)
+            if self.sizes == DRAWN:
+                continue
             ir.graph.erase_node(matrix)
             unread.add(name)
         for name in unread:  # the modules that share a frozen weight have read one matrix
@@ -81,7 +91,18 @@ class SignSymmetry(Pass):
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
         """No product has kept a feedback matrix without signs."""
         for matrix in _matrices(ir):
-            yield from (f"'{u.name}' reads '{matrix.target}'" for u in matrix.users if u.target in SIGNED)
+            plain = [u for u in matrix.users if u.target not in (signed_layer, signed)]
+            yield from (f"'{u.name}' reads '{matrix.target}'" for u in plain)
+
+
+def _matrices_of(use: fx.Node) -> Sequence[object]:
+    return use.args[1] if isinstance(use.args[1], tuple) else (use.args[1],)
+
+
+def _activation(use: fx.Node) -> fx.Node:
+    """Return an activation that a product reads."""
+    known = multiplied(use)
+    return next(n for n in use.all_input_nodes if n not in known and n.op != "get_attr")
 
 
 def _matrices(ir: TrainingGraph) -> list[fx.Node]:
@@ -93,13 +114,17 @@ def _matrices(ir: TrainingGraph) -> list[fx.Node]:
     ]
 
 
-def _scale(root: nn.Module, use: fx.Node, held: Tensor) -> float:
-    """Return s for one product, whose feedback is of the shape of `held`."""
-    if held.dim() == 2:
-        return 1 / math.sqrt(held.shape[1])
-    layer = root.get_submodule(str(use.meta["stands_for"][1]))
-    assert isinstance(layer, nn.modules.conv._ConvNd)
-    return math.sqrt(2 / (math.prod(layer.kernel_size) * layer.out_channels / layer.groups))
+def _scale(root: nn.Module, use: fx.Node, held: Tensor) -> tuple[float, bool]:
+    """Return s for one product, whose feedback is of the shape of `held`, and whether it is a convolution."""
+    product = use.target if isinstance(use.target, FeedbackProduct) else None
+    if product is None and held.dim() > 2:
+        layer = root.get_submodule(str(use.meta["stands_for"][1]))
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        return math.sqrt(2 / (math.prod(layer.kernel_size) * layer.out_channels / layer.groups)), True
+    if product is None or not product.convolves:
+        return 1 / math.sqrt(held.shape[-2 if product is not None and product.right else -1]), False
+    channels = held.shape[1] if product.transposed else held.shape[0] / product.groups(use)
+    return math.sqrt(2 / (math.prod(held.shape[2:]) * channels)), True
 
 
 @dataclass(frozen=True)
@@ -123,7 +148,6 @@ class UniformSigns(Method):
     family: ClassVar[str] = "feedback"
     reference: ClassVar[str] = "Liao, Leibo & Poggio 2016, How important is weight symmetry in backprop"
     recipe: ClassVar[Recipe] = Recipe()
-    opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
     sizes: ClassVar[str] = ALIKE
 
     normalize: bool = field(
@@ -133,6 +157,10 @@ class UniformSigns(Method):
             "Litwin-Kumar & Abbott 2018)"
         },
     )
+
+    def opened(self, model: nn.Module, splits: Sequence[str]) -> Iterator[str]:
+        """Yield the layers, and what multiplies with a weight of its own."""
+        yield from opened(model)
 
     def passes(self) -> Sequence[Pass]:
         """Return the feedback layers and their signs, the loss and the chain."""

@@ -285,6 +285,7 @@ def test_a_parametrized_layer_keeps_its_parametrization():
     twin = copy.deepcopy(model)
     x, y = batch("mlp")
     program = locc.compile(model, "fa", ["1"], example_inputs=x, optimizer=sgd())
+    assert {"feedback_2", "feedback_5"} <= set(program.root.aux)
     use_weights(program)
     program.step(x, y)
     F.cross_entropy(twin(x), y).backward()
@@ -459,12 +460,12 @@ WRITTEN = {
 }
 
 
+@pytest.mark.parametrize("method", ["fa", "ss-usf"])
 @pytest.mark.parametrize("name", WRITTEN)
-def test_functions_are_rewritten_as_layers_are(name):
+def test_functions_are_rewritten_as_layers_are(name, method):
     model = Around(WRITTEN[name]()).to(D)
     x, y = torch.randn(7, 4, dtype=D), torch.randint(0, 3, (7,))
-    program = locc.compile(model, "fa", ["middle"], example_inputs=x, optimizer=sgd(1.0))
-    matrices = feedback_of(program)
+    program = locc.compile(model, method, ["middle"], example_inputs=x, optimizer=sgd(1.0))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     program.step(x, y)
 
@@ -473,14 +474,17 @@ def test_functions_are_rewritten_as_layers_are(name):
     c = before["middle.bias"]
     if name == "adapter":
         w, c = w + c[:, None] @ c[None, [0, 1, 2, 3, 4, 0]], torch.zeros_like(c)
-    b = matrices["aux.feedback_middle.matrix"]
-    b = b if b.shape == w.shape else b.T
+    if method == "fa":
+        b, top = (feedback_of(program)[f"aux.feedback_{n}.matrix"] for n in ("middle", "head"))
+        b = b if b.shape == w.shape else b.T
+    else:
+        b, top = w.sign() / 6**0.5, before["head.weight"].sign() / 5**0.5
     assert not torch.allclose(b, w)
     h = torch.tanh(x @ before["stem.weight"].T + before["stem.bias"])
     g = torch.tanh(h @ w.T + c)
     scores = g @ before["head.weight"].T + before["head.bias"]
     e = (scores.softmax(1) - F.one_hot(y, 3)) / 7
-    a = (e @ matrices["aux.feedback_head.matrix"]) * (1 - g**2)
+    a = (e @ top) * (1 - g**2)
     d = (a @ b) * (1 - h**2)
     moved = {n: before[n] - p.detach() for n, p in model.named_parameters()}
     weight = a.T @ h
