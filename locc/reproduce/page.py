@@ -112,7 +112,8 @@ def _measured(setting: Setting, budget: str, rows: Sequence[Entry], measured: di
 
 def _unmeasured(setting: Setting, rows: Sequence[Entry], tried: Sequence[Result]) -> str:
     broken = {r.entry: r.error for r in tried if r.value is None}
-    runs = f"a few steps of each ran on {tried[0].date}, {tried[0].hardware}" if tried else "not tried"
+    ran = "each" if len(tried) == len(rows) else ", ".join(f"`{r.entry.partition('/')[2]}`" for r in tried)
+    runs = f"a few steps of {ran} ran on {tried[0].date}, {tried[0].hardware}" if tried else "not tried"
     text = f"Not measured ({runs}): `locc reproduce {setting.name} --budget full --device cuda`\n\n"
     published = rows[0].row.published
     cells = [[f"`{_name(e.row)}`", _told(e.row), _gap(e.row, published), broken.get(e.id, "")] for e in rows]
