@@ -5,7 +5,9 @@
 #   make property the property tests on thousands of drawn programs (half an hour or so)
 #   make mutants  plant leaks in every method's graphs and mistakes in its plans: each must be found (ten minutes)
 #   make lint     ruff and mypy --strict      make format   let ruff rewrite the sources
-#   make bench    local against end-to-end    make defaults what each method reaches on MNIST (forty minutes)
+#   make bench    local against end-to-end
+#   make reproduce published networks on MNIST, each beside bp, and a GPT: docs/results.md (half an hour)
+#   make defaults what each method reaches on MNIST with its defaults (forty minutes)
 #   make sweep    every method on a model of each family of torchvision, timm and transformers: docs/models.md (hours)
 #   make pages    write docs/methods: a page for each method, and Table I of all (half a minute)
 #   make clean    remove the environment and the caches
@@ -25,7 +27,7 @@ ARGS ?=
 WORKERS ?= 2
 SOURCES := locc passes tests examples benchmarks
 
-.PHONY: help setup demo test slow property mutants lint format bench defaults sweep pages clean
+.PHONY: help setup demo test slow property mutants lint format bench reproduce defaults sweep pages clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -87,7 +89,10 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks.run $(ARGS)
 
 defaults: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.defaults $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/locc reproduce defaults --budget full --page docs/results.md $(ARGS)
+
+reproduce: $(READY)
+	@$(BIN)/locc reproduce --page docs/results.md $(ARGS)
 
 pages: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pages $(ARGS)

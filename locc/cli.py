@@ -1,4 +1,4 @@
-"""The command line: `locc methods | inspect | train | verify | export`.
+"""The command line: `locc methods | inspect | train | verify | export | reproduce`.
 
 What imports PyTorch is imported by the commands that need it: help and completion answer at once.
 
@@ -35,6 +35,7 @@ from locc.commands.options import (
     SplitsOption,
     TiedOption,
 )
+from locc.commands.reproduce import reproduce
 from locc.commands.show import (
     describe,
     fail,
@@ -393,6 +394,9 @@ def export(
     if modules is not None:
         manifest = program.export_onnx_modules(modules, opset=opset, check=check)
         out().print(Text(f"exported {manifest}"), soft_wrap=True)
+
+
+app.command()(guarded(reproduce))
 
 
 def _compiled(

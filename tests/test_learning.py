@@ -1,56 +1,203 @@
-"""Every method learns: digits on a small network, six epochs of Adam(1e-3), beside backpropagation."""
+"""Every method learns: each id on several networks, a few epochs of Adam, beside backpropagation.
+
+Where a method is undefined on a network, compiling it says so, and that is all that is asked there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import locc
-from examples.digits import digits, loaders
-from examples.models import SmallCNN
+from examples.digits import digits
+from examples.models import SmallCNN, SmallResNet, stage
+from locc.reproduce.data import Batches
+from locc.reproduce.networks import GPT, Block
 
 BEHIND = {
-    **dict.fromkeys(["bcd2", "bcd3"], 0.45),  # one sweep a minibatch, held near the weights before it
+    "bcd2": 0.20,  # thirty sweeps, each held near the weights before it
+    "bcd3": 0.30,
     **dict.fromkeys(["gim", "kernel-pull"], 0.30),  # no classifier at the modules
     "dladmm": 0.20,
     **dict.fromkeys(["fa", "dfa", "ifa", "fixed-aux"], 0.15),  # errors through matrices that never learn
 }
-"""By how much of the accuracy a method may fall behind backpropagation; others by 0.08."""
+"""By how much of the accuracy a method may fall behind backpropagation, if not by that of the network."""
+
+FURTHER = {
+    # Fifty steps: synthesisers have seen few gradients, and gim no label below the head.
+    ("small-mlp", "dni"): 0.25,
+    ("small-conv", "dni"): 0.25,
+    ("small-conv", "gim"): 0.40,
+    # A hundred steps: what takes longer than backpropagation to find a rule that is all or nothing.
+    ("tokens", "dni"): 0.70,
+    ("tokens", "cdni"): 0.60,
+    ("tokens", "gim"): 0.80,
+    ("tokens", "tp"): 0.65,
+    ("tokens", "predsim"): 0.35,
+    ("tokens", "sim"): 0.35,
+    ("tokens", "fa"): 0.35,
+    ("tokens", "ss-brsf"): 0.20,
+    ("transformer", "dni"): 0.55,
+    ("transformer", "cdni"): 0.45,
+    ("transformer", "kernel-pull"): 0.50,
+    ("transformer", "dfa"): 0.40,
+    ("transformer", "gim"): 0.40,
+    ("transformer", "pred"): 0.20,
+    ("residual", "altmin"): 0.30,
+    ("residual", "ddtp-linear"): 0.25,
+    ("residual", "pred"): 0.35,
+    ("residual", "dfa"): 0.50,
+    ("residual", "fa"): 0.45,
+    ("residual", "gim"): 0.45,
+    ("residual", "kernel-pull"): 0.55,
+}
+"""The same where a method falls behind further, on one network."""
 
 PLAIN = ("admm", "bcd2", "bcd3", "dladmm")
-"""Defined on chains without BatchNorm."""
+"""Defined on chains without BatchNorm; made for full batches."""
+SWEEPS = 30
+NARROW = {"dni": {"width": 32}, "cdni": {"width": 32}}
+"""Synthesisers of a thousand units would take most of the time."""
+BEFORE = ("altmin", "pair-proxy")
+"""These cut before the nonlinearity."""
+METHODS = [m for m in sorted(locc.methods()) if m != "bp"]
 
 
-def accuracy(method: str) -> float:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    training, validation = loaders(64)
-    if method == "gim":
-        model: nn.Module = SmallCNN(8)
-        splits = ["layer1", "layer2", "layer3"]
-    else:
-        norm = method not in PLAIN
-        blocks = [
-            nn.Sequential(nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), nn.ReLU())
-            for a, b in pairwise((64, 64, 64, 64))
-        ]
-        model = nn.Sequential(nn.Flatten(), *blocks, nn.Linear(64, 10))
-        before = ".1" if method in ("altmin", "pair-proxy") else ""  # these cut before the nonlinearity
-        splits = [f"{k}{before}" for k in (1, 2, 3)]
-    example = digits().train_x[:64]
-    program = locc.compile(
-        model, method, splits, example_inputs=example, seed=0, optimizer=locc.Recipe(), verify=False
-    )
-    program.fit(training, epochs=6, progress=False)
-    found = program.evaluate(validation).accuracy
-    assert found is not None
-    return found
+class Rows(nn.Module):
+    """A transformer that reads an image as the sequence of its rows."""
+
+    def __init__(self, width: int = 32, depth: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.position = nn.Parameter(0.02 * torch.randn(8, width))
+        self.blocks = nn.ModuleList(Block(width, 4) for _ in range(depth))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.flatten(1, 2)) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in sorted(locc.methods()) if m != "bp"])
-def test_it_comes_near_backpropagation(method: str) -> None:
-    assert accuracy(method) > accuracy("bp") - BEHIND.get(method, 0.08)
+def mlp(method: str, width: int = 64, depth: int = 3) -> tuple[nn.Module, list[str]]:
+    norm = method not in PLAIN
+    blocks = [
+        nn.Sequential(nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), nn.ReLU())
+        for a, b in pairwise((64, *[width] * depth))
+    ]
+    before = f".{int(norm)}" if method in BEFORE else ""
+    return nn.Sequential(nn.Flatten(), *blocks, nn.Linear(width, 10)), [
+        f"{k + 1}{before}" for k in range(depth)
+    ]
+
+
+def conv(method: str) -> tuple[nn.Module, list[str]]:
+    before = ".1" if method in BEFORE else ""
+    return SmallCNN(8), [f"layer{k}{before}" for k in (1, 2, 3)]
+
+
+def small_conv(method: str) -> tuple[nn.Module, list[str]]:
+    before = ".1" if method in BEFORE else ""
+    head = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(stage(1, 8, 2), stage(8, 16, 2), head), [f"{k}{before}" for k in (0, 1)]
+
+
+def residual(method: str) -> tuple[nn.Module, list[str]]:
+    return SmallResNet(8, 2), ["stem", "blocks.0"]
+
+
+def transformer(method: str) -> tuple[nn.Module, list[str]]:
+    return Rows(), ["embed", "blocks.0"]
+
+
+def tokens(method: str) -> tuple[nn.Module, list[str]]:
+    return GPT(vocabulary=10, context=8, width=32, depth=2), ["blocks.0", "blocks.1"]
+
+
+@cache
+def recall() -> tuple[Tensor, Tensor]:
+    """Sequences of ten symbols, and for each place the symbol before it."""
+    x = torch.randint(10, (1000, 8), generator=torch.Generator().manual_seed(0))
+    return x, x.roll(1, 1).index_fill(1, torch.tensor([0]), -100)
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[str], tuple[nn.Module, list[str]]]
+    epochs: int = 6
+    samples: int = 1437
+    batch: int = 64
+    rate: float = 1e-3
+    behind: float = 0.12
+    narrow: bool = True
+
+    def accuracy(self, method: str) -> float:
+        """Train a network and return its accuracy; `pytest.skip` where the method is undefined on it."""
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        if self.make is tokens:
+            x, y = recall()
+            training, test = (x[:800], y[:800]), (x[800:], y[800:])
+        else:
+            data = digits()
+            training, test = (
+                (data.train_x[: self.samples], data.train_y[: self.samples]),
+                (data.validation_x, data.validation_y),
+            )
+        model, splits = self.make(method)
+        try:
+            program = locc.compile(
+                model,
+                method,
+                splits,
+                example_inputs=training[0][:8],
+                seed=0,
+                optimizer=locc.Recipe().at(self.rate),
+                verify=False,
+                **NARROW.get(method, {}) if self.narrow else {},
+            )
+        except locc.MethodError as error:
+            pytest.skip(f"undefined: {error}")
+        whole = method in PLAIN
+        batch, epochs = (len(training[0]), SWEEPS) if whole else (self.batch, self.epochs)
+        program.fit(Batches(*training, batch, torch.Generator().manual_seed(0)), epochs, progress=False)
+        found = program.evaluate([test]).accuracy
+        assert found is not None
+        return found
+
+
+SMALL = {
+    "small-mlp": Case(lambda method: mlp(method, 32, 2), epochs=5, samples=500, batch=50, rate=1e-2),
+    "small-conv": Case(small_conv, epochs=5, samples=500, batch=50, rate=1e-2),
+}
+CASES = SMALL | {
+    "mlp": Case(mlp, behind=0.08, narrow=False),
+    "conv": Case(conv, behind=0.08, narrow=False),
+    "residual": Case(residual, epochs=8, rate=3e-3, behind=0.15),
+    "transformer": Case(transformer, epochs=6, rate=3e-3),
+    "tokens": Case(tokens, epochs=8, rate=3e-3),
+}
+
+
+@cache
+def backpropagation(name: str) -> float:
+    return CASES[name].accuracy("bp")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in CASES]
+)
+def test_it_comes_near_backpropagation(name: str, method: str, request: pytest.FixtureRequest) -> None:
+    if (name, method) == ("residual", "ifa"):
+        why = "it stays at chance; not explained"
+        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+    allowed = FURTHER.get((name, method), BEHIND.get(method, CASES[name].behind))
+    assert CASES[name].accuracy(method) > backpropagation(name) - allowed

@@ -19,6 +19,7 @@ COMMANDS = {
     "--help": "import locc.cli; locc.cli.app(['--help'], standalone_mode=False)",
     "--version": "import locc.cli; locc.cli.app(['--version'], standalone_mode=False)",
     "train --help": "import locc.cli; locc.cli.app(['train', '--help'], standalone_mode=False)",
+    "reproduce --help": "import locc.cli; locc.cli.app(['reproduce', '--help'], standalone_mode=False)",
     "completion": "import locc.cli; locc.cli.app(prog_name='locc')",
 }
 COMPLETION = {"_LOCC_COMPLETE": "complete_bash", "COMP_WORDS": "locc train --method d", "COMP_CWORD": "3"}

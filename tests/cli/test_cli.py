@@ -30,7 +30,7 @@ def run(*args: str, code: int = 0) -> Any:
 
 def test_help_lists_the_commands() -> None:
     text = run("--help").output
-    assert all(name in text for name in ("methods", "inspect", "train", "verify", "export"))
+    assert all(name in text for name in ("methods", "inspect", "train", "verify", "export", "reproduce"))
 
 
 def test_the_version_is_told_by_itself() -> None:

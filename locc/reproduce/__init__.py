@@ -1,0 +1,1 @@
+"""Published results, trained again: `locc reproduce`, and the page docs/results.md."""
