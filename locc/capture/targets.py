@@ -129,8 +129,12 @@ def target_of(function: Any, args: tuple[Any, ...]) -> Target:
     name, getter = name_of(function), getter_of(function)
     if getter is not None:
         return "call_function", getattr, (args[0], getter)
-    if function is not getattr(torch.Tensor, name, None):
+    # `x ** y` arrives as `Tensor.__pow__`, which calls itself "pow".
+    spellings = (name, f"__{name}__", f"__i{name.rstrip('_')}__")
+    found = (n for n in spellings if function is getattr(torch.Tensor, n, None))
+    if (method := next(found, None)) is None:
         return "call_function", function, args
+    name = method
     if name in _SWAPPED:
         return "call_function", getattr(operator, _SWAPPED[name]), (args[1], args[0])
     plain = name.removeprefix("__").removesuffix("__")

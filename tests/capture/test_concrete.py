@@ -38,6 +38,19 @@ def test_sizes_are_read_where_they_are_used() -> None:
     assert all(n.meta["stack"] == (("model", 0),) for n in sizes)
 
 
+def test_operators_whose_functions_have_other_names_run_as_code() -> None:
+    """`x ** y` is `Tensor.__pow__`, which calls itself `pow`, a name that `torch._tensor` does not have."""
+
+    def between(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        x **= x.size(0) ** 0
+        return m.b(abs(x) ** 0.5 + -x / 2 + 2 / (3 + x**2))
+
+    found = take(Two(between), sample())
+    assert found.origin == "concrete"
+    assert "torch._tensor" not in found.training.python_code("self").src
+
+
 def test_a_branch_on_the_batch_size_becomes_a_guard() -> None:
     def between(m: Any, x: Tensor) -> Tensor:
         x = m.a(x)
