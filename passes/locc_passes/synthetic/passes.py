@@ -54,9 +54,20 @@ class SyntheticGradients(Pass):
     factory: Factory | None = None
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
-        """Labels are those of one prediction."""
-        if self.labels:
-            yield from divided(ir)
+        """Labels are those of one prediction, and of the positions of each sequence."""
+        if not self.labels:
+            return
+        yield from divided(ir)
+        output = prediction_spec(ir)
+        there = guess_layout(output, output_layout(ir)).sizes(output)
+        for value in (v for module in ir.modules[:-1] for v in activations(ir, module.name)):
+            layout = guess_layout(spec_of(value), layout_at(ir, value))
+            here = layout.sizes(spec_of(value))
+            if layout.kind == "sequence" and here and there and here != there and self.factory is None:
+                yield (
+                    f"module '{value.meta['owner']}': its sequence has {here[0]} positions, and those of the "
+                    f"prediction's labels are {there[0]}, so a position has no label to show; use 'dni'"
+                )
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Add synthesisers and the modules' objectives."""

@@ -245,3 +245,19 @@ def test_it_learns_digits() -> None:
         accuracies.append(program.evaluate(validation).accuracy or 0.0)
     assert accuracies[0] > 0.85
     assert accuracies[0] > accuracies[1] + 0.05
+
+
+class Shortening(nn.Module):
+    """A sequence of twelve, and a label for every second place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mid, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mid(self.embed(tokens)))[:, ::2])
+
+
+def test_labels_of_other_positions_are_refused_when_compiling() -> None:
+    with pytest.raises(MethodError, match="module 'embed': its sequence has 12 positions, and those of the"):
+        locc.compile(Shortening(), "cdni", ["embed"], example_inputs=torch.randint(9, (3, 12)))
