@@ -274,9 +274,9 @@ MNIST = (
             Row("bp", recipe=Recipe(OptimizerSpec("rmsprop", 1e-4)), published=97.84, source=RECALLED),
             Row("fa", options={"zero_init": True}, published=97.80, source=RECALLED),
             Row("dfa", options={"zero_init": True}, published=97.68, source=RECALLED),
-            Row("ifa", options={"zero_init": True}),
+            Row("ifa"),
         ],
-        note="Random feedback starts from weights of zero, as in the released code; `bp` cannot.",
+        note="`fa` and `dfa` start from weights of zero, as in the released code; `bp` and `ifa` cannot.",
     ),
     Setting(
         "bcd-mlp",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx, nn
@@ -24,7 +24,6 @@ from locc.rewrite import (
 from locc_passes.feedback.dfa import DirectFeedback, errors_of, taught
 from locc_passes.feedback.layers import LAYERS
 from locc_passes.feedback.published import RECIPE, advice
-from locc_passes.feedback.zero import ZeroWeights
 
 
 @dataclass(frozen=True)
@@ -68,22 +67,17 @@ class IFA(Method):
     delta_1 = (B e) * sigma'(a_1) with B fixed; delta_{k+1} = (W_{k+1} delta_k) * sigma'(a_{k+1}). Cut after
     the nonlinearity of each layer: a module's delta is taken before the nonlinearity with which it ends, and
     goes up through whatever lies between that and the next. Modules update one after the other, upward.
+    Weights of zero, from which `dfa` may start, would hand nothing up.
     """
 
     family: ClassVar[str] = "feedback"
     reference: ClassVar[str] = "Nøkland 2016"
-    recipe: ClassVar[Recipe] = RECIPE
+    recipe: ClassVar[Recipe] = replace(RECIPE, network="tanh units or ReLUs")
     opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
-
-    zero_init: bool = field(
-        default=False,
-        metadata={"help": "start all forward weights and biases at zero (for tanh and sigmoid networks)"},
-    )
 
     def passes(self) -> Sequence[Pass]:
         """Return the loss of the last module and the indirect feedback of the others."""
-        start = (ZeroWeights(),) if self.zero_init else ()
-        return (*start, OutputLoss(), IndirectFeedback(), LentGradients())
+        return (OutputLoss(), IndirectFeedback(), LentGradients())
 
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
         """Warn of ReLUs without normalisation."""
