@@ -19,6 +19,7 @@ from examples.digits import digits
 from examples.models import SmallCNN, SmallResNet, stage
 from locc.reproduce.data import Batches
 from locc.reproduce.networks import GPT, Block
+from support import every_method
 
 BEHIND = {
     "bcd2": 0.20,  # thirty sweeps, each held near the weights before it
@@ -66,7 +67,6 @@ NARROW = {"dni": {"width": 32}, "cdni": {"width": 32}}
 """Synthesisers of a thousand units would take most of the time."""
 BEFORE = ("altmin", "pair-proxy")
 """These cut before the nonlinearity."""
-METHODS = [m for m in sorted(locc.methods()) if m != "bp"]
 
 
 class Rows(nn.Module):
@@ -191,7 +191,7 @@ def backpropagation(name: str) -> float:
     return CASES[name].accuracy("bp")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", every_method(but=("bp",)))
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in CASES]
 )
