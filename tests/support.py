@@ -97,6 +97,7 @@ AKIN = frozenset(
         "kernel-pull",
         "dni",
         "tp",
+        "ddtp-linear",
         "ddtp-rhl",
         "ss-brsf",
         "ss-frsf",

@@ -134,6 +134,7 @@ def test_the_option_fails_exactly_the_tests_whose_program_leaks(
     )
 
 
+@pytest.mark.slow
 def test_without_the_plugin_nothing_is_watched(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(MODELS + UNDER_THE_OPTION)
     result = pytester.runpytest_subprocess("-p", "no:locc", "-p", "no:cacheprovider")

@@ -634,6 +634,7 @@ def test_options_are_checked():
             locc.compile(mlp(), "al", SPLITS, **{name: value})
 
 
+@pytest.mark.slow
 def test_it_learns_digits_folded():
     train, validation = loaders(batch_size=32)
     for layers, splits in ((mlp(64, 64, 10), ["2", "4", "8", "10"]), (mlp(64, 64, 10), ["2", "8", "10"])):

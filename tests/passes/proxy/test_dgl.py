@@ -319,6 +319,7 @@ def test_sequential_and_lockstep_are_both_possible() -> None:
     program.step(torch.randn(4, 1, 8, 8), torch.randint(3, (4,)))
 
 
+@pytest.mark.slow
 def test_learns_digits() -> None:
     x, y = load_digits(return_X_y=True)
     inputs, target = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y)

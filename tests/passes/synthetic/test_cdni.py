@@ -227,6 +227,7 @@ def test_save_and_load_resume_bit_for_bit(tmp_path: Path) -> None:
     assert same(wanted, snapshot(program.root))
 
 
+@pytest.mark.slow
 def test_it_learns_digits() -> None:
     """Four epochs of Adam(1e-3); a head on untrained layers reaches less."""
     torch.set_num_threads(1)  # as fast on tensors this small

@@ -497,6 +497,7 @@ def test_images_and_sequences_train() -> None:
     } == set()
 
 
+@pytest.mark.slow
 def test_it_learns_digits() -> None:
     """Four epochs of Adam(1e-3); a head on untrained layers reaches less."""
     torch.set_num_threads(1)  # as fast on tensors this small

@@ -654,6 +654,7 @@ def test_save_and_load_resume_bit_for_bit(tmp_path: Path) -> None:
     assert same(wanted, snapshot(program.root))
 
 
+@pytest.mark.slow
 def test_a_convolutional_network_learns_digits() -> None:
     """Six epochs of Adam(1e-3) with the default options; random features under a trained head reach less."""
     torch.set_num_threads(1)  # as fast on tensors this small
