@@ -92,7 +92,7 @@ defaults: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/locc reproduce defaults --budget full --page docs/results.md $(ARGS)
 
 reproduce: $(READY)
-	@$(BIN)/locc reproduce --page docs/results.md $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/locc reproduce --page docs/results.md $(ARGS)
 
 pages: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pages $(ARGS)

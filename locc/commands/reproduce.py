@@ -50,6 +50,8 @@ def reproduce(
     from locc.reproduce.runner import run
     from locc.reproduce.table import select
 
+    if page is not None and not page.parent.is_dir():
+        raise MisuseError(f"the folder '{page.parent}' of '{page}' does not exist; create it first")
     found = Results(results)
     if budget != "none":
         try:

@@ -265,8 +265,10 @@ class Compiled(nn.Module):
 
         Raises:
             MethodError: the program is not pipeline-exact.
-            RunError: see `step`; modules before the one that it names have trained on all batches.
+            RunError: see `step`, where modules before the one that it names have trained on all batches; or
+                there are no batches, or batches of several shapes, and nothing has changed.
         """
+        waves.check_alike(batches)
         return self._in_turn(batches, updated)
 
     def _in_turn(self, batches: Sequence[tuple[Any, Any]], updated: waves.Updated | None) -> list[StepReport]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from locc.errors import MethodError
+from locc.errors import MethodError, RunError
 from locc.facts import Certificate
 from locc.facts.derive import derive
 from locc.facts.traffic import couplings, flows, pipeline_exact
@@ -125,6 +125,22 @@ def alike(left: Rest, most: int) -> Iterator[list[Any]]:
         if not wave:
             return
         yield wave
+
+
+def check_alike(batches: Sequence[Any]) -> None:
+    """Refuse a wave without batches, or of several shapes: what lives across steps has the shape of one.
+
+    Raises:
+        RunError: it is such a wave.
+    """
+    if not batches:
+        raise RunError("program.wave(batches) was given no batch; give a list of (x, y) pairs")
+    for number, batch in enumerate(batches):
+        if _shapes(batch) != _shapes(batches[0]):
+            raise RunError(
+                f"batch {number} of a wave has the shapes {[tuple(s) for s in _shapes(batch)]}, the first "
+                f"one {[tuple(s) for s in _shapes(batches[0])]}; begin a new wave with it"
+            )
 
 
 def _shapes(batch: Any) -> list[torch.Size]:

@@ -115,6 +115,14 @@ def test_a_wave_that_fails_is_undone_whole_if_asked() -> None:
 
 
 def test_what_is_refused() -> None:
+    program = compiled(mlp(), "dgl", ["first"], schedule="wave")
+    with pytest.raises(RunError, match="given no batch"):
+        program.wave([])
+    with pytest.raises(
+        RunError, match=r"batch 1 of a wave has the shapes \[\(3, 4\), \(3,\)\], the first one"
+    ):
+        program.wave(batches(5, 3))
+    assert program.steps == 0
     with pytest.raises(MethodError, match=r"method 'bp' is not pipeline-exact: gradient .*lockstep"):
         compiled(mlp(), "bp", ["first"], schedule="wave")
     with pytest.raises(MethodError, match="not pipeline-exact"):
