@@ -60,7 +60,7 @@ class Request:
     settings: Settings
     verify: bool
     dynamic: Dynamic = None
-    prediction: str | None = None
+    prediction: str | int | None = None
     cache: bool = False
 
 
@@ -71,7 +71,7 @@ def compile(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
-    prediction: str | None = None,
+    prediction: str | int | None = None,
     dynamic: Dynamic = None,
     optimizer: Callable[..., torch.optim.Optimizer] | Recipe | None = None,
     schedule: str = "lockstep",
@@ -288,7 +288,7 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
     Raises:
         MethodError: there is no such part.
     """
-    if ir.nodes(role="head_output"):
+    if ir.nodes(role="head_loss"):
         found = small_batch(ir, inputs)
         if not found.stand_in:
             check_heads(ir, lambda node: made_up(ir, node, found.size), found.target)
