@@ -28,7 +28,7 @@ from locc.proof import prove
 from locc.proof.experiment.batch import accepts, made_up, small_batch
 from locc.quiet import attempting
 from locc.recipes import Recipe
-from locc.rewrite import Method, apply, configure, options
+from locc.rewrite import Method, apply, configure, options, refuse_early
 from locc.rewrite.local_loss import check_heads
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings, waves
@@ -296,6 +296,7 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
 
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
+    refuse_early(request.method, request.name, request.root.model)
     few = inputs.head(FEW)
     try:
         captured, cuts = captured_on(request, few, inputs)
