@@ -10,7 +10,7 @@ A pass emits nodes with the verbs of `locc.ir.TrainingGraph`.
 from locc.recipes import OptimizerSpec, Recipe
 from locc.rewrite.building import Given, build, build_custom, given_for
 from locc.rewrite.chain import GradientChain, handed_down, returning
-from locc.rewrite.crossing import LentGradients, activations, has_rows, read_by, rows, unreached
+from locc.rewrite.crossing import LentGradients, activations, advised, has_rows, read_by, rows, unreached
 from locc.rewrite.dropout import before_dropout, give_copy, in_place, is_dropout
 from locc.rewrite.heads import AttachHeads, LocalLoss, local_modules, local_values, untrained
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
@@ -43,6 +43,7 @@ __all__ = [
     "Recipe",
     "activations",
     "add_all",
+    "advised",
     "apply",
     "before_dropout",
     "before_nonlinearity",
