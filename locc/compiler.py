@@ -28,7 +28,7 @@ from locc.proof import prove
 from locc.proof.experiment.batch import accepts, made_up, small_batch
 from locc.quiet import attempting
 from locc.recipes import Recipe
-from locc.rewrite import Method, apply, configure, options
+from locc.rewrite import Method, apply, configure, options, refuse_early
 from locc.rewrite.local_loss import check_heads
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings, waves
@@ -60,7 +60,7 @@ class Request:
     settings: Settings
     verify: bool
     dynamic: Dynamic = None
-    prediction: str | None = None
+    prediction: str | int | None = None
     cache: bool = False
 
 
@@ -71,7 +71,7 @@ def compile(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     example_inputs: Any = None,
-    prediction: str | None = None,
+    prediction: str | int | None = None,
     dynamic: Dynamic = None,
     optimizer: Callable[..., torch.optim.Optimizer] | Recipe | None = None,
     schedule: str = "lockstep",
@@ -288,7 +288,7 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
     Raises:
         MethodError: there is no such part.
     """
-    if ir.nodes(role="head_output"):
+    if ir.nodes(role="head_loss"):
         found = small_batch(ir, inputs)
         if not found.stand_in:
             check_heads(ir, lambda node: made_up(ir, node, found.size), found.target)
@@ -296,6 +296,7 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
 
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
+    refuse_early(request.method, request.name, request.root.model)
     few = inputs.head(FEW)
     try:
         captured, cuts = captured_on(request, few, inputs)

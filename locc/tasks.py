@@ -15,7 +15,7 @@ from locc.losses import MODEL, Loss, own_loss
 from locc.proof.experiment.batch import made_up, outputs_of, small_batch
 
 
-def tasks_of(ir: TrainingGraph, loss: Loss, asked: str | None, inputs: Inputs) -> tuple[Task, ...]:
+def tasks_of(ir: TrainingGraph, loss: Loss, asked: str | int | None, inputs: Inputs) -> tuple[Task, ...]:
     """Return the tasks of a model, the main prediction first.
 
     An output is a task where the last module computes it, the loss reads it, and it neither enters the main
@@ -33,6 +33,7 @@ def tasks_of(ir: TrainingGraph, loss: Loss, asked: str | None, inputs: Inputs) -
     """
     outputs = _outputs(ir)
     if asked is not None:
+        asked = str(asked)  # 0, of a tuple
         if asked not in outputs:
             raise MethodError(
                 f"prediction='{asked}' names no floating-point output of the model; {nearest(asked, outputs)}"

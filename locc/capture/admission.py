@@ -43,9 +43,11 @@ class _Watching(Interpreter):
     def __init__(self, root: Root, graph: fx.Graph) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.seen = Seen()
+        self.at: fx.Node | None = None
         self._tensors: list[tuple[fx.Node, Tensor]] = []
 
     def run_node(self, n: fx.Node) -> Any:
+        self.at = n
         versions = [t._version for _, t in self._tensors]
         drawn = random_state()
         state = [(a, self.env[a].clone()) for a in n.all_input_nodes if _is_buffer(a, self.env[a])]
@@ -203,7 +205,22 @@ def _run(watching: _Watching, eager: Eager, training: bool, point: Point, backwa
         raise CaptureError(
             f"the captured graph fails where the model does not ({eager.call.text(point)}): "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{_kept_in(watching)}"
         ) from error
+
+
+def _kept_in(watching: _Watching) -> str:
+    """Say, to end a sentence, which open module could keep inside what the graph was at."""
+    node = watching.at
+    for path, _ in node.meta.get("stack", ()) if node is not None else ():
+        runs = not isinstance(watching.fetch_attr(path), (nn.Sequential, nn.ModuleList))
+        if runs and node is not None and path not in ("model", node.target):
+            name = strip(path)
+            return (
+                f"; '{name}' can keep it inside if no split lies within '{name}' (a split at '{name}' itself "
+                "may) and the method does not look into each layer"
+            )
+    return ""
 
 
 def _compare(real: Run, run: Run, training: bool, sizes: str, backward: bool) -> None:

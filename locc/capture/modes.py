@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from locc.capture.eager import Run, Sight
 from locc.capture.targets import printable
+from locc.ir.calls import Switched
+
+DROPOUTS = frozenset(
+    getattr(nn.functional, name)
+    for name in (
+        *("dropout", "dropout1d", "dropout2d", "dropout3d"),
+        *("alpha_dropout", "feature_alpha_dropout"),
+    )
+)
 
 
 @dataclass
@@ -63,3 +73,23 @@ def _seen(result: Any) -> Any:
     if isinstance(result, Sight):
         return result.shape, result.stride, result.dtype, result.device  # a dropout returns its input in eval
     return result if printable(result) else id(result)
+
+
+def switch_dropouts(training: fx.Graph, inference: fx.Graph) -> None:
+    """Have the calls of dropout functions that follow the mode say so, for phases in which a module rests.
+
+    A call whose line draws in eval mode as well is meant to.
+    """
+    always = {node.meta.get("line") for node in inference.nodes if _drops(node)}
+    for node in training.nodes:
+        if _drops(node) and node.meta.get("line") not in always:
+            node.target = Switched(node.target)
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether a node is a call of a dropout function of `torch.nn.functional`, in training."""
+    if node.op != "call_function" or node.target not in DROPOUTS:
+        return False
+    given = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    given.apply_defaults()
+    return given.arguments["training"] is True

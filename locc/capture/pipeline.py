@@ -15,7 +15,7 @@ from locc.capture.calls import Calls
 from locc.capture.dynamic import Choice, Dynamic, FixedError
 from locc.capture.eager import Eager, eager_run
 from locc.capture.graphs import RefusalError, Trace, rebuild_of
-from locc.capture.modes import alike, modes_watched
+from locc.capture.modes import alike, modes_watched, switch_dropouts
 from locc.capture.tree import spell
 from locc.errors import CaptureError
 from locc.ir.captured import Captured, Decision, Inputs, Root, Signature, SizeGuard
@@ -127,6 +127,7 @@ def _result(
     guards = _guards(training, inference)
     if lifted:
         guards = tuple(_but_one(guard) if "B" in guard.names else guard for guard in guards)
+    switch_dropouts(training.graph, inference.graph)
     return Captured(
         root=root,
         training=training.graph,

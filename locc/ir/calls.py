@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 
 def given(value: Any, value_of: Callable[[fx.Node], Any]) -> Any:
@@ -52,3 +53,22 @@ class Interpreter(fx.Interpreter):
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a node."""
         return given(n.args, self.env.__getitem__), given(n.kwargs, self.env.__getitem__)
+
+
+class Switched(nn.Module):
+    """A function with an argument `training`, which is off while the owner of its call rests.
+
+    That is what `F.dropout(x, p, self.training)` is for the module which calls it, as a layer is by its mode.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.__name__ = self.__qualname__ = function.__name__
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function, with its own arguments or not in training."""
+        if self.training:
+            return self.function(*args, **kwargs)
+        given = inspect.signature(self.function).bind(*args, **kwargs)
+        return self.function(**{**given.arguments, "training": False})

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from locc.ir import ops
+from locc.ir.calls import Switched
 from locc.ir.captured import Captured, Root, owned_tensor
 from locc.ir.coupling import Coupling
 from locc.ir.infer import Inferred
@@ -273,6 +274,8 @@ def node_parameters(root: nn.Module, node: fx.Node) -> list[tuple[str, nn.Parame
 
 def node_modules(root: nn.Module, node: fx.Node) -> list[nn.Module]:
     """Return the module that `node` calls, or reads for another node to call, and its submodules."""
+    if isinstance(node.target, Switched):
+        return [node.target]
     if node.op not in ("call_module", "get_attr"):
         return []
     held = owned_tensor(root, str(node.target))

@@ -104,7 +104,9 @@ def _check_freezable(ir: TrainingGraph, phase: Phase, needed: set[fx.Node], aske
         modules = node_modules(ir.root, call)
         if (random or writes) and not modules:
             does, instead = (
-                ("draws random numbers", "use nn.Dropout") if random else ("changes its state", "")
+                ("draws random numbers", "use nn.Dropout or F.dropout(x, p, self.training)")
+                if random
+                else ("changes its state", "")
             )
             raise MethodError(
                 f"{freezes} its forward {does} {where} whatever the mode; "

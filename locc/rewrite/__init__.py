@@ -10,7 +10,7 @@ A pass emits nodes with the verbs of `locc.ir.TrainingGraph`.
 from locc.recipes import OptimizerSpec, Recipe
 from locc.rewrite.building import Given, build, build_custom, given_for
 from locc.rewrite.chain import GradientChain, handed_down, returning
-from locc.rewrite.crossing import LentGradients, activations, has_rows, read_by, rows, unreached
+from locc.rewrite.crossing import LentGradients, activations, advised, has_rows, read_by, rows, unreached
 from locc.rewrite.dropout import before_dropout, give_copy, in_place, is_dropout
 from locc.rewrite.heads import AttachHeads, LocalLoss, local_modules, local_values, untrained
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
@@ -19,7 +19,7 @@ from locc.rewrite.local_loss import LossLike, head_loss, heads_of
 from locc.rewrite.noise import disturb, draw
 from locc.rewrite.objectives import add_all, judged, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
-from locc.rewrite.passes import Method, Pass, apply, configure, options
+from locc.rewrite.passes import Method, Pass, apply, configure, options, refuse_early
 from locc.rewrite.reach import learned, trained
 from locc.rewrite.tangents import before_nonlinearity, pull, push
 from locc.rewrite.targets import CLASS_IDS, NUMBERS, divided, own_target
@@ -43,6 +43,7 @@ __all__ = [
     "Recipe",
     "activations",
     "add_all",
+    "advised",
     "apply",
     "before_dropout",
     "before_nonlinearity",
@@ -78,6 +79,7 @@ __all__ = [
     "push",
     "range_of",
     "read_by",
+    "refuse_early",
     "returning",
     "rows",
     "spec_of",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from locc.ir import Boundary, TrainingGraph
+from locc.ir import Boundary, TensorSpec, TrainingGraph, node_parameters, strip
 from locc.rewrite.chain import handed_down
 from locc.rewrite.objectives import add_all
 from locc.rewrite.passes import Pass
@@ -49,6 +49,51 @@ def unreached(ir: TrainingGraph) -> Iterator[str]:
                 f"module '{module.name}' sends no floating-point value to a later one, so nothing would "
                 "train it; move the split to where it does"
             )
+
+
+def narrow_cuts(ir: TrainingGraph, most: int = 3) -> list[str]:
+    """Return some submodules after which a single value crosses, spread over the forward; `most` at most.
+
+    Counted on the forward as it was captured, so among the submodules that stand in it.
+    """
+    nodes = [n for n in ir.captured.training.nodes if n.op not in ("placeholder", "output", "get_attr")]
+    place = {node: i for i, node in enumerate(nodes)}
+    working = [i for i, n in enumerate(nodes) if _computes(ir, n)]
+    learns = set[fx.Node]()
+    for node in nodes:
+        sources = node.all_input_nodes
+        if _computes(ir, node) or node.meta.get("random") or not learns.isdisjoint(sources):
+            learns.add(node)
+    reach = {n: max((place.get(user, len(nodes)) for user in n.users), default=-1) for n in learns}
+    ends = {path: i for i, node in enumerate(nodes) for path, _ in node.meta.get("stack", ())}
+    found: dict[fx.Node, str] = {}
+    for path, end in sorted(ends.items(), key=lambda item: item[1]):
+        later = [i for i in working if i > end]
+        if path not in ("", "model") and later and working[0] <= end:
+            stops = range(end, later[0])
+            counts = [[n for n, last in reach.items() if place[n] <= i < last] for i in stops]
+            for value in (crossing[0] for crossing in counts if len(crossing) == 1 and _passes(crossing[0])):
+                found[value] = min(found.get(value, strip(path)), strip(path), key=lambda p: p.count("."))
+    names = list(dict.fromkeys(found.values()))
+    return list(dict.fromkeys(names[(2 * i + 1) * len(names) // (2 * most)] for i in range(most) if names))
+
+
+def advised(ir: TrainingGraph) -> Iterator[str]:
+    """Yield a sentence that names `narrow_cuts`, after those that ask for other splits; none without any."""
+    found = [f"'{name}'" for name in narrow_cuts(ir)]
+    if found:
+        yield f"a single value crosses after {', '.join(found)}"
+
+
+def _passes(value: fx.Node) -> bool:
+    spec = value.meta.get("spec")
+    return isinstance(spec, TensorSpec) and spec.differentiable and has_rows(value)
+
+
+def _computes(ir: TrainingGraph, node: fx.Node) -> bool:
+    """Whether a node of a captured forward computes with parameters."""
+    sources = [node, *(n for n in node.all_input_nodes if n.op == "get_attr")]
+    return any(True for n in sources for _ in node_parameters(ir.root, n))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from locc.ir import TrainingGraph
+from locc.ir.calls import Switched
 
 _DROPOUTS = {
     getattr(home, name)
@@ -22,7 +23,8 @@ def is_dropout(ir: TrainingGraph, node: fx.Node) -> bool:
     """Whether a node is an `nn.Dropout*` leaf or a call of a dropout function."""
     if node.op == "call_module":
         return isinstance(ir.root.get_submodule(str(node.target)), nn.modules.dropout._DropoutNd)
-    return node.op == "call_function" and node.target in _DROPOUTS
+    target = node.target.function if isinstance(node.target, Switched) else node.target
+    return node.op == "call_function" and target in _DROPOUTS
 
 
 def before_dropout(ir: TrainingGraph, value: fx.Node) -> fx.Node:

@@ -49,7 +49,7 @@ class AttachHeads(Pass):
                 network = self._build(ir, owner, value, task)
                 of_task = "_" + re.sub(r"\W+", "_", task.name) if len(ir.tasks) > 1 else ""
                 path = ir.add_module(f"{owner}_head_{value.name}{of_task}", network)
-                ir.call(owner, path, value, role="head")
+                ir.call(owner, path, value, role="head").meta["given"] = not isinstance(self.head, str)
 
     def _build(self, ir: TrainingGraph, owner: str, value: fx.Node, task: Task) -> nn.Module:
         if isinstance(self.head, str):

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from locc.errors import MethodError
 from locc.ir import Rebuild, TrainingGraph, node_parameters
 from locc.losses import MODEL, Loss, own_loss
+from locc.rewrite.traits import bounds_of
 
 LossLike = str | Callable[[Any, Any], Tensor]
 """A loss: a name of `locc.losses`, or a callable (output, target) -> 0-d tensor."""
@@ -47,6 +48,8 @@ def head_loss(ir: TrainingGraph, heads: fx.Node | Sequence[fx.Node], loss: LossL
     """
     heads = [heads] if isinstance(heads, fx.Node) else list(heads)
     owner, own = str(heads[0].meta["owner"]), Loss.of(ir.loss_function)
+    if loss is None:
+        heads = [_bounded(ir, head, task.value) for head, task in zip(heads, ir.tasks, strict=True)]
     if own.name == MODEL and loss is None:
         return _Again(ir, owner, heads).made(_own_loss(ir))
     value = heads[0]
@@ -55,6 +58,15 @@ def head_loss(ir: TrainingGraph, heads: fx.Node | Sequence[fx.Node], loss: LossL
         given = Imitated(ir.output, [task.value for task in ir.tasks])
         value = ir.emit(owner, given, *heads, role="head_output")
     return _emitted(ir, owner, ir.loss_function if loss is None else own.like(loss), value)
+
+
+def _bounded(ir: TrainingGraph, head: fx.Node, prediction: fx.Node) -> fx.Node:
+    """Return a head's result in the range of what it imitates, where that ends in a sigmoid or the like."""
+    found = None if head.meta.get("given") else bounds_of(prediction, ir.root)
+    if found is None:
+        return head
+    function, *dim = found
+    return ir.emit(str(head.meta["owner"]), function, head, *dim, role="bounded")
 
 
 def _emitted(ir: TrainingGraph, owner: str, function: Callable[..., Any], value: fx.Node) -> fx.Node:
@@ -141,21 +153,43 @@ def check_heads(ir: TrainingGraph, sample: Callable[[fx.Node], Tensor], target: 
 
     Args:
         ir: the training graph, with heads.
-        sample: a random value of a node's spec.
+        sample: a random value of a node's spec, within 0 and 1.
         target: one that the loss takes with the whole output.
 
     Raises:
-        MethodError: it has no part that reads the prediction alone.
+        MethodError: it has no part that reads the prediction alone, or does not take what a head gives.
     """
-    name = Loss.of(ir.loss_function).__name__
-    for node in ir.nodes(role="head_output")[:1]:
-        (term,) = node.users
-        try:
-            assert callable(node.target)
-            assert callable(term.target)
-            term.target(node.target(*map(sample, node.all_input_nodes)), target)
-        except Exception as error:  # whatever the user's code raises on what a head does not give
-            raise unread(name, f"{type(error).__name__}: {error}") from error
+    loss = Loss.of(ir.loss_function)
+    for term in [n for n in ir.nodes(role="head_loss") if isinstance(n.target, Loss)][:1]:
+        (read,) = (node for node in term.all_input_nodes if node is not ir.target)
+        nested = read.meta["role"] == "head_output"
+        heads = [sample(head) for head in (read.all_input_nodes if nested else [read])]
+        if nested and (why := _failure(term, read, heads, target)):
+            raise unread(loss.__name__, why)
+        free = term.target is ir.loss_function and loss.name is None and not _in_range(read)
+        if free and (why := _failure(term, read, [8 * head - 4 for head in heads], target)):
+            raise MethodError(
+                f"loss '{loss.__name__}' does not take every number that a module's head may give ({why}), "
+                "and no sigmoid or softmax is seen to end the prediction; call it in the forward of the "
+                "model itself, let the loss take scores (binary_cross_entropy_with_logits), or pass "
+                "local_loss=callable(head_output, target)"
+            )
+
+
+def _failure(term: fx.Node, read: fx.Node, heads: Sequence[Tensor], target: Any) -> str | None:
+    """Say why the loss `term` fails on what heads give, in the place of `read`, if it does."""
+    try:
+        value = read.target(*heads) if isinstance(read.target, Imitated) else heads[0]
+        term.target(value, target)  # type: ignore[operator]
+    except Exception as error:  # whatever the user's code raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _in_range(read: fx.Node) -> bool:
+    """Whether a head ends as the prediction does, or is the user's own, who knows best."""
+    heads = read.all_input_nodes if read.meta["role"] == "head_output" else [read]
+    return any(head.meta["role"] == "bounded" or head.meta.get("given") for head in heads)
 
 
 def _own_loss(ir: TrainingGraph) -> fx.Node:

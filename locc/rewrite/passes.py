@@ -84,6 +84,10 @@ class Method(ABC):
         """
         yield from (name for name, module in model.named_modules() if name and isinstance(module, self.opens))
 
+    def misfits(self, model: nn.Module) -> Iterator[str]:
+        """Yield a sentence for each reason that can be told before the model is captured."""
+        yield from ()
+
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Yield a sentence for each reason why the method is undefined on this partition."""
         yield from ()
@@ -120,6 +124,15 @@ def configure(name: str, method: type[Method], given: dict[str, Any]) -> Method:
         return method(**given)
     except (TypeError, ValueError) as error:
         raise MethodError(f"method '{name}': {error}") from error
+
+
+def refuse_early(method: Method, name: str, model: nn.Module) -> None:
+    """Refuse a model on which a method is undefined, before the time is spent to capture it.
+
+    Raises:
+        MethodError: it is, as far as `Method.misfits` tells.
+    """
+    _refuse(name, list(method.misfits(model)))
 
 
 def apply(method: Method, name: str, ir: TrainingGraph) -> None:

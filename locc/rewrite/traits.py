@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import fx, nn
 from torch.nn import functional
@@ -21,16 +24,47 @@ _RECTIFIERS = frozenset(
         *(torch.relu, functional.relu, functional.relu6, functional.leaky_relu),
     ]
 )
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
+_NORMALISED: dict[str, Callable[..., Any]] = {
+    "softmax": torch.softmax,
+    "log_softmax": torch.log_softmax,
+    "logsoftmax": torch.log_softmax,
+}
+_RESHAPES = frozenset(["flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze", "identity"])
 
 
 def ending(value: fx.Node, root: nn.Module) -> object:
     """Return the kind of layer, the function or the name of the method by which a value ends."""
-    if value.op != "call_module":
-        return value.target
+    return type(_last_layer(value, root)) if value.op == "call_module" else value.target
+
+
+def _last_layer(value: fx.Node, root: nn.Module) -> nn.Module:
     layer: nn.Module = root.get_submodule(str(value.target))
     while type(layer) is nn.Sequential and len(layer):
         layer = layer[-1]
-    return type(layer)
+    return layer
+
+
+def bounds_of(value: fx.Node, root: nn.Module) -> tuple[Any, ...] | None:
+    """Return the sigmoid, tanh, softmax or its logarithm by which a value ends, and its other arguments."""
+    node, kind = value, _kind(value, root)
+    while kind in _RESHAPES and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        kind = _kind(node, root)
+    if kind in _ELEMENTWISE:
+        return (_ELEMENTWISE[kind],)
+    if kind not in _NORMALISED or node is not value:
+        return None
+    if node.op == "call_module":
+        dim: Any = _last_layer(node, root).dim
+    else:
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return (_NORMALISED[kind], dim) if isinstance(dim, int) else None
+
+
+def _kind(node: fx.Node, root: nn.Module) -> str:
+    end = ending(node, root)
+    return str(getattr(end, "__name__", end)).lower().rstrip("_")
 
 
 def is_rectified(value: fx.Node, root: nn.Module) -> bool:

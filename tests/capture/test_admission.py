@@ -82,17 +82,28 @@ def test_a_lost_buffer_update_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         take(Two(middle, Counting()), sample())
 
 
-def test_a_constant_of_the_example_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def damage(graph: fx.Graph) -> None:
-        relu = next(n for n in graph.nodes if n.target is torch.relu)
-        with graph.inserting_after(relu):
-            fixed = graph.call_method("reshape", (relu, 4, -1))
-        relu.replace_all_uses_with(fixed, delete_user_cb=lambda user: user is not fixed)
-        fixed.meta = dict(relu.meta)
+def fixed_to_four(graph: fx.Graph) -> None:
+    relu = next(n for n in graph.nodes if n.target is torch.relu)
+    with graph.inserting_after(relu):
+        fixed = graph.call_method("reshape", (relu, 4, -1))
+    relu.replace_all_uses_with(fixed, delete_user_cb=lambda user: user is not fixed)
+    fixed.meta = dict(relu.meta)
 
-    only_broken(monkeypatch, damage)
-    with pytest.raises(CaptureError, match=r"fails where the model does not \(a batch of 3\)"):
+
+def test_a_constant_of_the_example_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    only_broken(monkeypatch, fixed_to_four)
+    with pytest.raises(CaptureError, match=r"fails where the model does not \(a batch of 3\).*of size \d+\n"):
         take(Two(middle), sample())
+
+
+def test_what_could_stay_closed_is_named_where_a_graph_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    only_broken(monkeypatch, fixed_to_four)
+    root, inner = Root(nn.Sequential(nn.Sequential(Two(middle)))), "model.0.0"
+    opened = frozenset({"model", "model.0", inner})
+    with pytest.raises(
+        CaptureError, match=r"a batch of 3.*; '0\.0' can keep it inside if no split lies with"
+    ):
+        capture(root, Inputs.of(root.model, sample()), opened)
 
 
 def test_all_refusals_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,3 +273,80 @@ def test_direct_feedback_is_the_sum_over_the_tasks() -> None:
     wanted = weight - 0.1 * gradient
     program.step(VECTORS, BOTH)
     torch.testing.assert_close(weight, wanted, atol=1e-12, rtol=0)
+
+
+class Bounded(nn.Module):
+    """Returns probabilities and features, as a VAE does, or a classifier with a likelihood as its loss."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.end = nn.Linear(4, 6), nn.Linear(6, 3), end
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.a(x))
+        return self.end(self.b(h)), h
+
+
+IDS, SHARES = torch.randint(3, (6,)), torch.rand(6, 3)
+
+
+@pytest.mark.parametrize("method", ["dgl", "infopro", "pred"])
+@pytest.mark.parametrize(
+    ("end", "loss", "y"),
+    [
+        (torch.sigmoid, F.binary_cross_entropy, SHARES),
+        (lambda z: nn.Sequential(nn.Identity(), nn.Sigmoid())(z).view(-1, 3), F.binary_cross_entropy, SHARES),
+        (nn.Sequential(nn.Identity(), nn.Sigmoid()), F.binary_cross_entropy, SHARES),
+        (lambda z: F.log_softmax(z, dim=1), F.nll_loss, IDS),
+        (nn.LogSoftmax(dim=-1), F.nll_loss, IDS),
+        (lambda z: z.softmax(1), lambda p, y: F.nll_loss(p.log(), y), IDS),
+    ],
+)
+def test_a_head_is_bounded_as_the_prediction_is(method: str, end: Any, loss: Any, y: Tensor) -> None:
+    """An unbounded one fails in the step, or makes a negative likelihood fall without end."""
+    x = torch.randn(6, 4)
+    program = locc.compile(
+        Bounded(end),
+        method,
+        ["a"],
+        loss=lambda o, y: loss(o[0], y),
+        example_inputs=x,
+        optimizer=sgd(0.5),
+        verify=False,
+        seed=0,
+    )
+    for _ in range(30):
+        report = program.step(x, y)
+    assert all(float(value) > 0 for value in report.objectives.values())
+
+
+class Hidden(nn.Module):
+    """A decoder that stays a leaf, and whose range nobody sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+
+def test_a_loss_that_takes_no_free_number_is_refused_when_compiling() -> None:
+    def compiled(**options: Any) -> None:
+        locc.compile(
+            Bounded(Hidden()),
+            "dgl",
+            ["a"],
+            loss=lambda o, y: F.binary_cross_entropy(o[0], y),
+            example_inputs=torch.randn(6, 4),
+            verify=False,
+            **options,
+        )
+
+    with pytest.raises(MethodError, match=r"loss 'loss' does not take every number .* between 0 and 1"):
+        compiled()
+    compiled(local_loss="bce")
+    compiled(head=lambda a, b: nn.Sequential(nn.Linear(6, 3), Hidden()))
+
+
+@pytest.mark.parametrize(("head", "bounded"), [("linear", True), (lambda a, b: nn.Linear(6, 3), False)])
+def test_a_head_of_the_users_own_is_left_as_it_is(head: Any, bounded: bool) -> None:
+    given: dict[str, Any] = {"loss": "mse", "prediction": 0, "example_inputs": torch.randn(6, 4)}
+    program = locc.compile(Bounded(torch.sigmoid), "dgl", ["a"], head=head, verify=False, **given)
+    assert ("bounded = sigmoid(" in str(program.ir)) is bounded

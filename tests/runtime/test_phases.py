@@ -254,6 +254,8 @@ class Functional(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.what == "draws":
             x = functional.dropout(x, 0.3)
+        if self.what == "follows":
+            x = functional.dropout(x, 0.3, training=self.training)
         if self.what == "writes":
             self.seen.add_(1.0)
             x = x / self.seen
@@ -265,7 +267,8 @@ class Functional(nn.Module):
 
 REFUSALS = {
     "draws": r"freezes module 'a' in eval mode, but its forward draws random numbers in 'dropout' \(.*py:\d+"
-    r"\) whatever the mode; use nn.Dropout, or keep that line inside a submodule that no split opens",
+    r"\) whatever the mode; use nn.Dropout or F.dropout\(x, p, self.training\), or keep that line inside a "
+    "submodule that no split opens",
     "writes": r"freezes module 'a' in eval mode, but its forward changes its state in 'add_' \(.*py:\d+\) "
     "whatever the mode; keep that line inside a submodule that no split opens",
     "shares": r"freezes module 'a' in eval mode, but 'c', which trains, calls the same submodule in "
@@ -285,6 +288,18 @@ def test_what_eval_mode_does_not_silence_cannot_be_frozen(what):
     program = compiled(Functional(what), live, ["a", "b"])
     program.phase = "top"
     program.step(*batch())
+
+
+def test_a_dropout_function_that_follows_the_mode_rests_with_its_module():
+    program = in_phase(None, Functional("follows").double())
+    for group in (g for optimizer in program.optimizers.values() for g in optimizer.param_groups):
+        group["lr"] = 0.0
+    x, y = batch(6, F64)
+    undropped = functional.cross_entropy(copy.deepcopy(program.model).eval()(x), y)
+    torch.testing.assert_close(program.step(x, y).loss, undropped, atol=1e-12, rtol=0)
+    program.phase = "bottom"
+    one, other = (program.step(x, y).objectives["a.ce"] for _ in range(2))
+    assert one != other
 
 
 def test_a_module_that_no_phase_trains_has_no_stage():

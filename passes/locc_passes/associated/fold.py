@@ -13,7 +13,7 @@ from torch.nn import functional
 from locc.errors import MethodError
 from locc.ir import BatchDim, Boundary, Owner, TrainingGraph, node_parameters
 from locc.nn import guess_layout
-from locc.rewrite import Pass, divided, has_rows, layout_at, prediction_spec
+from locc.rewrite import Pass, advised, divided, has_rows, layout_at, prediction_spec
 from locc_passes.associated.labels import Code, Labels, ends_in, label_layout
 
 _SOFTMAX = (nn.Softmax, nn.LogSoftmax, nn.Softmin)
@@ -113,6 +113,9 @@ def unfoldable(ir: TrainingGraph) -> Iterator[str]:
                 f"'{boundary.value.name}' skips from module '{boundary.producer}' to '{boundary.consumer}', "
                 "so the network does not fold; split where no skip connection crosses"
             )
+    narrow = all(len(ir.boundaries(a.name, b.name)) == 1 for a, b in itertools.pairwise(modules))
+    if not narrow or len(ir.boundaries()) >= len(modules):
+        yield from advised(ir)
     half = len(modules) - len(modules) // 2
     decoders = modules[half:]
     for module in decoders:

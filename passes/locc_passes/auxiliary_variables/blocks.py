@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from locc.ir import TensorSpec, TrainingGraph
 from locc.rewrite import CLASS_IDS, NUMBERS, Method, Recipe, give_copy, in_place, spec_of
 from locc_passes.auxiliary_variables.formulas import OUTPUTS, labels, output_step
-from locc_passes.auxiliary_variables.layers import LAYERS, Layer, layers_of
+from locc_passes.auxiliary_variables.layers import LAYERS, Layer, layers_of, unfit
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class BlockMethod(Method):
     recipe: ClassVar[Recipe] = Recipe(source="not used: what trains is set by formulas")
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
     opens: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
+
+    def misfits(self, model: nn.Module) -> Iterator[str]:
+        """Refuse a model with a parameter that trains outside of such layers."""
+        yield from unfit(model)
 
 
 @dataclass(frozen=True)

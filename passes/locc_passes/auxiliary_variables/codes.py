@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from locc.ir import Boundary, TensorSpec, TrainingGraph, carry, stop_gradient
-from locc.rewrite import Pass, has_rows, learned
+from locc.rewrite import Pass, advised, has_rows, learned
 
 
 def mean_abs(x: Tensor) -> Tensor:
@@ -69,6 +69,8 @@ class InnerSteps(Pass):
                     f"'{boundary.consumer}', and a code belongs between neighbours; split where no skip "
                     "connection crosses"
                 )
+        if any(order[b.consumer] != order[b.producer] + 1 for b in coded(ir)):
+            yield from advised(ir)
         for before, module in itertools.pairwise(ir.modules):
             if not coded(ir, before.name, module.name):
                 yield f"module '{before.name}' sends no activation to '{module.name}'; leave its split out"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from locc.ir import TensorSpec, TrainingGraph, stop_gradient, strip
@@ -89,6 +90,46 @@ def unlayered(ir: TrainingGraph) -> Iterator[str]:
             )
 
 
+def unfit(model: nn.Module) -> Iterator[str]:
+    """Yield a sentence for the first module that holds parameters which train and is no such layer."""
+    for name, module in model.named_modules():
+        own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if own and not is_layer(module):
+            what = f"'{name}' ({type(module).__name__}) is" if name else f"the model's '{own[0]}' is part of"
+            yield f"{what} no such layer; {_REMEDY}"
+            return
+
+
+def is_layer(module: nn.Module | None) -> bool:
+    """Whether a module is an `nn.Linear` or an `nn.Conv2d`, or a subclass that computes the same.
+
+    One with a forward of its own is tried, with random weights on a random input.
+    """
+    base = next((kind for kind in LAYERS if isinstance(module, kind)), None)
+    if base is None or type(module) is base:
+        return base is not None
+    assert isinstance(module, (nn.Linear, nn.Conv2d))
+    if not module.state_dict().keys() <= {"weight", "bias"}:
+        return False
+    plain: nn.Module = copy.copy(module)
+    plain.__class__ = base
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            held = {name: torch.randn_like(p) for name, p in module.named_parameters()}
+            x = torch.randn_like(module.weight.new_empty(_tried_on(module)))
+            return torch.equal(*(functional_call(layer, held, (x,)) for layer in (module, plain)))
+    except Exception:  # whatever its forward wants, it is another one
+        return False
+
+
+def _tried_on(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """Return the shape of an input that a layer takes."""
+    if isinstance(layer, nn.Linear):
+        return (2, layer.in_features)
+    height, width = (3 + k * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    return (2, layer.in_channels, height, width)
+
+
 def layers_of(ir: TrainingGraph) -> list[Layer]:
     """Return the layers in forward order; what nothing below learns is data for the first one.
 
@@ -125,7 +166,7 @@ def layers_of(ir: TrainingGraph) -> list[Layer]:
 def _layer(ir: TrainingGraph, node: fx.Node) -> nn.Module:
     """Return the layer that a node calls."""
     layer = ir.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if type(layer) not in LAYERS or len(node.args) != 1 or node.kwargs:
+    if not is_layer(layer) or len(node.args) != 1 or node.kwargs:
         raise UnlayeredError(f"{_named(ir, node)} is no such layer; {_REMEDY}")
     assert isinstance(layer, nn.Module)
     hooked = layer._forward_hooks or layer._forward_pre_hooks
@@ -143,7 +184,7 @@ def _plain(layer: nn.Conv2d) -> bool:
 def _named(ir: TrainingGraph, node: fx.Node) -> str:
     """Say what a node is, in the user's names."""
     if node.op == "call_module":
-        return f"'{strip(str(node.target))}', a {type(ir.root.get_submodule(str(node.target))).__name__},"
+        return f"'{strip(str(node.target))}' ({type(ir.root.get_submodule(str(node.target))).__name__})"
     what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     line = f" ({node.meta['line']})" if node.meta.get("line") else ""
     return f"'{what}' in module '{node.meta['owner']}'{line}"

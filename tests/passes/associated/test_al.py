@@ -596,6 +596,28 @@ REFUSED = {
 }
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.second(torch.tanh(self.first(x)))
+
+
+def residual():
+    return nn.Sequential(nn.Linear(12, 8), Residual(), Residual(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("splits", [["1.first"], ["1.first", "1.second", "2.first"]])
+def test_a_refusal_names_cuts_that_would_do(splits):
+    x = torch.randn(5, 12)
+    with pytest.raises(MethodError, match="a single value crosses after '0', '1', '2'"):
+        locc.compile(residual(), "al", splits, example_inputs=x)
+    for offered in (["0", "1", "2"], ["0"], ["1"], ["2"]):
+        locc.compile(residual(), "al", offered, example_inputs=x, verify=False)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals(name):
     make, splits, message = REFUSED[name]

@@ -230,15 +230,15 @@ TWIN.weight = LINEAR.weight
     [
         (
             nn.Sequential(nn.Linear(9, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)),
-            "'1', a BatchNorm1d, is no",
+            r"'1' \(BatchNorm1d\) is no",
         ),
         (
             nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 4)),
-            "'2', a Dropout, draws a mask",
+            r"'2' \(Dropout\) draws a mask",
         ),
         (nn.Sequential(LINEAR, nn.ReLU(), LINEAR, nn.Linear(9, 4)), "of '0' is used twice"),
         (nn.Sequential(LINEAR, nn.ReLU(), TWIN, nn.Linear(9, 4)), "of '0' is used twice .by '2'"),
-        (nn.Sequential(nn.Linear(9, 8), nn.PReLU(), nn.Linear(8, 4)), "'1', a PReLU, is no"),
+        (nn.Sequential(nn.Linear(9, 8), nn.PReLU(), nn.Linear(8, 4)), r"'1' \(PReLU\) is no"),
         (Skipping(), "joins 2 values|'add' in module"),
     ],
 )
@@ -248,6 +248,63 @@ def test_other_networks_are_refused(model, message):
         with pytest.raises(MethodError, match=message):
             locc.compile(model, method, [], example_inputs=torch.randn(5, 9))
     assert same(before, snapshot(model))
+
+
+class Alike(nn.Linear):
+    """Spells out what its base computes, as timm's does."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+class LowRank(nn.Linear):
+    """Computes what its base does until its own parameter has moved."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.more = nn.Parameter(torch.zeros_like(self.weight))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight + self.more, self.bias)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_subclass_that_computes_what_a_layer_does_is_one(method):
+    x, y = batch()
+    results = []
+    for kind in (nn.Linear, Alike):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), kind(8, 4)).to(D)
+        program = locc.compile(model, method, ["0"], example_inputs=x, verify=False, seed=0)
+        program.step(x, y)
+        results.append(snapshot(model))
+    assert same(*results)
+    for other in (Doubled, LowRank, lambda *n: nn.utils.parametrizations.weight_norm(nn.Linear(*n))):
+        model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), other(8, 4))
+        with pytest.raises(MethodError, match=r"'2' \(\w+\) is no such layer"):
+            locc.compile(model, method, ["0"], example_inputs=x.float())
+
+
+class Tokens(nn.Module):
+    """A language model's beginning; its forward is not to be run."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.embed, self.norm = nn.Linear(4, 4), nn.Embedding(9, 4), nn.LayerNorm(4)
+
+
+def test_what_fits_nowhere_is_named_before_the_model_is_captured():
+    with pytest.raises(MethodError, match=r"'bcd2' is undefined .*'embed' \(Embedding\) is no such layer"):
+        locc.compile(Tokens(), "bcd2", ["proj"], example_inputs=torch.randn(5, 9))
+    model = Tokens()
+    model.start = nn.Parameter(torch.zeros(4))
+    with pytest.raises(MethodError, match="the model's 'start' is part of no such layer"):
+        locc.compile(model, "bcd2", ["proj"], example_inputs=torch.randn(5, 9))
 
 
 def test_what_nothing_below_learns_is_data():
