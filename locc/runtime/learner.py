@@ -27,6 +27,13 @@ class Learner:
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
     @property
+    def draws(self) -> bool:
+        """Whether an update may draw random numbers: hooks may, and optimizers that are not PyTorch's own."""
+        optimizer = self.optimizer
+        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        return bool(hooks) or not type(optimizer).__module__.startswith("torch.optim.")
+
+    @property
     def rate(self) -> float:
         """The largest learning rate of its parameters."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
