@@ -1,4 +1,4 @@
-"""Two meters that know nothing of locc: peak memory of a function, and step times side by side.
+"""Meters that know nothing of locc: peak memory and arithmetic of a function, step times side by side.
 
 Memory on the CPU is counted, not sampled. A dispatch mode sees every tensor that an operator returns, in
 the forward pass and in autograd's backward pass alike, and counts its storage once, from its first
@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+_ATTENTION = {  # on the CPU, which PyTorch's own table lacks
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
+        *shapes[:3]
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
+}
 _LIFTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default}
 """Operators whose *input* is new: `torch.tensor(...)` makes its storage outside the dispatcher."""
 
@@ -204,6 +213,13 @@ def peak_memory(fn: Callable[[], object], device: str | torch.device = "cpu") ->
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     return peak(fn).total
+
+
+def flops(fn: Callable[[], object]) -> int:
+    """Run `fn` once; return its floating-point operations in matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+        fn()
+    return int(counter.get_total_flops())
 
 
 def gradients_of(*modules: nn.Module) -> list[Tensor]:

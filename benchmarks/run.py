@@ -1,8 +1,11 @@
 """`make bench`: step time and peak memory of local training against end-to-end backpropagation.
 
-Three contestants train copies of one model on one batch, in turn: eager end-to-end backpropagation, a
-detach loop written by hand, and locc's `dgl` with the same heads and the same optimizers. Times are the
-median of the rounds, with the fastest and the slowest; a ratio is taken within each round.
+Four contestants train copies of one model on one batch, in turn: eager end-to-end backpropagation; the same
+with checkpoints at every block and the optimizer inside of the backward pass, which is how one trains end to
+end in little memory; a detach loop written by hand; and locc's `dgl` with the same heads. All have Adam,
+fused. Times are the median of the rounds, with the fastest and the slowest; a ratio is taken within each
+round. Beside it is the arithmetic: the ratio of the floating-point operations in matrix products,
+convolutions and attention, which is what the time would be if nothing else took any.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.handwritten import DetachLoop, EndToEnd
-from benchmarks.meter import Peak, Timing, gradients_of, interleave, peak, ratio
+from benchmarks.handwritten import DetachLoop, EndToEnd, LittleMemory
+from benchmarks.meter import Peak, Timing, flops, gradients_of, interleave, peak, ratio
 from benchmarks.models import DEFAULT, WORKLOADS, Chain, Workload, segments, splits
 
-END_TO_END, HANDWRITTEN, LOCC = "end-to-end", "handwritten", "locc dgl"
+END_TO_END, LITTLE, HANDWRITTEN, LOCC = "end-to-end", "end-to-end, little memory", "handwritten", "locc dgl"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Row:
     milliseconds: Timing
     time_to_end_to_end: Timing
     time_to_handwritten: Timing | None
+    flops_to_end_to_end: float
     peak: Peak
     memory_to_end_to_end: float
     memory_to_largest_module: float
@@ -58,6 +62,12 @@ def end_to_end(workload: Workload, model: Chain, x: Tensor, y: Tensor) -> Contes
     """Plain backpropagation."""
     trainer = EndToEnd(model, workload.loss)
     return Contestant(1, END_TO_END, lambda: trainer.step(x, y), gradients_of(model))
+
+
+def little_memory(workload: Workload, model: Chain, x: Tensor, y: Tensor) -> Contestant:
+    """Backpropagation with checkpoints, and updates in the backward pass."""
+    trainer = LittleMemory(model, workload.loss)
+    return Contestant(1, LITTLE, lambda: trainer.step(x, y), gradients_of(model))
 
 
 def handwritten(workload: Workload, model: Chain, x: Tensor, y: Tensor, modules: int) -> Contestant:
@@ -81,7 +91,7 @@ def compiled(workload: Workload, model: Chain, x: Tensor, y: Tensor, modules: in
         splits=splits(modules),
         loss=workload.loss,
         example_inputs=x,
-        optimizer=locc.Recipe(),  # Adam, as the references have
+        optimizer=locc.Recipe(),  # fused Adam, as the references have
         head=head,
     )
     return Contestant(modules, LOCC, lambda: program.step(x, y), gradients_of(program))
@@ -112,7 +122,7 @@ def largest_module(workload: Workload, model: Chain, x: Tensor, y: Tensor, modul
     heads = [workload.head(width) for width in boundary_widths(workload, parts, x)]
     peaks = []
     for part, head, entering in zip(parts, [*heads, nn.Identity()], inputs, strict=True):
-        optimizer = torch.optim.Adam([*part.parameters(), *head.parameters()])
+        optimizer = torch.optim.Adam([*part.parameters(), *head.parameters()], fused=True)
         step = partial(alone, part, head, optimizer, workload.loss, None if entering is x else entering, x, y)
         step()  # the optimizer's state exists only after the first step
         peaks.append(peak(step, gradients_of(part, head)).total)
@@ -141,7 +151,7 @@ def contestants(workload: Workload, counts: Sequence[int], with_locc: bool) -> l
     torch.manual_seed(0)
     model = workload.model()
     x, y = workload.batch()
-    entered = [end_to_end(workload, copy.deepcopy(model), x, y)]
+    entered = [make(workload, copy.deepcopy(model), x, y) for make in (end_to_end, little_memory)]
     for modules in counts:
         entered.append(handwritten(workload, copy.deepcopy(model), x, y, modules))
         if with_locc:
@@ -155,6 +165,7 @@ def measure(workload: Workload, counts: Sequence[int], rounds: int, with_locc: b
     names = [f"{c.label} K={c.modules}" for c in entered]
     times = interleave({name: c.step for name, c in zip(names, entered, strict=True)}, rounds)
     peaks = [peak(c.step, c.parameters) for c in entered]
+    operations = [flops(c.step) for c in entered]
     torch.manual_seed(0)
     model, (x, y) = workload.model(), workload.batch()
     largest = {1: peaks[0].total} | {k: largest_module(workload, model, x, y, k) for k in counts}
@@ -166,11 +177,12 @@ def measure(workload: Workload, counts: Sequence[int], rounds: int, with_locc: b
             Timing.of(times[name]),
             ratio(times, name, names[0]),
             ratio(times, name, f"{HANDWRITTEN} K={contestant.modules}") if contestant.label == LOCC else None,
+            done / operations[0],
             used,
             used.total / peaks[0].total,
             used.total / largest[contestant.modules],
         )
-        for contestant, name, used in zip(entered, names, peaks, strict=True)
+        for contestant, name, used, done in zip(entered, names, peaks, operations, strict=True)
     ]
 
 
@@ -180,7 +192,7 @@ def show(console: Console, rows: Sequence[Row]) -> None:
     table.add_column("K", justify="right")
     table.add_column("contestant")
     for column in (
-        *("step, ms", "time / end-to-end", "time / handwritten"),
+        *("step, ms", "time / end-to-end", "arithmetic / end-to-end", "time / handwritten"),
         *("peak, MiB", "peak / end-to-end", "peak / largest module"),
     ):
         table.add_column(column, justify="right")
@@ -190,6 +202,7 @@ def show(console: Console, rows: Sequence[Row]) -> None:
             row.contestant,
             spread(row.milliseconds, 1),
             spread(row.time_to_end_to_end),
+            f"{row.flops_to_end_to_end:.2f}",
             spread(row.time_to_handwritten) if row.time_to_handwritten else "",
             f"{row.peak.total / 2**20:.1f}",
             f"{row.memory_to_end_to_end:.3f}",
@@ -224,7 +237,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch; its own choice by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there as well")
-    parser.add_argument("--without-locc", action="store_true", help="compare the two references alone")
+    parser.add_argument("--without-locc", action="store_true", help="compare the references alone")
     options = parser.parse_args(argv)
     options.models = options.models or list(DEFAULT)
     unknown = [name for name in options.models if name not in WORKLOADS]

@@ -160,6 +160,13 @@ class Loss:
         found.spec, found.dims = self.spec, self.dims
         return found
 
+    @property
+    def draws(self) -> bool:
+        """Whether it may draw random numbers: our losses and those of PyTorch do not."""
+        home = self.given if hasattr(self.given, "__name__") else type(self.given)
+        pytorch = ("torch.nn.functional", "torch.nn.modules.loss")
+        return self.name is None and getattr(home, "__module__", None) not in pytorch
+
     def __call__(self, output: Any, target: Any) -> Tensor:
         """Return the loss, shape []."""
         if self.name == MODEL:

@@ -20,6 +20,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "manhattan": BatchManhattan,
 }
 _FUSED = ("adam", "adamw", "sgd")
+_FUSED_ON = ("cpu", "cuda")
+_FUSED_FOR = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,16 @@ class OptimizerSpec:
         if not self.lr > 0:
             raise LoccError(f"learning rate {self.lr!r} of {self.name}: give a number above 0")
 
-    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer of some parameters."""
+    def build(self, parameters: Sequence[nn.Parameter], dense: bool = True) -> torch.optim.Optimizer:
+        """Return the optimizer of some parameters, fused where PyTorch has that for all of them.
+
+        A fused one goes through the memory once, and alone skips an update on the device, so that a step on
+        CUDA needs no synchronisation. It takes no sparse gradients: `dense` says that there are none.
+        """
         given: dict[str, Any] = {"lr": self.lr, **self.arguments}
-        # Only the fused one skips an update on the device, so that a step needs no synchronisation.
-        if self.name in _FUSED and all(p.is_cuda and p.is_floating_point() for p in parameters):
-            given["fused"] = True
+        kernels = all(p.device.type in _FUSED_ON and p.dtype in _FUSED_FOR for p in parameters)
+        if self.name in _FUSED and dense and kernels and not given.keys() & {"foreach", "differentiable"}:
+            given.setdefault("fused", True)
         return OPTIMIZERS[self.name](parameters, **given)
 
     def __str__(self) -> str:

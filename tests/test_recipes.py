@@ -62,6 +62,50 @@ def test_the_callers_own_optimizer_wins():
     assert program.certificate.training == "SGD (the caller's own)"
 
 
+@pytest.mark.parametrize(
+    ("spec", "dtype", "dense", "fused"),
+    [
+        (OptimizerSpec("adam"), torch.float64, True, True),
+        (OptimizerSpec("adamw"), torch.bfloat16, True, True),
+        (OptimizerSpec("sgd", 0.1), torch.float32, True, True),
+        (OptimizerSpec("sgd", 0.1), torch.float32, False, None),
+        (OptimizerSpec("adam"), torch.complex64, True, None),
+        (OptimizerSpec("adam", arguments={"foreach": True}), torch.float32, True, None),
+        (OptimizerSpec("adam", arguments={"fused": False}), torch.float32, True, False),
+    ],
+)
+def test_the_optimizer_of_a_recipe_is_fused_where_pytorch_has_that(spec, dtype, dense, fused):
+    parameter = nn.Parameter(torch.zeros(3, dtype=dtype))
+    optimizer = spec.build([parameter], dense)
+    assert optimizer.param_groups[0]["fused"] is fused
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert parameter.detach().abs().min() > 0
+
+
+def test_sparse_gradients_of_a_recipe():
+    model = nn.Sequential(nn.Embedding(11, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    tokens = torch.randint(11, (5, 2))
+    program = locc.compile(
+        model, "dgl", ["1"], optimizer=Recipe(OptimizerSpec("sgd", 0.1)), example_inputs=tokens
+    )
+    before = snapshot(model[0])
+    program.step(tokens, Y)
+    assert not same(before, snapshot(model[0]))
+
+
+def test_a_program_that_was_saved_unfused_goes_on_unfused(tmp_path):
+    plain = Recipe(OptimizerSpec(arguments={"fused": False}))
+    saved, loaded = (compiled(chain(), "dgl", SPLITS, optimizer=o, seed=0) for o in (plain, Recipe()))
+    saved.step(X, Y)
+    saved.save(tmp_path / "unfused")
+    loaded.load(tmp_path / "unfused")
+    assert not any(learner.gated for learner in loaded.built.learners.values())
+    for program in (saved, loaded):
+        program.step(X, Y)
+    assert same(snapshot(saved), snapshot(loaded))
+
+
 def test_the_recipe_and_its_source_are_told(caplog):
     with caplog.at_level(logging.INFO, logger="locc"):
         program = compiled(chain(), "dni", SPLITS)

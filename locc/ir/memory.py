@@ -15,8 +15,9 @@ def memory_of(tensor: Tensor) -> int:
 
 def memories(value: Any) -> set[int]:
     """Return the memory of each tensor of a value that may be nested."""
-    leaves = (value,) if isinstance(value, Tensor) else tree_leaves(value)
-    return {memory_of(v) for v in leaves if isinstance(v, Tensor)}
+    if isinstance(value, Tensor):  # most are, and this is asked at every update
+        return {memory_of(value)}
+    return {memory_of(v) for v in tree_leaves(value) if isinstance(v, Tensor)}
 
 
 def overlap(one: Tensor, other: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,12 +80,16 @@ def states(root: nn.Module) -> Iterator[tuple[str, State]]:
 
 
 def begin(root: nn.Module, batch: int) -> None:
-    """Make every state ready for a step on `batch` samples, or none.
+    """Make every state under the root ready for a step on `batch` samples, or none.
 
     Raises:
         RunError: see `State.admit`.
     """
-    found = [state for _, state in states(root)]
+    begin_all([state for _, state in states(root)], batch)
+
+
+def begin_all(found: Sequence[State], batch: int) -> None:
+    """Make the states ready for a step on `batch` samples, or none; raises as `begin` does."""
     for state in found:
         state.admit(batch)
     for state in found:

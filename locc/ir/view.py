@@ -299,8 +299,11 @@ def _replaced(use: fx.Node, holder: fx.Node) -> set[str]:
 
 
 def draws(root: nn.Module, node: fx.Node) -> bool:
-    """Whether `node` may draw random numbers: it has, was not tried, or holds dropout."""
-    if node.meta.get("random") or node.meta.get("untried"):
+    """Whether `node` may draw random numbers: it has, was not tried, or holds dropout.
+
+    A function that cannot be tried, for what it reads is unknown yet, may say that it `draws` none.
+    """
+    if node.meta.get("random") or (node.meta.get("untried") and getattr(node.target, "draws", True)):
         return True
     holder = node if node.op == "call_module" else node.args[0] if node.target in _HOLDING else None
     module = owned_tensor(root, str(holder.target)) if isinstance(holder, fx.Node) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def compile_nodes(
     source_code = graph.python_code("self")
     space: dict[str, Any] = dict(source_code.globals)
     exec(compile(source_code.src, f"<locc {nodes[0].meta['owner']}>", "exec"), space)
-    function = _bind(space["forward"], ir)
+    function = partial(space["forward"], ir.root)
     own = [s for s in copies if s.op == "get_attr" and s not in inside and s not in reads]
     text = tuple(statement(n, own) for n in nodes)
     return function, text, tuple(n.name for n in reads), tuple(n.name for n in kept)
@@ -64,15 +65,6 @@ def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], is_lea
         made.target = leaf
         return made
     return graph.call_function(tracked, (made,))
-
-
-def _bind(forward: Callable[..., Any], ir: TrainingGraph) -> Callable[..., tuple[Any, ...]]:
-    root = ir.root
-
-    def run(*values: Any) -> tuple[Any, ...]:
-        return tuple(forward(root, *values))
-
-    return run
 
 
 def start(streams: Callable[[str], None], node: str) -> None:

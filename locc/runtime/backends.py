@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ class Eager(Machine):
         objectives: the local objectives by name.
         loss: the user's loss, where the plan computes it.
         moved: the owners whose parameters or state this step has set.
+        surrounded: whether the step runs inside of the user's own autocast.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Eager(Machine):
         self.objectives: dict[str, Tensor] = {}
         self.loss: Tensor | None = None
         self.moved: list[str] = []
+        self.surrounded = torch.is_autocast_enabled(context.device.type)
 
     def ran(self, instruction: Instruction) -> None:
         """Tell the observer."""
@@ -53,11 +54,13 @@ class Eager(Machine):
 
     def segment(self, segment: Segment) -> None:
         """Run straight-line code of one owner."""
-        device, dtype = self.context.device, self.context.autocast
-        if dtype is None and torch.is_autocast_enabled(device.type):
-            # The user's own autocast keeps cast weights, made without a tape or before an update.
-            torch.clear_autocast_cache()
-        with autocast(device, dtype) if dtype is not None else nullcontext():
+        if self.context.autocast is not None:
+            with autocast(self.context.device, self.context.autocast):
+                super().segment(segment)
+        else:
+            if self.surrounded:
+                # The user's own autocast keeps cast weights, made without a tape or before an update.
+                torch.clear_autocast_cache()
             super().segment(segment)
         if self.plan.loss in segment.writes:
             self.loss = self.values[self.plan.loss].detach()
@@ -87,10 +90,11 @@ class Eager(Machine):
             raise non_finite(task.objectives[0], float(value), self.account())
 
     def update(self, task: Update) -> None:
-        """Run one optimizer step of an owner, on its own random stream."""
+        """Run one optimizer step of an owner, on a random stream of its own."""
         learner = self.context.learners[task.owner]
         self.protect(task, learner.parameters)
-        self.stream(of_update(task.owner))
+        if learner.draws:
+            self.stream(of_update(task.owner))
         if learner.update(self.context.accumulate):
             self.moved.append(task.owner)
 

@@ -24,7 +24,16 @@ class Learner:
     @property
     def gated(self) -> bool:
         """Whether the optimizer itself can skip an update on the device, without a synchronisation."""
-        return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+        able = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        # A checkpoint brings its own choice: one that was made unfused goes on unfused.
+        return bool(able) and all(group.get("fused", True) for group in self.optimizer.param_groups)
+
+    @property
+    def draws(self) -> bool:
+        """Whether an update may draw random numbers: hooks may, and optimizers that are not PyTorch's own."""
+        optimizer = self.optimizer
+        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        return bool(hooks) or not type(optimizer).__module__.startswith("torch.optim.")
 
     @property
     def rate(self) -> float:

@@ -178,12 +178,10 @@ class Machine:
 
     def protect(self, task: Update | Assign, written: Iterable[Tensor]) -> None:
         """Copy the values in flight that lie in memory which an instruction is about to write."""
-        found = {name: memories(value) for name, value in self.values.items() if name not in task.frees}
-        if not any(found.values()):
-            return
-        memory = memories(list(written))
-        for name in [name for name, held in found.items() if not memory.isdisjoint(held)]:
-            self.values[name] = tree_map(_copied, self.values[name])
+        memory = {memory_of(tensor) for tensor in written}
+        for name, value in self.values.items():
+            if name not in task.frees and not memory.isdisjoint(memories(value)):
+                self.values[name] = tree_map(_copied, value)
 
 
 def _copied(value: Any) -> Any:

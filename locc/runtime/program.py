@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from locc.errors import CaptureError, LoccError, RunError, nearest
 from locc.facts import Certificate
 from locc.facts.traffic import by_role
 from locc.ir import Inputs, Phase, Root, TrainingGraph
-from locc.ir.state import begin, states
+from locc.ir.state import State, begin_all, states
 from locc.ir.view import node_modules
 from locc.lower import ModuleProgram, Plan, lower, module_programs
 from locc.runtime import waves
@@ -86,6 +87,11 @@ class Built:
     plans: dict[str | None, Plan] = field(default_factory=dict)
     parts: dict[str | None, list[ModuleProgram]] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
+
+    @cached_property
+    def states(self) -> list[State]:
+        """What lives across steps; a walk over the modules finds it, which a step would spend on nothing."""
+        return [state for _, state in states(self.ir.root)]
 
 
 class Folded(nn.Module):
@@ -296,7 +302,6 @@ class Compiled(nn.Module):
                 "program.model and compile again"
             )
         plan = self.plan(self.phase)
-        self._follow_device()
         backup = self._backup() if self.settings.atomic else None
         try:
             values = [self.bind(x, y) for x, y in batches]
@@ -327,21 +332,21 @@ class Compiled(nn.Module):
             RunError: the inputs have another shape than compiled for or no samples, or the target is none
                 that the method or the loss can read; nothing has changed.
         """
-        self._follow_device()
+        device = self._follow_device()
         signature = self.ir.captured.signature
         if x is None and self._current is not None and self._current.steps is not None:
             tensors: list[Any] = [None for _ in self.ir.inputs]
             batch = len(y)
         else:
-            tensors = signature.bind(Inputs.of(self.model, self._move(x)))
+            tensors = signature.bind(Inputs.of(self.model, _moved(x, device)))
             batch = signature.batch_of(tensors)
         if batch == 0:
             raise empty()
         problem = self.built.misfit(y, batch)
         if problem is not None:
             raise RunError(problem)
-        begin(self.root, batch)
-        return [*tensors, self._move(y)]
+        begin_all(self.built.states, batch)
+        return [*tensors, _moved(y, device)]
 
     def plan(self, phase: str | None = None) -> Plan:
         """Return the instructions of a step in a phase; without one, of a step in which all train."""
@@ -392,16 +397,7 @@ class Compiled(nn.Module):
         return next((p for p in self.built.phases if p.name == self.phase), None)
 
     def _move(self, value: Any) -> Any:
-        device = self.device
-
-        def move(item: Any) -> Any:
-            return (
-                item.to(device, non_blocking=True)
-                if isinstance(item, Tensor) and item.device != device
-                else item
-            )
-
-        return torch.utils._pytree.tree_map(move, value)
+        return _moved(value, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -411,6 +407,7 @@ class Compiled(nn.Module):
 
     def _backup(self) -> Callable[[], None]:
         """Return a function that undoes everything a step changes."""
+        self._follow_device()
         tensors = [(t, t.detach().clone()) for t in (*self.root.parameters(), *self.root.buffers())]
         held = [(state, state.value) for _, state in states(self.root)]  # another batch size replaces it
         learners = [learner.backup() for learner in self.built.learners.values()]
@@ -472,18 +469,26 @@ class Compiled(nn.Module):
                 )
         return self
 
-    def _follow_device(self) -> None:
-        """Take the optimizers to where the model is now."""
-        if self.built.executor.device != self.device:
-            self.root.aux.to(self.device)
-            self.built.executor.device = self.device
+    def _follow_device(self) -> torch.device:
+        """Take the optimizers to where the model is now, and return where that is."""
+        device = self.device
+        if self.built.executor.device != device:
+            self.root.aux.to(device)
+            self.built.executor.device = device
             _move_optimizer_state(self.optimizers.values())
+        return device
 
     def extra_repr(self) -> str:
         """Name the method and the modules."""
         if self._built is None:
             return f"method={self.method}, not complete: no example inputs yet"
         return f"method={self.method}, modules={[o.name for o in self.ir.modules]}"
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device, non_blocking=True)
+    return torch.utils._pytree.tree_map_only(Tensor, lambda item: _moved(item, device), value)
 
 
 def _move_optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:

@@ -112,10 +112,14 @@ class Settings:
         """
         found = {}
         paths = {id(p): strip(path) for path, p in ir.root.named_parameters()}
+        embeddings = [m for m in ir.root.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+        sparse = {id(m.weight) for m in embeddings if m.sparse}
         for name, owner in ir.owners.items():
             parameters = [p for p in ir.parameters(name).values() if p.requires_grad]
             if ir.objectives(name) and parameters:
-                optimizer = self._optimizer(owner, parameters, paths)
+                optimizer = self._optimizer(
+                    owner, parameters, paths, any(id(p) in sparse for p in parameters)
+                )
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"] * owner.lr_scale
                 if owner.keeps_norms:
@@ -147,10 +151,10 @@ class Settings:
         return f"{', '.join(kinds)} (the caller's own)"
 
     def _optimizer(
-        self, of: Owner, parameters: list[nn.Parameter], paths: dict[int, str]
+        self, of: Owner, parameters: list[nn.Parameter], paths: dict[int, str], sparse: bool
     ) -> torch.optim.Optimizer:
         if isinstance(self.optimizer, Recipe):
-            return self.optimizer.of(of.name, of.auxiliary).build(parameters)
+            return self.optimizer.of(of.name, of.auxiliary).build(parameters, not sparse)
         owner = of.name
         try:
             optimizer = self.optimizer(parameters)

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from benchmarks.handwritten import DetachLoop
+from benchmarks.handwritten import DetachLoop, EndToEnd, LittleMemory
+from benchmarks.meter import flops, peak
 from benchmarks.models import WORKLOADS, segments, splits
 from benchmarks.run import boundary_widths
 
@@ -27,6 +28,23 @@ def test_segments_are_the_model_cut_at_its_splits(name: str, modules: int) -> No
         for part in parts:
             h = part(h)
         assert torch.equal(h, model(x))
+
+
+def test_with_little_memory_the_same_bits_are_trained_at_the_price_of_a_second_forward() -> None:
+    workload = WORKLOADS["mlp-small"]
+    model = workload.model()
+    x, y = (t[:8] for t in workload.batch())
+    twin = copy.deepcopy(model)
+    usual, little = EndToEnd(model, workload.loss), LittleMemory(twin, workload.loss)
+    for _ in range(2):
+        assert torch.equal(usual.step(x, y), little.step(x, y))
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert peak(lambda: little.step(x, y)).total < 0.5 * peak(lambda: usual.step(x, y)).total
+    # the first block has no gradient of its input, the last layer is not computed again
+    block, last = 2 * 8 * 512 * 512, 2 * 8 * 512 * 10
+    assert flops(lambda: usual.step(x, y)) == 12 * 3 * block - block + 3 * last
+    assert flops(lambda: little.step(x, y)) == 12 * 4 * block - block + 3 * last
 
 
 def test_detach_loop_takes_the_gradient_of_each_local_loss() -> None:

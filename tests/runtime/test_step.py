@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import locc
 from locc import Program, RunError
+from locc.runtime import streams
 from support import Residual, batch, compiled, mlp, same, sgd, snapshot
 
 F64 = torch.float64
@@ -313,6 +314,47 @@ def test_dropout_differs_between_modules_steps_and_seeds():
     assert not torch.equal(found["a"][0], found["a"][1])
     assert not torch.equal(found["a"][0], masks(["a", "b"], seed=6)["a"][0])
     assert torch.equal(found["a"][0], masks(["a", "b"])["a"][0])
+
+
+class Drawing(torch.optim.SGD):
+    drawn: ClassVar[list[Tensor]]
+
+    def step(self, closure: Any = None) -> Any:
+        self.drawn.append(torch.rand(()))
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("who", "stream"),
+    [
+        ("optimizer", "update of relu1"),
+        ("hook of the optimizer", "update of relu1"),
+        ("hook of a gradient", "backward of head_loss"),
+        ("loss", "head_loss"),
+    ],
+)
+def test_whatever_draws_starts_a_stream(who, stream):
+    drawn: list[Tensor] = []
+
+    def draw(*_: Any) -> None:
+        drawn.append(torch.rand(()))
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if who == "loss":
+            draw()
+        return functional.cross_entropy(output, target)
+
+    Drawing.drawn = drawn
+    optimizer = (lambda ps: Drawing(ps, lr=0.1)) if who == "optimizer" else sgd()
+    program = compiled(mlp(), "dgl", ["relu1"], loss=loss, optimizer=optimizer, seed=5)
+    if who == "hook of the optimizer":
+        program.optimizers["relu1"].register_step_pre_hook(draw)
+    if who == "hook of a gradient":
+        program.model.first.weight.register_hook(draw)
+    drawn.clear()
+    program.step(*batch())
+    expected = torch.Generator().manual_seed(streams.stream(5, 0, stream))
+    assert drawn[0] == torch.rand((), generator=expected)
 
 
 def test_the_users_random_state_is_left_alone():

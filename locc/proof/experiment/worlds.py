@@ -73,6 +73,8 @@ class Meta(Real):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["params"] = [self.of(p) for p in group["params"]]
+                if group.get("fused"):
+                    group["fused"] = None  # its kernels take no shapes
             state = [(self.of(p), self._entries(held)) for p, held in optimizer.state.items()]
             optimizer.state.clear()
             optimizer.state.update(state)
