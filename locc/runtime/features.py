@@ -123,8 +123,10 @@ class Features:
         seen: how many it has met.
     """
 
-    def __init__(self, plan: Plan, resting: Resting, signature: Signature, storage: Storage) -> None:
-        self.plan, self.found, self.seen = plan, 0, 0
+    def __init__(
+        self, phase: Phase, plan: Plan, resting: Resting, signature: Signature, storage: Storage
+    ) -> None:
+        self.plan, self.found, self.seen, self._name = plan, 0, 0, phase.name
         self._resting, self._signature, self._storage = resting, signature, storage
         specs, read = plan.specs, resting.first.read
         self._read = {n: (row_dims(specs.get(n)) or [0])[0] for n in plan.inputs if n in read}
@@ -139,10 +141,19 @@ class Features:
 
     # ---- a pass -----------------------------------------------------------------------------
 
-    def begin(self, again: bool) -> None:
-        """Begin a pass; unless the phase comes `again`, it keeps nothing new."""
+    def begin(self, later: Iterable[Phase]) -> None:
+        """Begin a pass, which keeps something new if its phase comes again before what rests trains.
+
+        Args:
+            later: the phases of the passes after it.
+        """
         self.found = self.seen = 0
-        self._before, self._keeps = sum(len(shelf.at) for shelf in self._shelves.values()), again
+        self._before = sum(len(shelf.at) for shelf in self._shelves.values())
+        rests, self._keeps = set(self._resting.first.runs), False
+        for phase in later:
+            if phase.name == self._name or not rests.isdisjoint(phase.trains):
+                self._keeps = phase.name == self._name
+                return
 
     def end(self) -> float | None:
         """End a pass, and keep nothing any more where it has found (nearly) nothing again.
@@ -335,7 +346,7 @@ class Keeping:
             return None
         why = resting if isinstance(resting, str) else _without_rows(self._ir, resting)
         if not isinstance(resting, str) and why is None:
-            return Features(plan, resting, self._ir.captured.signature, self._storage)
+            return Features(phase, plan, resting, self._ir.captured.signature, self._storage)
         self._storage.say(f"in phase '{phase.name}' every step computes what rests: {why}")
         return None
 

@@ -275,7 +275,7 @@ class _Fit:
             return
         features = self.program.features = self.keeping.of(one.phase, self.program.plan(one.phase.name))
         if features is not None:
-            features.begin(again=any(other.phase == one.phase for other in later))
+            features.begin(other.phase for other in later if other.phase is not None)
 
     def _pass(self, one: Pass) -> None:
         program, progress, started = self.program, self.progress, time.perf_counter()
