@@ -215,6 +215,13 @@ def train(
     schedule: Annotated[
         str, typer.Option(help="lockstep, sequential (one module after the other) or wave (8 batches each)")
     ] = "lockstep",
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="under sequential: keep what earlier modules make of each sample (memory, disk, a folder)"
+        ),
+    ] = None,
+    features_limit: Annotated[str | None, typer.Option(help="how much of it; default: 2GiB")] = None,
     clip: Annotated[float | None, typer.Option(help="largest gradient norm of a module")] = None,
     seed: SeedOption = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -257,6 +264,8 @@ def train(
         example_inputs=loaders.example(),
         optimizer=recipe_of(method, optimizer, lr),
         schedule=schedule,
+        features=features,
+        features_limit=features_limit,
         clip=clip,
         seed=seed,
         cache=cache,

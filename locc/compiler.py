@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -76,6 +77,8 @@ def compile(
     optimizer: Callable[..., torch.optim.Optimizer] | Recipe | None = None,
     schedule: str = "lockstep",
     batches: int | None = None,
+    features: str | Path | None = None,
+    features_limit: int | str | None = None,
     backend: str = "eager",
     tied: str = "auto",
     scheduler: Any = None,
@@ -116,6 +119,10 @@ def compile(
             "lockstep" and is refused where a program is not pipeline-exact.
         batches: of a wave, 8 by default: how often a module's parameters serve once they are loaded. What
             passes between modules is kept for all of them.
+        features: where `fit` keeps what the modules before the one that trains hand to it: "memory", "disk"
+            (a temporary file without a name) or a folder for that file. For schedule="sequential", and for
+            methods that train module after module; see below.
+        features_limit: how much of it at most, in bytes or as "500MB"; "2GiB" by default.
         backend: "eager".
         tied: policy for a parameter that two modules use (an embedding that is the output layer's weight as
             well): "copy" (each module trains its own, which takes its place in the model), "owner" (the first
@@ -132,6 +139,14 @@ def compile(
         verify: prove locality before returning.
         cache: keep what capturing this model has shown, and use it the next time; see below.
         **method_options: hyper-parameters of the method.
+
+    With `features=` a stage of a sequential training computes once what the modules at rest (in eval mode)
+    make of each sample; its later passes cost the module that trains, and nothing below it. A sample goes by
+    its content, so that loaders may shuffle. Where every batch comes again with the same samples, training
+    ends with the bits that it has without `features=`; where other samples are beside one, kernels may round
+    otherwise. What is over the limit is computed in every step, and so is everything where the inputs are
+    augmented anew in each pass, or where what rests makes of a sample what depends on those beside it: the
+    log says so. Features go with the end of their stage, or of `fit`, however that ends.
 
     With `cache=True` a file is kept in the folder `$LOCC_CACHE` (by default `locc` in the user's folder of
     caches: `~/.cache/locc` on Linux). It is found by the source of locc and of the model's classes, the
@@ -164,6 +179,8 @@ def compile(
         seed,
         atomic,
         batches,
+        features,
+        features_limit,
         loss == MODEL,
     )
     request = Request(
@@ -196,6 +213,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         program.root.aux.to(program.device)
         phases = stages(ir, request.name, request.settings.schedule == "sequential")
         request.settings.check_used(ir, request.name)
+        request.settings.check_resting(ir, phases, request.name)
         learners = request.settings.learners(ir)
         training = request.settings.training(learners)
         rates = {name: learner.rate for name, learner in learners.items()}

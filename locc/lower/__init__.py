@@ -16,6 +16,7 @@ from locc.lower.instructions import (
 from locc.lower.plan import lower
 from locc.lower.programs import ModuleProgram, Received, Sent, module_programs, program_of
 from locc.lower.project import project
+from locc.lower.resting import Resting, at_rest, runs_frozen
 from locc.lower.stages import stages
 
 __all__ = [
@@ -27,15 +28,18 @@ __all__ = [
     "Plan",
     "Receive",
     "Received",
+    "Resting",
     "Segment",
     "Send",
     "Sent",
     "Update",
+    "at_rest",
     "instructions_of",
     "lower",
     "module_programs",
     "program_of",
     "project",
+    "runs_frozen",
     "stages",
     "unknown",
 ]

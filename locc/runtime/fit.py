@@ -16,13 +16,16 @@ from torch import Tensor
 
 from locc.callbacks import Callback, Fit, ProgressBar
 from locc.errors import CheckpointError, LoccError
+from locc.facts.traffic import couplings
 from locc.losses import correct
 from locc.runtime import waves
 from locc.runtime.checkpoint import save
+from locc.runtime.features import Keeping, Storage
 from locc.runtime.history import Epoch, Evaluation, History
 from locc.runtime.interrupts import Interrupts
 from locc.runtime.program import FEW, Compiled
 from locc.runtime.progress import Pass, Progress, RandomState, Rest, passes
+from locc.runtime.records import LIMIT
 from locc.runtime.stops import empty
 
 
@@ -130,6 +133,7 @@ def fit(
         saved,
         every,
         Interrupts(),
+        _keeping(program),
     )
     with ExitStack() as ends:
         try:
@@ -143,6 +147,15 @@ def fit(
             if not training:
                 program.eval()
     return state.history
+
+
+def _keeping(program: Compiled) -> Keeping | None:
+    """Return what keeps the features of a fit, if that was asked for."""
+    settings, built = program.settings, program.built
+    if settings.features is None:
+        return None
+    shared = couplings(built.ir, None) if built.certificate is None else built.certificate.couplings
+    return Keeping(built.ir, shared, Storage(settings.features, settings.features_limit or LIMIT))
 
 
 def _state(
@@ -225,6 +238,7 @@ class _Fit:
     checkpoint: Path | None
     every: int | None
     interrupts: Interrupts
+    keeping: Keeping | None
 
     @property
     def program(self) -> Compiled:
@@ -243,13 +257,25 @@ class _Fit:
         """Run the passes that are left, setting the program's phase for each."""
         program = self.program
         try:
-            for one in left:
+            for number, one in enumerate(left):
                 self.leave_if_asked()
                 program.phase = one.phase.name if one.phase else None
+                self._features(one, left[number + 1 :])
                 self._pass(one)
         finally:
+            program.features = None
+            if self.keeping is not None:
+                self.keeping.close()
             if program.settings.schedule != "sequential":
                 program.phase = self.progress.outside
+
+    def _features(self, one: Pass, later: list[Pass]) -> None:
+        """Let a pass use the features of its stage, and keep those that a later pass will read."""
+        if self.keeping is None or one.phase is None:
+            return
+        features = self.program.features = self.keeping.of(one.phase, self.program.plan(one.phase.name))
+        if features is not None:
+            features.begin(other.phase for other in later if other.phase is not None)
 
     def _pass(self, one: Pass) -> None:
         program, progress, started = self.program, self.progress, time.perf_counter()
@@ -267,12 +293,13 @@ class _Fit:
         means = {name: float(value) / progress.batches for name, value in progress.sums.items()}
         program.built.executor.raise_deferred()
         seconds = time.perf_counter() - started
+        reused = None if program.features is None else program.features.end()
         checked = None if self.validation is None else evaluate(program, self.validation)
         with self.interrupts.waiting():
             if not self.stepwise and one.steps is None:
                 _advance(program, means, _trained(program))
             loss = means.pop("loss", None)
-            epoch = Epoch(one.at[1], program.phase, loss, means, seconds, checked)
+            epoch = Epoch(one.at[1], program.phase, loss, means, seconds, checked, reused)
             self.state.history.epochs.append(epoch)
             program.epochs += 1
             if one.ends is not None:

@@ -23,6 +23,8 @@ class Epoch:
     """One pass over the data: mean loss and objectives over its steps, and the validation after it.
 
     `loss` is None in a pass that does not compute the user's loss (one that trains only inverses, say).
+    `reused` is the share of its samples whose features had been kept (see `features` of `locc.compile`), None
+    in a pass that keeps none.
     """
 
     number: int
@@ -31,6 +33,7 @@ class Epoch:
     objectives: dict[str, float]
     seconds: float
     validation: Evaluation | None = None
+    reused: float | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -48,7 +51,8 @@ class Epoch:
         loss = f"  loss {self.loss:.4f}" if self.loss is not None else ""
         objectives = "".join(f"  {name} {value:.4g}" for name, value in self.objectives.items())
         validation = f"  validation: {self.validation}" if self.validation else ""
-        return f"epoch {self.number}{phase}{loss}{objectives}{validation}"
+        reused = f"  features reused: {self.reused:.0%}" if self.reused is not None else ""
+        return f"epoch {self.number}{phase}{loss}{objectives}{validation}{reused}"
 
 
 @dataclass

@@ -22,6 +22,7 @@ from locc.ir.view import node_modules
 from locc.lower import ModuleProgram, Plan, lower, module_programs
 from locc.runtime import waves
 from locc.runtime.executor import Executor
+from locc.runtime.features import Features
 from locc.runtime.fingerprint import Fingerprint
 from locc.runtime.learner import Learner
 from locc.runtime.progress import Progress
@@ -126,6 +127,7 @@ class Compiled(nn.Module):
         self.epochs = 0
         self.phase: str | None = None
         self.progress: Progress | None = None
+        self.features: Features | None = None
         self.warm: set[str] = set()
         self._build = build
         self._built: Built | None = None
@@ -307,7 +309,7 @@ class Compiled(nn.Module):
             values = [self.bind(x, y) for x, y in batches]
             with self.in_phase():
                 if updated is None:
-                    found = [built.executor.run(plan, values[0], self.steps)]
+                    found = [self._run(plan, values[0])]
                 else:
                     found = waves.run(built.executor, self._parts(plan), values, self.steps, updated)
         except BaseException:
@@ -316,6 +318,11 @@ class Compiled(nn.Module):
             raise
         self.steps += len(found)
         return [StepReport(objectives, loss) for objectives, loss in found]
+
+    def _run(self, plan: Plan, values: list[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
+        if self.features is not None and self.features.plan is plan:
+            return self.features.run(self.built.executor, values, self.steps)
+        return self.built.executor.run(plan, values, self.steps)
 
     def _parts(self, plan: Plan) -> list[ModuleProgram]:
         if self.phase not in self.built.parts:

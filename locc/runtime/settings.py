@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from locc.errors import LoccError, MethodError, nearest
-from locc.ir import Owner, TrainingGraph
+from locc.ir import Owner, Phase, TrainingGraph
 from locc.ir.captured import strip
+from locc.lower import runs_frozen
 from locc.optimizers import keep_norms
 from locc.recipes import Recipe
 from locc.runtime.backends import BACKENDS
 from locc.runtime.learner import Learner
+from locc.runtime.records import LIMIT, check_place, size_of
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -41,6 +44,8 @@ class Settings:
     seed: int | None = None
     atomic: bool = False
     batches: int | None = None
+    features: str | Path | None = None
+    features_limit: int | str | None = None
     labels_within: bool = False
     """The labels are among the model's inputs: its own forward computes the loss."""
 
@@ -68,6 +73,7 @@ class Settings:
             raise LoccError(f"clip={self.clip!r}: give the largest gradient norm of a module, above 0")
         if self.seed is not None and type(self.seed) is not int:
             raise LoccError(f"seed={self.seed!r}: give a whole number, or None for torch.initial_seed()")
+        self._check_features()
         self._check_autocast()
         if not isinstance(self.optimizer, Recipe) and not callable(self.optimizer):
             raise LoccError(
@@ -82,6 +88,22 @@ class Settings:
                     "scheduler must be a callable that builds one from an optimizer, or a dict of them by"
                     f" module; found {type(factory).__name__}"
                 )
+
+    def _check_features(self) -> None:
+        if self.features is None and self.features_limit is not None:
+            raise LoccError(
+                f"features_limit={self.features_limit!r} is how much features= keeps, and that is not given; "
+                "give features='memory' or 'disk' as well, or leave it out"
+            )
+        if self.features is None:
+            return
+        check_place(self.features)
+        size_of(LIMIT if self.features_limit is None else self.features_limit)
+        if self.schedule == "wave":
+            raise LoccError(
+                f"features={str(self.features)!r} keeps what rests from pass to pass, which schedule='wave' "
+                "does not do; use schedule='sequential', or leave it out"
+            )
 
     def _check_autocast(self) -> None:
         known = (
@@ -103,6 +125,19 @@ class Settings:
     def dtype(self) -> torch.dtype | None:
         """The autocast dtype, or None."""
         return PRECISIONS[self.autocast] if isinstance(self.autocast, str) else self.autocast
+
+    def check_resting(self, ir: TrainingGraph, phases: Iterable[Phase], name: str) -> None:
+        """Refuse to keep features where nothing rests.
+
+        Raises:
+            MethodError: `features` is given, and in no phase does a module run that is frozen.
+        """
+        if self.features is not None and not any(runs_frozen(ir, phase) for phase in phases):
+            raise MethodError(
+                f"features={str(self.features)!r} keeps what modules at rest hand to the one that trains, "
+                f"and with method '{name}', schedule={self.schedule!r} and {len(ir.modules)} module(s) none "
+                "rests; use schedule='sequential' and two modules or more, or leave it out"
+            )
 
     def learners(self, ir: TrainingGraph) -> dict[str, Learner]:
         """Build one optimizer for each owner that has an objective.

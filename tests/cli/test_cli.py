@@ -138,6 +138,13 @@ def test_the_flags_override_the_recipe(flags: list[str], told: str) -> None:
     assert "warning: method 'dfa' may train badly: the network has ReLUs" in result.stderr
 
 
+def test_features_of_a_sequential_training_are_kept(tmp_path: Path) -> None:
+    asked = ["train", *MLP, *DIGITS, *QUIET, "--method", "dgl", "--epochs", "2", "--features", str(tmp_path)]
+    result = run(*asked, "--schedule", "sequential", "--features-limit", "1MB")
+    assert result.output.count("features reused: 98%") == 2  # whole batches, shuffled: others are left over
+    assert "none rests; use schedule='sequential'" in run(*asked, code=1).output
+
+
 def test_the_seed_decides_the_run() -> None:
     command = ["train", *MLP, *DIGITS, "--epochs", "1", *QUIET]
     assert validation(*command, "--seed", "1") == validation(*command, "--seed", "1")
