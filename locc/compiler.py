@@ -76,6 +76,8 @@ def compile(
     optimizer: Callable[..., torch.optim.Optimizer] | Recipe | None = None,
     schedule: str = "lockstep",
     batches: int | None = None,
+    stages: Sequence[Sequence[str]] | None = None,
+    timeout: float | None = None,
     backend: str = "eager",
     tied: str = "auto",
     scheduler: Any = None,
@@ -111,11 +113,16 @@ def compile(
             one size. Each is tried at a second size while compiling.
         optimizer: callable(params) -> Optimizer, called for each owner; or a `locc.Recipe`, such as
             `locc.methods()["dni"].recipe.at(lr=1e-4)`. None: the method's own recipe, published with it.
-        schedule: "lockstep"; "sequential" (each module is trained to the end, then frozen); or "wave" (each
-            module trains on `batches` batches before the next one starts), which ends with the bits of
-            "lockstep" and is refused where a program is not pipeline-exact.
+        schedule: "lockstep"; "sequential" (each module is trained to the end, then frozen); "wave" (each
+            module trains on `batches` batches before the next one starts); or "pipelined" (modules train at
+            the same time in the processes that `torchrun` starts with one script, without a backward wave).
+            "wave" and "pipelined" end with the bits of "lockstep", and are refused where a program is not
+            pipeline-exact.
         batches: of a wave, 8 by default: how often a module's parameters serve once they are loaded. What
             passes between modules is kept for all of them.
+        stages: of "pipelined", the modules of each rank, in order: [["layer1"], ["layer2", "output"]]. None:
+            neighbours together, by seconds that rank 0 measures on the first batch.
+        timeout: of "pipelined", seconds after which a silent rank counts as lost, 600 by default.
         backend: "eager".
         tied: policy for a parameter that two modules use (an embedding that is the output layer's weight as
             well): "copy" (each module trains its own, which takes its place in the model), "owner" (the first
@@ -164,6 +171,8 @@ def compile(
         seed,
         atomic,
         batches,
+        None if stages is None else tuple(map(tuple, stages)),
+        timeout,
         loss == MODEL,
     )
     request = Request(
@@ -203,8 +212,8 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         certificate = None
         if request.verify:
             certificate = prove(ir, request.name, learners, inputs, training=training, advice=advice)
-        if request.settings.wave is not None:
-            waves.check(ir, request.name, certificate)
+        if request.settings.schedule in ("wave", "pipelined"):
+            waves.check(ir, request.name, certificate, request.settings.schedule)
         schedulers = request.settings.schedulers(learners)
         _tell(request.name, training, advice)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +19,13 @@ from locc.facts.traffic import by_role
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.ir.state import begin, states
 from locc.ir.view import node_modules
-from locc.lower import ModuleProgram, Plan, lower, module_programs
-from locc.runtime import waves
+from locc.lower import ModuleProgram, Plan, lower, module_programs, program_of
+from locc.runtime import ranks, waves
 from locc.runtime.executor import Executor
 from locc.runtime.fingerprint import Fingerprint
 from locc.runtime.learner import Learner
 from locc.runtime.progress import Progress
-from locc.runtime.settings import Settings
+from locc.runtime.settings import TIMEOUT, Settings
 from locc.runtime.stops import empty
 
 FEW = 4
@@ -42,10 +43,12 @@ class StepReport:
         objectives: the local objectives by name, 0-d tensors.
         loss: the user's loss of this step before the update, 0-d; the sum of the objectives for a
             method that does not compute the loss.
+        elsewhere: why the loss is not here: under the schedule "pipelined" a report is of one rank's modules.
     """
 
     objectives: dict[str, Tensor]
     network_loss: Tensor | None = None
+    elsewhere: str = ""
 
     @property
     def loss(self) -> Tensor:
@@ -56,6 +59,8 @@ class StepReport:
         """
         if self.network_loss is not None:
             return self.network_loss
+        if self.elsewhere:
+            raise RunError(f"report.loss: {self.elsewhere}; the history of program.fit has the loss")
         if not self.objectives:
             raise RunError(
                 "report.loss: this step computed neither the loss nor an objective, so there is no number to "
@@ -85,6 +90,7 @@ class Built:
     advice: tuple[str, ...] = ()
     plans: dict[str | None, Plan] = field(default_factory=dict)
     parts: dict[str | None, list[ModuleProgram]] = field(default_factory=dict)
+    shares: dict[str | None, Plan] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
 
@@ -121,6 +127,7 @@ class Compiled(nn.Module):
         self.phase: str | None = None
         self.progress: Progress | None = None
         self.warm: set[str] = set()
+        self.ranks: ranks.Ranks | None = None
         self._build = build
         self._built: Built | None = None
         self._folded: Folded | None = None
@@ -176,6 +183,8 @@ class Compiled(nn.Module):
                 if few is inputs:
                     raise
                 self._built = self._build(self, inputs)
+            if self.settings.schedule == "pipelined":
+                self._join()
             if self.settings.schedule == "sequential":
                 self.phase = self._built.phases[0].name
             for notify in observers:
@@ -301,6 +310,8 @@ class Compiled(nn.Module):
         try:
             values = [self.bind(x, y) for x, y in batches]
             with self.in_phase():
+                if self.ranks is not None:
+                    return [self._ranked(self.ranks, plan, values[0])]
                 if updated is None:
                     found = [built.executor.run(plan, values[0], self.steps)]
                 else:
@@ -312,9 +323,86 @@ class Compiled(nn.Module):
         self.steps += len(found)
         return [StepReport(objectives, loss) for objectives, loss in found]
 
+    def _join(self) -> None:
+        """Become one of the ranks that train the program, if there are others."""
+        built, settings = self.built, self.settings
+        facts = {
+            "the training graph": hashlib.blake2b(str(built.ir).encode(), digest_size=16).hexdigest(),
+            "method": self.method,
+            "steps done": self.steps,
+        }
+        timeout = settings.timeout or TIMEOUT
+        self.ranks, built.executor.seed = ranks.join(built.ir, timeout, facts, built.executor.seed)
+        if self.ranks is not None and settings.stages is not None:
+            ranks.check_stages(built.ir, [list(s) for s in settings.stages], self.ranks.size)
+
+    def _ranked(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> StepReport:
+        """Run this rank's modules on a batch."""
+        if not own.stages:
+            self._share_out(own, plan, values)
+        if self.phase not in self.built.shares:
+            self.built.shares[self.phase] = program_of(self.ir, plan, own.owners).plan
+        part = self.built.shares[self.phase]
+        own.begin(self.steps, values)
+        try:
+            objectives, loss = self.built.executor.run(part, values, self.steps, own)
+        except BaseException as error:
+            own.fail(error)
+            raise
+        self.steps += 1
+        runs = ", ".join(f"'{name}'" for name in own.stages[own.rank])
+        return StepReport(objectives, loss, f"it is of all modules, and rank {own.rank} runs only {runs}")
+
+    def _share_out(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> None:
+        """Give each rank its modules: the user's choice, or by what rank 0 measures on a batch."""
+        if self.settings.stages is not None:
+            chosen = [list(stage) for stage in self.settings.stages]
+        else:
+            chosen = own.told(self._measured(own, plan, values) if own.leads else None)
+        own.place(self.ir, chosen, self.device)
+        ranks.forget(own, self.built.learners)
+
+    def _measured(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> list[list[str]]:
+        programs = waves.ordered(module_programs(self.ir, self.plan()))
+        homes = {owner: part.name for part in programs for owner in part.owners}
+        undo = self._backup()
+        try:
+            costs = ranks.measured(self.built.executor, plan, values, self.steps, homes)
+        except BaseException as error:
+            own.fail(error)
+            raise
+        finally:
+            undo()
+        return ranks.shared_out(costs, own.size)
+
+    def gather(self) -> None:
+        """Bring what the other ranks have trained into this process; every rank calls it.
+
+        Under the schedule "pipelined", after steps made by hand; `fit` and `save` do so themselves. Elsewhere
+        there is nothing to do.
+
+        Raises:
+            RunError: a rank is gone.
+        """
+        if self.ranks is not None and self.ranks.stages:
+            part = self.built.shares.get(self.phase)
+            ranks.gather(self.ranks, self.ir, self.progress, part is not None and part.loss is not None)
+
+    def whole(self) -> None:
+        """Refuse to go on where other ranks hold newer parameters than this one.
+
+        Raises:
+            RunError: they do.
+        """
+        if self.ranks is not None and self.ranks.stale:
+            raise RunError(
+                "other ranks have trained their modules since this one has seen them; call program.gather() "
+                "on every rank first"
+            )
+
     def _parts(self, plan: Plan) -> list[ModuleProgram]:
         if self.phase not in self.built.parts:
-            waves.check(self.ir, self.method, self.built.certificate)
+            waves.check(self.ir, self.method, self.built.certificate, "wave")
             self.built.parts[self.phase] = waves.ordered(module_programs(self.ir, plan))
         return self.built.parts[self.phase]
 
@@ -430,6 +518,7 @@ class Compiled(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the inference path."""
+        self.whole()
         if self._built is None or not self._built.ir.folded:
             return self.root.model(*args, **kwargs)
         if self._folded is None:
@@ -447,6 +536,7 @@ class Compiled(nn.Module):
         Raises:
             RunError: there were no example inputs and no step yet.
         """
+        self.whole()
         return Folded(self.root, self.ir) if self.ir.folded else self.model
 
     def predict(self, x: Any) -> Any:

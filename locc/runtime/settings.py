@@ -21,9 +21,11 @@ from locc.runtime.learner import Learner
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
-SCHEDULES = ("lockstep", "sequential", "wave")
+SCHEDULES = ("lockstep", "sequential", "wave", "pipelined")
 WAVE = 8
 """Batches of a wave, unless given."""
+TIMEOUT = 600.0
+"""Seconds of silence between ranks, unless given."""
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -41,6 +43,8 @@ class Settings:
     seed: int | None = None
     atomic: bool = False
     batches: int | None = None
+    stages: tuple[tuple[str, ...], ...] | None = None
+    timeout: float | None = None
     labels_within: bool = False
     """The labels are among the model's inputs: its own forward computes the loss."""
 
@@ -56,6 +60,7 @@ class Settings:
                 f"batches={self.batches} is how many batches go through a module in schedule='wave', and "
                 f"schedule={self.schedule!r} was asked for; leave it out"
             )
+        self._check_ranks()
         if self.backend not in BACKENDS:
             raise LoccError(
                 f"backend={self.backend!r} is not available; {nearest(str(self.backend), BACKENDS)}"
@@ -82,6 +87,21 @@ class Settings:
                     "scheduler must be a callable that builds one from an optimizer, or a dict of them by"
                     f" module; found {type(factory).__name__}"
                 )
+
+    def _check_ranks(self) -> None:
+        for name in ("stages", "timeout"):
+            if getattr(self, name) is not None and self.schedule != "pipelined":
+                raise LoccError(
+                    f"{name}= is of schedule='pipelined', and schedule={self.schedule!r} was asked for; "
+                    "leave it out"
+                )
+        if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
+            raise LoccError(f"timeout={self.timeout!r}: give seconds of silence between ranks, above 0")
+        if self.atomic and self.schedule == "pipelined":
+            raise LoccError(
+                "atomic=True undoes a step that fails, and with schedule='pipelined' the ranks are at "
+                "different steps; leave it out, and let fit write a checkpoint"
+            )
 
     def _check_autocast(self) -> None:
         known = (

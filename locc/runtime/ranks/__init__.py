@@ -1,0 +1,12 @@
+"""One program in several processes: `schedule="pipelined"`."""
+
+from __future__ import annotations
+
+from .joint import check_stages, forget, gather, join
+from .placement import measured, shared_out
+from .ranks import END, OVER, PASS, STOP, Ranks
+
+__all__ = [
+    "END", "OVER", "PASS", "STOP", "Ranks", "check_stages", "forget", "gather", "join",
+    "measured", "shared_out",
+]  # fmt: skip
