@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from locc.ir import BatchDim, TensorSpec, TrainingGraph, owned_tensor, strip, tape_of
 from locc.rewrite import (
@@ -236,7 +237,14 @@ class Returned:
     """What a layer sends back for an error at its output, through a matrix in the place of its weight."""
 
     def __init__(self, layer: nn.Module) -> None:
-        bare = copy.deepcopy(layer).to("meta")
+        bare = copy.deepcopy(layer)
+        if parametrize.is_parametrized(bare, "weight"):
+            # Not remove_parametrizations: a copy has the class of the layer, which that changes.
+            weight = nn.Parameter(torch.as_tensor(bare.weight).detach())
+            bare.__class__ = parametrize.type_before_parametrizations(bare)
+            del bare.parametrizations
+            bare.weight = weight
+        bare = bare.to("meta")
         bare.register_parameter("bias", None)
         self.layer = bare
         self.__name__ = self.__qualname__ = "returned"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from locc.errors import MethodError
 from locc.rewrite import noise
@@ -150,11 +151,19 @@ def convolutions() -> nn.Sequential:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["residual", "convolutions"])
+def parametrised() -> nn.Sequential:
+    model = convolutions()
+    parametrizations.weight_norm(model[2])
+    parametrizations.spectral_norm(model[5])
+    return model
+
+
+@pytest.mark.parametrize("kind", ["residual", "convolutions", "parametrised"])
 def test_matrices_that_equal_the_weights_are_at_rest(kind: str) -> None:
     """On 20,000 samples, up to chance; beside a skip, too, as the noise is on the layer's input alone."""
     torch.manual_seed(0)
-    model = (Residual(2) if kind == "residual" else convolutions()).double()
+    made = {"residual": lambda: Residual(2), "convolutions": convolutions, "parametrised": parametrised}
+    model = made[kind]().double()
     x = torch.randn(20_000, *((4,) if kind == "residual" else (1, 6, 6))).double()
     y = torch.randint(3, (20_000,))
     program = compiled(model, "np-sg", 2, example_inputs=x[:2], noise=1e-3, optimizer=sgd(1.0), seed=0)
