@@ -327,8 +327,10 @@ class Compiled(nn.Module):
         """Become one of the ranks that train the program, if there are others."""
         built, settings = self.built, self.settings
         facts = {
-            "the training graph": hashlib.blake2b(str(built.ir).encode(), digest_size=16).hexdigest(),
-            "method": self.method,
+            "the model": _digest(
+                f"{self.model} {[(n, *t.shape) for n, t in self.root.state_dict().items()]}"
+            ),
+            "the training graph": _digest(str(built.ir)),
             "steps done": self.steps,
         }
         timeout = settings.timeout or TIMEOUT
@@ -574,6 +576,10 @@ class Compiled(nn.Module):
         if self._built is None:
             return f"method={self.method}, not complete: no example inputs yet"
         return f"method={self.method}, modules={[o.name for o in self.ir.modules]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _move_optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:

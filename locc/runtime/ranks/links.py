@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map
 
 HEAD = 1024
 """Bytes of a message's first part; what does not fit follows."""
@@ -146,12 +146,12 @@ class Links:
 
     def _receive_all(self, rank: int) -> None:
         while True:
-            step, name, parts = self._receive_head(rank)
+            step, name, packed = self._receive_head(rank)
             if step == _END:
                 return
             with self._changed:
                 self._changed.wait_for(partial(self._near, step))
-            value = self._receive_value(rank, parts)
+            value = self._receive_value(rank, packed)
             with self._changed:
                 self._in[rank][step, name].append(value)
                 self._changed.notify_all()
@@ -161,10 +161,16 @@ class Links:
 
     def _send(self, rank: int, message: Message) -> None:
         step, name, value = message
-        leaves, tree = tree_flatten(value)
-        tensors = [_packed(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
-        kept = [t[1] if t is not None else leaf for t, leaf in zip(tensors, leaves, strict=True)]
-        head = pickle.dumps((step, name, tree, kept))
+        memory: list[Tensor] = []
+
+        def packed(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            layout = _Layout(leaf)
+            memory.append(layout.bytes_of(leaf))
+            return layout
+
+        head = pickle.dumps((step, name, tree_map(packed, value)))
         first = torch.zeros(HEAD, dtype=torch.uint8)
         first[:_LENGTH] = torch.tensor([len(head)]).view(torch.uint8)
         fits = head[: HEAD - _LENGTH]
@@ -172,11 +178,11 @@ class Links:
         dist.send(first, group=self._group, group_dst=rank)
         if rest := head[len(fits) :]:
             dist.send(torch.frombuffer(bytearray(rest), dtype=torch.uint8), group=self._group, group_dst=rank)
-        for packed in tensors:
-            if packed is not None and packed[0].numel():
-                dist.send(packed[0], group=self._group, group_dst=rank)
+        for data in memory:
+            if data.numel():
+                dist.send(data, group=self._group, group_dst=rank)
 
-    def _receive_head(self, rank: int) -> tuple[int, str, Any]:
+    def _receive_head(self, rank: int) -> Message:
         first = torch.empty(HEAD, dtype=torch.uint8)
         dist.recv(first, group=self._group, group_src=rank)
         length = int(first[:_LENGTH].view(torch.int64))
@@ -186,20 +192,19 @@ class Links:
             dist.recv(rest, group=self._group, group_src=rank)
             head += bytes(rest.numpy())
         # The bytes come from a process of the same run, which torch.distributed itself trusts so.
-        step, name, tree, kept = pickle.loads(head)
-        return step, name, (tree, kept)
+        found: Message = pickle.loads(head)
+        return found
 
-    def _receive_value(self, rank: int, parts: Any) -> Any:
-        tree, kept = parts
-        leaves = []
-        for part in kept:
-            if isinstance(part, _Layout):
-                data = torch.empty(part.bytes, dtype=torch.uint8)
-                if part.bytes:
-                    dist.recv(data, group=self._group, group_src=rank)
-                part = part.of(data, self._device)
-            leaves.append(part)
-        return tree_unflatten(leaves, tree)
+    def _receive_value(self, rank: int, packed: Any) -> Any:
+        def unpacked(part: Any) -> Any:
+            if not isinstance(part, _Layout):
+                return part
+            data = torch.empty(part.bytes, dtype=torch.uint8)
+            if part.bytes:
+                dist.recv(data, group=self._group, group_src=rank)
+            return part.of(data, self._device)
+
+        return tree_map(unpacked, packed)
 
 
 def _sent(queue: deque[Message], step: int) -> bool:
@@ -223,9 +228,6 @@ class _Layout:
         whole = dense.reshape(self.shape).permute(back)
         return whole if self.on_cpu else whole.to(device)
 
-
-def _packed(tensor: Tensor) -> tuple[Tensor, _Layout]:
-    """Return the bytes of a tensor on the CPU, in the order of its memory, and how to read them."""
-    layout = _Layout(tensor)
-    dense = tensor.detach().cpu().permute(layout.order).contiguous().reshape(-1)
-    return dense.view(torch.uint8), layout
+    def bytes_of(self, tensor: Tensor) -> Tensor:
+        """Return the bytes of the tensor that this describes, on the CPU and in the order of its memory."""
+        return tensor.detach().cpu().permute(self.order).contiguous().reshape(-1).view(torch.uint8)

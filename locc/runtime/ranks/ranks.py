@@ -153,7 +153,9 @@ class Ranks:
             collective()
         except RuntimeError as error:
             time.sleep(GRACE)  # whoever has ended may be about to say why
-            raise self._stopped(self._cause() or self._publish(f"a rank is gone: {error}")) from error
+            raise self._stopped(
+                self._cause() or self._publish(f"a rank is gone ({_short(error)})")
+            ) from error
 
     # ---- placement ------------------------------------------------------------------------------
 
@@ -256,8 +258,8 @@ class Ranks:
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks why this one stops."""
-        self.failed = True
-        if not isinstance(error, _StoppedError):
+        known, self.failed = self.failed, True
+        if not known:
             self._publish(
                 f"{self._named(self.rank)} stopped at step {self.at}: {type(error).__name__}: {error}"
             )
@@ -277,12 +279,14 @@ class Ranks:
         if (now > self._looked + 1.0 or broken is not None) and (cause := self._cause()):
             raise self._stopped(cause)
         self._looked = now
-        if broken is not None and now > self._broken.setdefault(rank, now) + GRACE:
-            text = f"{self._named(rank)} is gone ({broken})"
+        if broken is not None:
+            if now < self._broken.setdefault(rank, now) + GRACE:
+                time.sleep(0.1)
+                return
+            text = f"{self._named(rank)} is gone ({_short(broken)})"
         elif now > started + self.timeout:
             text = f"{self._named(rank)} has been silent for {self.timeout:g} s"
         else:
-            time.sleep(0.1 if broken is not None else 0.0)
             return
         raise self._stopped(
             self._publish(f"{text}; rank {self.rank} waited for {what} of step {self.at}"),
@@ -306,11 +310,12 @@ class Ranks:
 
     def _stopped(self, cause: str) -> RunError:
         self.failed = True
-        return _StoppedError(f"training stopped on every rank: {cause}. Start anew, from the last checkpoint")
+        return RunError(f"training stopped on every rank: {cause}. Start anew, from the last checkpoint")
 
 
-class _StoppedError(RunError):
-    """Another rank is the cause."""
+def _short(error: Exception) -> str:
+    """Return what c10d says of a connection, without its advice."""
+    return str(error).partition(". ")[0].rpartition("] ")[2]
 
 
 def _digest(batch: Sequence[Any]) -> int:
