@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from locc.errors import CaptureError, LoccError, RunError, nearest
 from locc.facts import Certificate
@@ -23,8 +23,11 @@ from locc.lower import ModuleProgram, Plan, lower, module_programs, program_of
 from locc.runtime import ranks, waves
 from locc.runtime.executor import Executor
 from locc.runtime.fingerprint import Fingerprint
+from locc.runtime.folded import Folded
 from locc.runtime.learner import Learner
 from locc.runtime.progress import Progress
+from locc.runtime.ranks.forecast import Forecast, forecast
+from locc.runtime.report import StepReport
 from locc.runtime.settings import TIMEOUT, Settings
 from locc.runtime.stops import empty
 
@@ -33,40 +36,6 @@ FEW = 4
 
 observers: list[Callable[[Compiled], None]] = []
 """Called with each program whose compilation is complete; the pytest plugin adds its own."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step computed; reading a tensor's value is what synchronises the device.
-
-    Attributes:
-        objectives: the local objectives by name, 0-d tensors.
-        loss: the user's loss of this step before the update, 0-d; the sum of the objectives for a
-            method that does not compute the loss.
-        elsewhere: why the loss is not here: under the schedule "pipelined" a report is of one rank's modules.
-    """
-
-    objectives: dict[str, Tensor]
-    network_loss: Tensor | None = None
-    elsewhere: str = ""
-
-    @property
-    def loss(self) -> Tensor:
-        """The user's loss, or the sum of the objectives where a method has none.
-
-        Raises:
-            RunError: there is neither.
-        """
-        if self.network_loss is not None:
-            return self.network_loss
-        if self.elsewhere:
-            raise RunError(f"report.loss: {self.elsewhere}; the history of program.fit has the loss")
-        if not self.objectives:
-            raise RunError(
-                "report.loss: this step computed neither the loss nor an objective, so there is no number to "
-                "report; program.evaluate(loader) computes the loss"
-            )
-        return torch.stack([o.float() for o in self.objectives.values()]).sum()
 
 
 @dataclass
@@ -92,20 +61,6 @@ class Built:
     parts: dict[str | None, list[ModuleProgram]] = field(default_factory=dict)
     shares: dict[str | None, Plan] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
-
-
-class Folded(nn.Module):
-    """The inference path of a method that folds the network, called as the user's model is."""
-
-    def __init__(self, root: Root, ir: TrainingGraph) -> None:
-        super().__init__()
-        self.graph = fx.GraphModule(root, ir.inference)
-        self.signature = ir.captured.signature
-        self.rebuild = ir.captured.inference_output or ir.captured.output
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the user's forward does."""
-        return self.rebuild(*self.graph(*self.signature.bind(Inputs(args, kwargs))))
 
 
 class Compiled(nn.Module):
@@ -360,22 +315,60 @@ class Compiled(nn.Module):
         if self.settings.stages is not None:
             chosen = [list(stage) for stage in self.settings.stages]
         else:
-            chosen = own.told(self._measured(own, plan, values) if own.leads else None)
+            chosen = own.told(self._stages(own, plan, values) if own.leads else None)
         own.place(self.ir, chosen, self.device)
         ranks.forget(own, self.built.learners)
 
-    def _measured(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> list[list[str]]:
-        programs = waves.ordered(module_programs(self.ir, self.plan()))
-        homes = {owner: part.name for part in programs for owner in part.owners}
-        undo = self._backup()
+    def _stages(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> list[list[str]]:
         try:
-            costs = ranks.measured(self.built.executor, plan, values, self.steps, homes)
+            costs = self._costs(plan, values)
         except BaseException as error:
             own.fail(error)
             raise
+        return ranks.shared_out({name: cost.seconds for name, cost in costs.items()}, own.size)
+
+    def _costs(self, plan: Plan, values: list[Any]) -> dict[str, ranks.Cost]:
+        """Return what each module takes of a step, which is undone."""
+        programs = waves.ordered(module_programs(self.ir, plan))
+        undo = self._backup()
+        try:
+            return ranks.measured(self.built.executor, plan, programs, values, self.steps)
         finally:
             undo()
-        return ranks.shared_out(costs, own.size)
+
+    def forecast(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        ranks: int,
+        batches: int,
+        bandwidth: float | None = None,
+        latency: float = 0.0,
+    ) -> Forecast:
+        """Say what a pass over the data would take in a pipeline, from what the modules take here.
+
+        The modules are timed on a batch in this process; that is undone. Each rank counts as a machine of its
+        own that is as fast as this one.
+
+        Args:
+            x: of a batch, as `step` takes it.
+            y: its target.
+            ranks: how many processes.
+            batches: of the pass.
+            bandwidth: bytes a second between two ranks; None: what travels costs no time.
+            latency: seconds until a value arrives, beside its bytes.
+
+        Raises:
+            MethodError: the program is not pipeline-exact.
+            LoccError: there are fewer modules than ranks, or a number makes no sense.
+            RunError: see `step`.
+        """
+        self.complete(x, FEW)
+        waves.check(self.ir, self.method, self.built.certificate, "pipelined")
+        with self.in_phase():
+            costs = self._costs(self.plan(self.phase), self.bind(x, y))
+        return forecast(costs, ranks, batches, bandwidth, latency)
 
     def gather(self) -> None:
         """Bring what the other ranks have trained into this process; every rank calls it.

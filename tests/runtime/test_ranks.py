@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import locc
 from locc import CheckpointError, LoccError, MethodError, RunError
 from locc.callbacks import Callback
-from locc.runtime.ranks import shared_out
+from locc.runtime.ranks import Cost, shared_out
+from locc.runtime.ranks.forecast import forecast
 from runtime.processes import Died, together
 from support import batch, compiled, everything, mlp, same, sgd
 
@@ -274,3 +275,31 @@ def saving(rank: int, file: str) -> str:
 def test_a_file_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Path) -> None:
     for text in together(2, saving, str(tmp_path / "missing" / "file")):
         assert re.search("cannot save to .*missing' does not exist", str(text)), text
+
+
+def test_a_forecast_adds_up_what_the_modules_take_and_send() -> None:
+    takes = {
+        name: Cost(2.0, 1.0, {name: (100, (reader,))}) for name, reader in zip("abc", "bcd", strict=True)
+    }
+    costs = takes | {"d": Cost(2.0, 0.0)}
+    # The last rank starts after three halves of a step and three times a second on the way.
+    found = forecast(costs, 4, 10, bandwidth=100.0, latency=0.0)
+    assert found.seconds == 3 * (1.0 + 1.0) + 10 * 2.0
+    assert (found.busy, found.sent) == ([2.0] * 4, [100, 100, 100, 0])
+    assert found.bubble == pytest.approx(1 - 10 * 8.0 / (26.0 * 4))
+    assert forecast(costs, 1, 10, None, 0.0).seconds == 80.0
+    slow = forecast(costs | {"d": Cost(4.0, 0.0)}, 4, 10, None, 0.5)
+    assert slow.seconds == 3 * 1.5 + 10 * 4.0
+    with pytest.raises(LoccError, match="give 1 to 4 ranks"):
+        forecast(costs, 5, 10, None, 0.0)
+
+
+def test_a_forecast_of_a_program_leaves_it_as_it_was() -> None:
+    program = compiled(mlp(dropout=0.3), "dgl", ["first", "second"])
+    before = everything(program)
+    found = program.forecast(*batch(5), ranks=2, batches=4)
+    assert same(before, everything(program))
+    assert sum(found.busy) > 0 and found.sent[1] == 0 < found.sent[0]
+    assert str(found).startswith("2 ranks, 4 batches: ")
+    with pytest.raises(MethodError, match="not pipeline-exact"):
+        compiled(mlp(), "bp", ["first"]).forecast(*batch(5), ranks=2, batches=4)

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from .joint import check_stages, forget, gather, join
-from .placement import measured, shared_out
+from .placement import Cost, measured, shared_out
 from .ranks import END, OVER, PASS, STOP, Ranks
 
 __all__ = [
-    "END", "OVER", "PASS", "STOP", "Ranks", "check_stages", "forget", "gather", "join",
-    "measured", "shared_out",
+    "END",
+    "OVER",
+    "PASS",
+    "STOP",
+    "Cost",
+    "Ranks",
+    "check_stages",
+    "forget",
+    "gather",
+    "join",
+    "measured",
+    "shared_out",
 ]  # fmt: skip

@@ -3,62 +3,90 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from locc.lower import Instruction, Plan
+from locc.lower import Instruction, ModuleProgram, Plan
 from locc.runtime.executor import Executor
 
 ROUNDS = 3
 """Steps that are timed; of each module the fastest counts."""
 
 
+@dataclass
+class Cost:
+    """What a module takes in a step.
+
+    Attributes:
+        seconds: of its step.
+        first: seconds until all that it sends is computed.
+        sends: bytes of each value that it sends, and the modules that read it.
+    """
+
+    seconds: float = 0.0
+    first: float = 0.0
+    sends: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
+
+
 def measured(
-    executor: Executor, plan: Plan, values: Sequence[Any], step: int, homes: Mapping[str, str]
-) -> dict[str, float]:
-    """Return the seconds of a step by module, auxiliaries with the one that they serve.
+    executor: Executor, plan: Plan, programs: Sequence[ModuleProgram], values: Sequence[Any], step: int
+) -> dict[str, Cost]:
+    """Return what each module takes, with the auxiliaries that serve it.
 
     It trains; the caller undoes that.
 
     Args:
         executor: of the program.
         plan: of all modules.
+        programs: what `plan` is cut into.
         values: of the plan's inputs.
         step: its number.
-        homes: the module of each owner.
     """
-    found = dict.fromkeys(homes.values(), float("inf"))
+    found: dict[str, Cost] = {}
     for _ in range(ROUNDS):
-        spent, look = _stopwatch(executor, homes)
-        observe, executor.observe = executor.observe, look
+        watch = _Watch(executor.device, programs)
+        observe, executor.observe = executor.observe, watch
         try:
             executor.run(plan, values, step)
         finally:
             executor.observe = observe
-        for name in found:
-            found[name] = min(found[name], spent.get(name, 0.0))
+        for name, cost in watch.costs.items():
+            found[name] = min(found.get(name, cost), cost, key=lambda c: c.seconds)
     return found
 
 
-def _stopwatch(
-    executor: Executor, homes: Mapping[str, str]
-) -> tuple[dict[str, float], Callable[[Instruction, Any], None]]:
-    spent: dict[str, float] = {}
-    last = time.perf_counter()
+class _Watch:
+    """Called after each instruction of a step."""
 
-    def look(instruction: Instruction, _: Any) -> None:
-        nonlocal last
-        if executor.device.type == "cuda":
-            torch.cuda.synchronize(executor.device)
+    def __init__(self, device: torch.device, programs: Sequence[ModuleProgram]) -> None:
+        self.device = device
+        self.homes = {owner: part.name for part in programs for owner in part.owners}
+        self.costs = {part.name: Cost() for part in programs}
+        self.readers = {
+            sent.name: tuple(dict.fromkeys(self.homes[owner] for owner in sent.to))
+            for part in programs
+            for sent in part.sends
+        }
+        self.last = time.perf_counter()
+
+    def __call__(self, instruction: Instruction, values: Mapping[str, Any]) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        home = homes[instruction.owner]
-        spent[home] = spent.get(home, 0.0) + now - last
-        last = now
-
-    return spent, look
+        cost = self.costs[self.homes[instruction.owner]]
+        cost.seconds += now - self.last
+        for name in instruction.writes:
+            if name in self.readers and name in values:
+                tensors = [leaf for leaf in tree_leaves(values[name]) if isinstance(leaf, Tensor)]
+                cost.sends[name] = sum(t.numel() * t.element_size() for t in tensors), self.readers[name]
+                cost.first = cost.seconds
+        self.last = time.perf_counter()
 
 
 def shared_out(costs: Mapping[str, float], ranks: int) -> list[list[str]]:
