@@ -1,7 +1,7 @@
 """Ranks that train at the same time: `python -m benchmarks.pipeline`.
 
-First, a chain whose modules only wait, so that a machine with few cores shows the schedule of many: the time of
-a pass over n batches on K ranks, beside what `program.forecast` says and beside the end-to-end pipeline of
+First, a chain whose modules only wait, so that a machine with few cores shows the schedule of many: the time
+of a pass over n batches on K ranks, beside what `program.forecast` says and beside the end-to-end pipeline of
 `torch.distributed.pipelining` (1F1B, which empties itself for every batch). Then, an MLP on two ranks of one
 thread each, beside one process of one thread and beside the slower rank alone, without any communication.
 """

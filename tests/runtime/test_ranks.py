@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,7 +301,37 @@ def test_a_forecast_of_a_program_leaves_it_as_it_was() -> None:
     before = everything(program)
     found = program.forecast(*batch(5), ranks=2, batches=4)
     assert same(before, everything(program))
-    assert sum(found.busy) > 0 and found.sent[1] == 0 < found.sent[0]
+    assert sum(found.busy) > 0
+    assert found.sent[1] == 0 < found.sent[0]
     assert str(found).startswith("2 ranks, 4 batches: ")
     with pytest.raises(MethodError, match="not pipeline-exact"):
         compiled(mlp(), "bp", ["first"]).forecast(*batch(5), ranks=2, batches=4)
+
+
+def mortal(rank: int, schedule: str, file: str, victim: int, seconds: float) -> float:
+    """Train from the last checkpoint on, and return the seconds; `victim` is killed after so many of them."""
+    torch.manual_seed(0)
+    program = program_of("dgl", schedule)
+    if Path(file).exists():
+        program.load(file)
+    if rank == victim:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    started = time.perf_counter()
+    program.fit(loader(), 4, progress=False, scheduler_interval="step", checkpoint=file, every=5)
+    return time.perf_counter() - started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["lockstep", "sequential", "wave", "pipelined"])
+def test_killed_at_any_moment_it_goes_on_with_the_same_bits(schedule: str, tmp_path: Path) -> None:
+    size, whole = 2 if schedule == "pipelined" else 1, str(tmp_path / "whole")
+    (span, *_) = together(size, mortal, schedule, whole, -1, 0.0)
+    draw = random.Random(schedule)
+    died = 0
+    for number in range(15):
+        file = str(tmp_path / str(number))
+        found = together(size, mortal, schedule, file, draw.randrange(size), draw.uniform(0.0, span))
+        died += any(isinstance(one, Died) for one in found)
+        together(size, mortal, schedule, file, -1, 0.0)
+        assert same(load_file(whole), load_file(file)), number
+    assert died >= 8
