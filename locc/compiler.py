@@ -79,6 +79,8 @@ def compile(
     batches: int | None = None,
     features: str | Path | None = None,
     features_limit: int | str | None = None,
+    stages: Sequence[Sequence[str]] | None = None,
+    timeout: float | None = None,
     backend: str = "eager",
     tied: str = "auto",
     scheduler: Any = None,
@@ -114,15 +116,20 @@ def compile(
             one size. Each is tried at a second size while compiling.
         optimizer: callable(params) -> Optimizer, called for each owner; or a `locc.Recipe`, such as
             `locc.methods()["dni"].recipe.at(lr=1e-4)`. None: the method's own recipe, published with it.
-        schedule: "lockstep"; "sequential" (each module is trained to the end, then frozen); or "wave" (each
-            module trains on `batches` batches before the next one starts), which ends with the bits of
-            "lockstep" and is refused where a program is not pipeline-exact.
+        schedule: "lockstep"; "sequential" (each module is trained to the end, then frozen); "wave" (each
+            module trains on `batches` batches before the next one starts); or "pipelined" (modules train at
+            the same time in the processes that `torchrun` starts with one script, without a backward wave).
+            "wave" and "pipelined" end with the bits of "lockstep", and are refused where a program is not
+            pipeline-exact.
         batches: of a wave, 8 by default: how often a module's parameters serve once they are loaded. What
             passes between modules is kept for all of them.
         features: where `fit` keeps what the modules before the one that trains hand to it: "memory", "disk"
             (a temporary file without a name) or a folder for that file. For schedule="sequential", and for
             methods that train module after module; see below.
         features_limit: how much of it at most, in bytes or as "500MB"; "2GiB" by default.
+        stages: of "pipelined", the modules of each rank, in order: [["layer1"], ["layer2", "output"]]. None:
+            neighbours together, by seconds that rank 0 measures on the first batch.
+        timeout: of "pipelined", seconds after which a silent rank counts as lost, 600 by default.
         backend: "eager".
         tied: policy for a parameter that two modules use (an embedding that is the output layer's weight as
             well): "copy" (each module trains its own, which takes its place in the model), "owner" (the first
@@ -181,6 +188,8 @@ def compile(
         batches,
         features,
         features_limit,
+        None if stages is None else tuple(map(tuple, stages)),
+        timeout,
         loss == MODEL,
     )
     request = Request(
@@ -221,8 +230,8 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         certificate = None
         if request.verify:
             certificate = prove(ir, request.name, learners, inputs, training=training, advice=advice)
-        if request.settings.wave is not None:
-            waves.check(ir, request.name, certificate)
+        if request.settings.schedule in ("wave", "pipelined"):
+            waves.check(ir, request.name, certificate, request.settings.schedule)
         schedulers = request.settings.schedulers(learners)
         _tell(request.name, training, advice)
     with torch.no_grad():

@@ -43,10 +43,12 @@ class Program(Compiled):
         """Write the inference path as one ONNX file; see `locc.export`."""
         from locc import export  # it loads onnxruntime
 
+        self.whole()
         return export.export_onnx(self, Path(path), **options)
 
     def export_onnx_modules(self, folder: str | Path, **options: Any) -> Path:
         """Write one ONNX file per module and a manifest; see `locc.export`."""
         from locc import export
 
+        self.whole()
         return export.export_onnx_modules(self, Path(folder), **options)

@@ -9,7 +9,7 @@ from rich import progress as rich
 
 from locc.callbacks.base import Callback, Fit
 from locc.runtime.history import Epoch
-from locc.runtime.program import StepReport
+from locc.runtime.report import StepReport
 
 _EVERY = 20
 """Reading a loss synchronises the device, so the bar shows them now and then."""

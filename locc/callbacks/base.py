@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from locc.runtime.history import Epoch, History
-from locc.runtime.program import Compiled, StepReport
+from locc.runtime.program import Compiled
 from locc.runtime.progress import Progress
+from locc.runtime.report import StepReport
 
 
 @dataclass

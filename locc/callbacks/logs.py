@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from locc.callbacks.base import Callback, Fit
 from locc.errors import LoccError
 from locc.runtime.history import Epoch
-from locc.runtime.program import StepReport
+from locc.runtime.report import StepReport
 
 
 class CSVLog(Callback):

@@ -3,7 +3,8 @@
 from locc.runtime.executor import Executor
 from locc.runtime.learner import Learner
 from locc.runtime.machine import Machine
-from locc.runtime.program import Built, Compiled, StepReport, checked
+from locc.runtime.program import Built, Compiled, checked
+from locc.runtime.report import StepReport
 from locc.runtime.settings import Settings
 
 __all__ = ["Built", "Compiled", "Executor", "Learner", "Machine", "Settings", "StepReport", "checked"]

@@ -28,6 +28,7 @@ from locc.ir.state import states
 from locc.losses import NAMED
 from locc.runtime.program import Compiled
 from locc.runtime.progress import Progress
+from locc.runtime.ranks import Ranks, forget
 
 FORMAT = 3
 
@@ -35,13 +36,56 @@ FORMAT = 3
 def save(program: Compiled, path: Path) -> None:
     """Write the program's state; the previous file at `path` stays whole until the new one is complete.
 
+    Among ranks (schedule "pipelined") all call it, and rank 0 writes the state of all: a file is the same
+    whatever their number, and any number of ranks, or one process, can load it.
+
     Raises:
         CheckpointError: the folder does not exist, the file cannot be written, or the state of an
             optimizer or a scheduler is not JSON.
     """
+    ranks = program.ranks
+    if ranks is None:
+        _write(path, *_state(program))
+        return
+    program.gather()
+    state, problem = _merged(program, ranks), None
+    if state is not None:
+        try:
+            _write(path, *state)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = ranks.told(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
+
+
+def _merged(program: Compiled, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the state of all ranks on rank 0, where the others hand in that of what they train."""
+    tensors, header = _state(program)
+    numbers = {str(i): ranks.owns(owner) for i, owner in enumerate(program.ir.owners)}
+
+    def own(name: str) -> bool:
+        kind, number, *_ = name.split("/")
+        return kind not in ("optimizer", "grad") or numbers[number]
+
+    per_owner = ("optimizers", "schedulers")
+    mine = {n: t for n, t in tensors.items() if n.startswith(("optimizer/", "grad/")) and own(n)}
+    found = ranks.collected(
+        (mine, {key: {o: held for o, held in header[key].items() if ranks.owns(o)} for key in per_owner})
+    )
+    if found is None:
+        return None
+    tensors = {n: t for n, t in tensors.items() if own(n)}
+    for theirs, parts in found:
+        tensors |= theirs
+        for key in per_owner:
+            header[key] |= parts[key]
+    return tensors, header
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     if not path.parent.is_dir():
         raise CheckpointError(f"cannot save to '{path}': the folder '{path.parent}' does not exist")
-    tensors, header = _state(program)
     text = json.dumps(header)
     metadata = {"locc": text, "digest": _digest(tensors, text)}
     # Beside the target, not in a temporary folder: only within one file system is a rename atomic.
@@ -311,6 +355,9 @@ def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]
         parts = {n.removeprefix("progress/"): t for n, t in tensors.items() if n.startswith("progress/")}
         program.progress = Progress.unpacked(header["progress"], parts, program.device)
     program.built.executor.seed = header["seed"]
+    if program.ranks is not None:
+        program.ranks.stale = False
+        forget(program.ranks, program.built.learners)
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and program.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random/cuda"], program.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,12 +20,13 @@ from locc.errors import CheckpointError, LoccError
 from locc.facts.traffic import couplings
 from locc.losses import correct
 from locc.runtime import waves
-from locc.runtime.checkpoint import save
+from locc.runtime.checkpoint import load, save
 from locc.runtime.features import Keeping, Storage
 from locc.runtime.history import Epoch, Evaluation, History
 from locc.runtime.interrupts import Interrupts
 from locc.runtime.program import FEW, Compiled
 from locc.runtime.progress import Pass, Progress, RandomState, Rest, passes
+from locc.runtime.ranks import END, OVER, PASS, STOP, Ranks
 from locc.runtime.records import LIMIT
 from locc.runtime.stops import empty
 
@@ -115,9 +117,14 @@ def fit(
         if not isinstance(callback, Callback):
             raise LoccError(f"callbacks must be instances of locc.callbacks.Callback; found {callback!r}")
     first = _complete(program, loader)
+    if checkpoint is not None and _restarted() and program.steps == 0 and Path(checkpoint).is_file():
+        load(program, Path(checkpoint))
     resumed = resume and program.progress is not None
     left = _begin(program, loader, epochs, resume)
+    ranks = program.ranks
     taking_part = [*([ProgressBar()] if progress else []), *callbacks]
+    if ranks is not None and not ranks.leads:
+        taking_part = []
     state = _state(program, loader, validation, resumed, taking_part)
     training = program.training and program.model.training
     if not training:
@@ -132,7 +139,7 @@ def fit(
         scheduler_interval == "step",
         saved,
         every,
-        Interrupts(),
+        Interrupts(held=ranks is not None),
         _keeping(program),
     )
     with ExitStack() as ends:
@@ -142,7 +149,13 @@ def fit(
                 run.passes(left)
             program.progress = None
         except KeyboardInterrupt:  # Ctrl-C, or a callback
+            if ranks is not None:
+                _stop_together(program, ranks, state.history)
             state.history.interrupted = state.history.stopped is None
+        except BaseException as error:
+            if ranks is not None:
+                ranks.fail(error)
+            raise
         finally:
             if not training:
                 program.eval()
@@ -156,6 +169,23 @@ def _keeping(program: Compiled) -> Keeping | None:
         return None
     shared = couplings(built.ir, None) if built.certificate is None else built.certificate.couplings
     return Keeping(built.ir, shared, Storage(settings.features, settings.features_limit or LIMIT))
+
+
+def _restarted() -> bool:
+    """Whether torchrun has started this process again, after one of its kind had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _stop_together(program: Compiled, ranks: Ranks, history: History) -> None:
+    """Stop on all ranks after the same batch, each with the whole program."""
+    if ranks.failed or not ranks.stages:
+        error = KeyboardInterrupt()
+        ranks.fail(error)
+        raise error
+    if ranks.leads:
+        ranks.follow(STOP, program.steps)
+    program.gather()
+    history.stopped = ranks.told(history.stopped)
 
 
 def _state(
@@ -213,7 +243,7 @@ def _begin(program: Compiled, loader: Iterable[Any], epochs: int, resume: bool) 
     every = passes(program.phases, epochs, program.warm)
     if at is None or not resume:
         outside = program.phase if at is None else at.outside
-        program.progress = Progress(epochs, RandomState.now(loader, program.device), outside)
+        program.progress = Progress(epochs, _random(program, loader), outside)
         return every
     left = [one for one in every if one.at >= at.at]
     if epochs < at.at[1] or (not left and epochs < at.epochs):
@@ -223,6 +253,12 @@ def _begin(program: Compiled, loader: Iterable[Any], epochs: int, resume: bool) 
         )
     at.epochs = epochs
     return left
+
+
+def _random(program: Compiled, loader: Any) -> RandomState:
+    """Return the random state from which a pass starts; that of rank 0, where there are several."""
+    now = RandomState.now(loader, program.device)
+    return now if program.ranks is None else program.ranks.told(now)
 
 
 @dataclass
@@ -249,9 +285,18 @@ class _Fit:
         return self.state.progress
 
     def leave_if_asked(self) -> None:
-        """Go the way of Ctrl-C where a callback has asked for the end."""
+        """Go the way of Ctrl-C where a callback has asked for the end; among ranks, where Ctrl-C came."""
+        ranks = self.program.ranks
         if self.state.history.stopped is not None:
             raise KeyboardInterrupt
+        if ranks is not None and ranks.leads and self.interrupts.noted:
+            raise KeyboardInterrupt
+
+    def together(self, word: str) -> None:
+        """Come to the same point as the other ranks, where there are any."""
+        ranks = self.program.ranks
+        if ranks is not None and ranks.stages:
+            ranks.follow(word, self.program.steps)
 
     def passes(self, left: list[Pass]) -> None:
         """Run the passes that are left, setting the program's phase for each."""
@@ -261,7 +306,9 @@ class _Fit:
                 self.leave_if_asked()
                 program.phase = one.phase.name if one.phase else None
                 self._features(one, left[number + 1 :])
+                self.together(PASS)
                 self._pass(one)
+            self.together(OVER)
         finally:
             program.features = None
             if self.keeping is not None:
@@ -290,6 +337,9 @@ class _Fit:
                 "the loader yielded no batch; a generator can be iterated only once, use a DataLoader or a "
                 "list"
             )
+        if program.ranks is not None:
+            self.together(END)
+            program.gather()
         means = {name: float(value) / progress.batches for name, value in progress.sums.items()}
         program.built.executor.raise_deferred()
         seconds = time.perf_counter() - started
@@ -304,7 +354,7 @@ class _Fit:
             program.epochs += 1
             if one.ends is not None:
                 program.warm.add(one.ends)
-            progress.turn(RandomState.now(self.loader, program.device))
+            progress.turn(_random(program, self.loader))
             for callback in self.callbacks:
                 callback.on_epoch_end(self.state, epoch)
             if self.checkpoint is not None:
@@ -343,6 +393,8 @@ class _Fit:
     def _steps(self, batches: list[tuple[Any, Any]], advance: bool) -> None:
         program, moved = self.program, [list[str]() for _ in batches]
         trained, before = _trained(program), program.steps
+        if program.ranks is not None:
+            trained = [owner for owner in trained if program.ranks.owns(owner)]
 
         def updated(number: int, owners: tuple[str, ...], objectives: Mapping[str, Tensor]) -> None:
             ready = [o for o in trained if o in owners and not program.built.learners[o].pending]

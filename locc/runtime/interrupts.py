@@ -12,12 +12,14 @@ from types import FrameType
 class Interrupts:
     """Lets the first Ctrl-C wait until a step is over; a second one interrupts at once.
 
+    With `held` the first one is only noted, for whoever looks at `noted` where it may be heeded.
     Only in the main thread, and only where Ctrl-C would raise KeyboardInterrupt: a handler that somebody
     else has set stays in charge.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: bool = False) -> None:
         self.noted = False
+        self.held = held
         self._busy = False
 
     @contextmanager
@@ -34,7 +36,7 @@ class Interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.noted or not self._busy:
+        if self.noted or not (self._busy or self.held):
             raise KeyboardInterrupt
         self.noted = True
 
@@ -46,5 +48,5 @@ class Interrupts:
             yield
         finally:
             self._busy = False
-        if self.noted:
+        if self.noted and not self.held:
             raise KeyboardInterrupt

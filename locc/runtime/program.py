@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from locc.errors import CaptureError, LoccError, RunError, nearest
 from locc.facts import Certificate
@@ -19,14 +20,17 @@ from locc.facts.traffic import by_role
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.ir.state import State, begin_all, states
 from locc.ir.view import node_modules
-from locc.lower import ModuleProgram, Plan, lower, module_programs
-from locc.runtime import waves
+from locc.lower import ModuleProgram, Plan, lower, module_programs, program_of
+from locc.runtime import ranks, waves
 from locc.runtime.executor import Executor
 from locc.runtime.features import Features
 from locc.runtime.fingerprint import Fingerprint
+from locc.runtime.folded import Folded
 from locc.runtime.learner import Learner
 from locc.runtime.progress import Progress
-from locc.runtime.settings import Settings
+from locc.runtime.ranks.forecast import Forecast, forecast
+from locc.runtime.report import StepReport
+from locc.runtime.settings import TIMEOUT, Settings
 from locc.runtime.stops import empty
 
 FEW = 4
@@ -34,36 +38,6 @@ FEW = 4
 
 observers: list[Callable[[Compiled], None]] = []
 """Called with each program whose compilation is complete; the pytest plugin adds its own."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step computed; reading a tensor's value is what synchronises the device.
-
-    Attributes:
-        objectives: the local objectives by name, 0-d tensors.
-        loss: the user's loss of this step before the update, 0-d; the sum of the objectives for a
-            method that does not compute the loss.
-    """
-
-    objectives: dict[str, Tensor]
-    network_loss: Tensor | None = None
-
-    @property
-    def loss(self) -> Tensor:
-        """The user's loss, or the sum of the objectives where a method has none.
-
-        Raises:
-            RunError: there is neither.
-        """
-        if self.network_loss is not None:
-            return self.network_loss
-        if not self.objectives:
-            raise RunError(
-                "report.loss: this step computed neither the loss nor an objective, so there is no number to "
-                "report; program.evaluate(loader) computes the loss"
-            )
-        return torch.stack([o.float() for o in self.objectives.values()]).sum()
 
 
 @dataclass
@@ -87,26 +61,13 @@ class Built:
     advice: tuple[str, ...] = ()
     plans: dict[str | None, Plan] = field(default_factory=dict)
     parts: dict[str | None, list[ModuleProgram]] = field(default_factory=dict)
+    shares: dict[str | None, Plan] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
     @cached_property
     def states(self) -> list[State]:
         """What lives across steps; a walk over the modules finds it, which a step would spend on nothing."""
         return [state for _, state in states(self.ir.root)]
-
-
-class Folded(nn.Module):
-    """The inference path of a method that folds the network, called as the user's model is."""
-
-    def __init__(self, root: Root, ir: TrainingGraph) -> None:
-        super().__init__()
-        self.graph = fx.GraphModule(root, ir.inference)
-        self.signature = ir.captured.signature
-        self.rebuild = ir.captured.inference_output or ir.captured.output
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the user's forward does."""
-        return self.rebuild(*self.graph(*self.signature.bind(Inputs(args, kwargs))))
 
 
 class Compiled(nn.Module):
@@ -129,6 +90,7 @@ class Compiled(nn.Module):
         self.progress: Progress | None = None
         self.features: Features | None = None
         self.warm: set[str] = set()
+        self.ranks: ranks.Ranks | None = None
         self._build = build
         self._built: Built | None = None
         self._folded: Folded | None = None
@@ -184,6 +146,8 @@ class Compiled(nn.Module):
                 if few is inputs:
                     raise
                 self._built = self._build(self, inputs)
+            if self.settings.schedule == "pipelined":
+                self._join()
             if self.settings.schedule == "sequential":
                 self.phase = self._built.phases[0].name
             for notify in observers:
@@ -308,6 +272,8 @@ class Compiled(nn.Module):
         try:
             values = [self.bind(x, y) for x, y in batches]
             with self.in_phase():
+                if self.ranks is not None:
+                    return [self._ranked(self.ranks, plan, values[0])]
                 if updated is None:
                     found = [self._run(plan, values[0])]
                 else:
@@ -324,9 +290,126 @@ class Compiled(nn.Module):
             return self.features.run(self.built.executor, values, self.steps)
         return self.built.executor.run(plan, values, self.steps)
 
+    def _join(self) -> None:
+        """Become one of the ranks that train the program, if there are others."""
+        built, settings = self.built, self.settings
+        facts = {
+            "the model": _digest(
+                f"{self.model} {[(n, *t.shape) for n, t in self.root.state_dict().items()]}"
+            ),
+            "the training graph": _digest(str(built.ir)),
+            "steps done": self.steps,
+        }
+        timeout = settings.timeout or TIMEOUT
+        self.ranks, built.executor.seed = ranks.join(built.ir, timeout, facts, built.executor.seed)
+        if self.ranks is not None and settings.stages is not None:
+            ranks.check_stages(built.ir, [list(s) for s in settings.stages], self.ranks.size)
+
+    def _ranked(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> StepReport:
+        """Run this rank's modules on a batch."""
+        if not own.stages:
+            self._share_out(own, plan, values)
+        if self.phase not in self.built.shares:
+            self.built.shares[self.phase] = program_of(self.ir, plan, own.owners).plan
+        part = self.built.shares[self.phase]
+        own.begin(self.steps, values)
+        try:
+            objectives, loss = self.built.executor.run(part, values, self.steps, own)
+        except BaseException as error:
+            own.fail(error)
+            raise
+        self.steps += 1
+        runs = ", ".join(f"'{name}'" for name in own.stages[own.rank])
+        return StepReport(objectives, loss, f"it is of all modules, and rank {own.rank} runs only {runs}")
+
+    def _share_out(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> None:
+        """Give each rank its modules: the user's choice, or by what rank 0 measures on a batch."""
+        if self.settings.stages is not None:
+            chosen = [list(stage) for stage in self.settings.stages]
+        else:
+            chosen = own.told(self._stages(own, plan, values) if own.leads else None)
+        own.place(self.ir, chosen, self.device)
+        ranks.forget(own, self.built.learners)
+
+    def _stages(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> list[list[str]]:
+        try:
+            costs = self._costs(plan, values)
+        except BaseException as error:
+            own.fail(error)
+            raise
+        return ranks.shared_out({name: cost.seconds for name, cost in costs.items()}, own.size)
+
+    def _costs(self, plan: Plan, values: list[Any]) -> dict[str, ranks.Cost]:
+        """Return what each module takes of a step, which is undone."""
+        programs = waves.ordered(module_programs(self.ir, plan))
+        undo = self._backup()
+        try:
+            return ranks.measured(self.built.executor, plan, programs, values, self.steps)
+        finally:
+            undo()
+
+    def forecast(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        ranks: int,
+        batches: int,
+        bandwidth: float | None = None,
+        latency: float = 0.0,
+    ) -> Forecast:
+        """Say what a pass over the data would take in a pipeline, from what the modules take here.
+
+        The modules are timed on a batch in this process; that is undone. Each rank counts as a machine of its
+        own that is as fast as this one.
+
+        Args:
+            x: of a batch, as `step` takes it.
+            y: its target.
+            ranks: how many processes.
+            batches: of the pass.
+            bandwidth: bytes a second between two ranks; None: what travels costs no time.
+            latency: seconds until a value arrives, beside its bytes.
+
+        Raises:
+            MethodError: the program is not pipeline-exact.
+            LoccError: there are fewer modules than ranks, or a number makes no sense.
+            RunError: see `step`.
+        """
+        self.complete(x, FEW)
+        waves.check(self.ir, self.method, self.built.certificate, "pipelined")
+        with self.in_phase():
+            costs = self._costs(self.plan(self.phase), self.bind(x, y))
+        return forecast(costs, ranks, batches, bandwidth, latency)
+
+    def gather(self) -> None:
+        """Bring what the other ranks have trained into this process; every rank calls it.
+
+        Under the schedule "pipelined", after steps made by hand; `fit` and `save` do so themselves. Elsewhere
+        there is nothing to do.
+
+        Raises:
+            RunError: a rank is gone.
+        """
+        if self.ranks is not None and self.ranks.stages:
+            part = self.built.shares.get(self.phase)
+            ranks.gather(self.ranks, self.ir, self.progress, part is not None and part.loss is not None)
+
+    def whole(self) -> None:
+        """Refuse to go on where other ranks hold newer parameters than this one.
+
+        Raises:
+            RunError: they do.
+        """
+        if self.ranks is not None and self.ranks.stale:
+            raise RunError(
+                "other ranks have trained their modules since this one has seen them; call program.gather() "
+                "on every rank first"
+            )
+
     def _parts(self, plan: Plan) -> list[ModuleProgram]:
         if self.phase not in self.built.parts:
-            waves.check(self.ir, self.method, self.built.certificate)
+            waves.check(self.ir, self.method, self.built.certificate, "wave")
             self.built.parts[self.phase] = waves.ordered(module_programs(self.ir, plan))
         return self.built.parts[self.phase]
 
@@ -434,6 +517,7 @@ class Compiled(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the inference path."""
+        self.whole()
         if self._built is None or not self._built.ir.folded:
             return self.root.model(*args, **kwargs)
         if self._folded is None:
@@ -451,6 +535,7 @@ class Compiled(nn.Module):
         Raises:
             RunError: there were no example inputs and no step yet.
         """
+        self.whole()
         return Folded(self.root, self.ir) if self.ir.folded else self.model
 
     def predict(self, x: Any) -> Any:
@@ -496,6 +581,10 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device, non_blocking=True)
     return torch.utils._pytree.tree_map_only(Tensor, lambda item: _moved(item, device), value)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _move_optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:

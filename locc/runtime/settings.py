@@ -24,9 +24,11 @@ from locc.runtime.records import LIMIT, check_place, size_of
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
-SCHEDULES = ("lockstep", "sequential", "wave")
+SCHEDULES = ("lockstep", "sequential", "wave", "pipelined")
 WAVE = 8
 """Batches of a wave, unless given."""
+TIMEOUT = 600.0
+"""Seconds of silence between ranks, unless given."""
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -46,6 +48,8 @@ class Settings:
     batches: int | None = None
     features: str | Path | None = None
     features_limit: int | str | None = None
+    stages: tuple[tuple[str, ...], ...] | None = None
+    timeout: float | None = None
     labels_within: bool = False
     """The labels are among the model's inputs: its own forward computes the loss."""
 
@@ -61,6 +65,7 @@ class Settings:
                 f"batches={self.batches} is how many batches go through a module in schedule='wave', and "
                 f"schedule={self.schedule!r} was asked for; leave it out"
             )
+        self._check_ranks()
         if self.backend not in BACKENDS:
             raise LoccError(
                 f"backend={self.backend!r} is not available; {nearest(str(self.backend), BACKENDS)}"
@@ -99,10 +104,25 @@ class Settings:
             return
         check_place(self.features)
         size_of(LIMIT if self.features_limit is None else self.features_limit)
-        if self.schedule == "wave":
+        if self.schedule in ("wave", "pipelined"):
             raise LoccError(
-                f"features={str(self.features)!r} keeps what rests from pass to pass, which schedule='wave' "
-                "does not do; use schedule='sequential', or leave it out"
+                f"features={str(self.features)!r} keeps what rests from pass to pass, which "
+                f"schedule={self.schedule!r} does not do; use schedule='sequential', or leave it out"
+            )
+
+    def _check_ranks(self) -> None:
+        for name in ("stages", "timeout"):
+            if getattr(self, name) is not None and self.schedule != "pipelined":
+                raise LoccError(
+                    f"{name}= is of schedule='pipelined', and schedule={self.schedule!r} was asked for; "
+                    "leave it out"
+                )
+        if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
+            raise LoccError(f"timeout={self.timeout!r}: give seconds of silence between ranks, above 0")
+        if self.atomic and self.schedule == "pipelined":
+            raise LoccError(
+                "atomic=True undoes a step that fails, and with schedule='pipelined' the ranks are at "
+                "different steps; leave it out, and let fit write a checkpoint"
             )
 
     def _check_autocast(self) -> None:

@@ -42,8 +42,8 @@ class Mail:
         return self._boxes[self._homes[instruction.owner], instruction.value].popleft()
 
 
-def check(ir: TrainingGraph, name: str, certificate: Certificate | None) -> None:
-    """Refuse a program that waves would train otherwise than lock-step training.
+def check(ir: TrainingGraph, name: str, certificate: Certificate | None, schedule: str) -> None:
+    """Refuse a program whose modules cannot be at different batches.
 
     Without a certificate, whose checks know what the modules' own code shares, by the graph alone.
 
@@ -56,8 +56,8 @@ def check(ir: TrainingGraph, name: str, certificate: Certificate | None) -> None
         exact, why = pipeline_exact(ir, flows(ir, derive(ir)), couplings(ir, None))
     if not exact:
         raise MethodError(
-            "a wave trains a module on several batches before the next one starts, and the program of "
-            f"method '{name}' is not pipeline-exact: {why}; use schedule='lockstep'"
+            f"schedule='{schedule}' trains a module on batches that later modules have not seen, and the "
+            f"program of method '{name}' is not pipeline-exact: {why}; use schedule='lockstep'"
         )
 
 

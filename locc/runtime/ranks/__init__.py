@@ -1,0 +1,22 @@
+"""One program in several processes: `schedule="pipelined"`."""
+
+from __future__ import annotations
+
+from .joint import check_stages, forget, gather, join
+from .placement import Cost, measured, shared_out
+from .ranks import END, OVER, PASS, STOP, Ranks
+
+__all__ = [
+    "END",
+    "OVER",
+    "PASS",
+    "STOP",
+    "Cost",
+    "Ranks",
+    "check_stages",
+    "forget",
+    "gather",
+    "join",
+    "measured",
+    "shared_out",
+]  # fmt: skip

@@ -1,0 +1,112 @@
+"""What the ranks of a program do together: join, share out the modules, and make the program whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locc.errors import LoccError
+from locc.facts.names import Names
+from locc.ir import TrainingGraph
+from locc.ir.state import State, states
+from locc.runtime.learner import Learner
+from locc.runtime.progress import Progress
+from locc.runtime.ranks.ranks import Ranks
+
+
+def join(ir: TrainingGraph, timeout: float, facts: Mapping[str, Any], seed: int) -> tuple[Ranks | None, int]:
+    """Take this process's place among the ranks, each with the tensors and the seed of rank 0.
+
+    Returns:
+        The place, None where this process is alone, and the seed.
+
+    Raises:
+        LoccError: there are more ranks than modules, or they run different programs.
+    """
+    ranks = Ranks.join(timeout)
+    if ranks is None:
+        return None, seed
+    if ranks.size > len(ir.modules):
+        raise LoccError(
+            f"{ranks.size} processes were started, and the program has {len(ir.modules)} modules: start at "
+            f"most {len(ir.modules)}, or split the model in more places"
+        )
+    ranks.agree(facts)
+    ranks.share([(tensor, 0) for tensor in _tensors(ir.root)])
+    return ranks, ranks.told(seed)
+
+
+def check_stages(ir: TrainingGraph, stages: list[list[str]], ranks: int) -> list[list[str]]:
+    """Return the user's stages.
+
+    Raises:
+        LoccError: they are not every module once, in order, for as many ranks.
+    """
+    names = [module.name for module in ir.modules]
+    if [name for stage in stages for name in stage] != names or not all(stages):
+        raise LoccError(f"stages={stages}: give every module once, in order, none empty: {names}")
+    if len(stages) != ranks:
+        raise LoccError(f"stages={stages} is for {len(stages)} ranks, and {ranks} were started")
+    return stages
+
+
+def forget(ranks: Ranks, learners: Mapping[str, Learner]) -> None:
+    """Let go of the optimizer state of what other ranks train."""
+    for owner, learner in learners.items():
+        if not ranks.owns(owner):
+            learner.optimizer.state.clear()
+            learner.clear()
+
+
+def gather(ranks: Ranks, ir: TrainingGraph, progress: Progress | None, loss_here: bool) -> None:
+    """Take over what the other ranks have trained, and the sums of their objectives; all ranks call it."""
+    held = dict(states(ir.root))
+    if held:
+        shapes = {path: state.value.shape for path, state in held.items()}
+        for rank, theirs in enumerate(ranks.gathered(shapes)):
+            for path, state in held.items():
+                if ranks.homes.get(state.owner) == rank and state.value.shape != theirs[path]:
+                    state.value = torch.empty(
+                        theirs[path], dtype=state.value.dtype, device=state.value.device
+                    )
+    owners = _owners(ir)
+    ranks.share([(t, ranks.homes.get(owners.get(id(t), ""), 0)) for t in _tensors(ir.root)])
+    if progress is not None:
+        own = {n: v.cpu() for n, v in progress.sums.items() if _counts(ranks, n, loss_here)}
+        found = {n: v for theirs in ranks.gathered(own) for n, v in theirs.items()}
+        first = {"loss": found["loss"]} if "loss" in found else {}
+        progress.sums = {n: v.to(_device(ir.root)) for n, v in (first | found).items()}
+    ranks.stale = False
+
+
+def _counts(ranks: Ranks, name: str, loss_here: bool) -> bool:
+    owner = name.rpartition(".")[0]
+    return ranks.owns(owner) if owner else loss_here
+
+
+def _device(root: nn.Module) -> torch.device:
+    return next((p.device for p in root.parameters()), torch.device("cpu"))
+
+
+def _tensors(root: nn.Module) -> list[Tensor]:
+    return list({id(t): t for t in (*root.parameters(), *root.buffers())}.values())
+
+
+def _owners(ir: TrainingGraph) -> dict[int, str]:
+    """Return whose each parameter and buffer is, by id."""
+    names = Names.of(ir)
+    found = {
+        key: held.owners[0]
+        for part in (names.parameters, names.buffers)
+        for key, held in part.items()
+        if held.owners
+    }
+    for owner in ir.owners:
+        found |= {id(p): owner for p in ir.parameters(owner).values()}
+    for module in ir.root.modules():
+        if isinstance(module, State):
+            found |= {id(buffer): module.owner for buffer in module.buffers()}
+    return found

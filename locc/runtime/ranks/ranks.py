@@ -1,0 +1,331 @@
+"""A program shared out among processes: which modules are whose, and how the processes stay one program."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import platform
+import sys
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from locc.errors import LoccError, RunError
+from locc.ir import TrainingGraph
+from locc.lower import Receive, Send
+from locc.runtime.ranks.links import Links
+
+DEPTH = 2
+"""Steps that a rank may be ahead of one that reads from it."""
+GRACE = 3.0
+"""Seconds in which a rank that ends may still say why."""
+FOREVER = timedelta(days=365)
+PEEK = 1 << 16
+"""Bytes of each tensor of a batch by which ranks compare what they have read."""
+
+BATCH, PASS, END, OVER, STOP = "a batch", "a pass", "the end of a pass", "the end of the fit", "stop"
+"""What rank 0 tells the others to do next."""
+
+
+@dataclass
+class Ranks:
+    """This process among those that train a program, with `schedule="pipelined"`.
+
+    Attributes:
+        rank: the number of this one.
+        size: how many there are.
+        timeout: seconds of silence after which a rank that is waited for counts as lost.
+        stages: the modules of each rank, once they are shared out.
+        homes: the rank of each owner.
+        stale: whether the modules of other ranks have trained since `Compiled.gather`.
+        failed: whether training among them has broken off.
+    """
+
+    rank: int
+    size: int
+    timeout: float
+    stages: list[list[str]] = field(default_factory=list)
+    homes: dict[str, int] = field(default_factory=dict)
+    stale: bool = False
+    failed: bool = False
+    at: int = 0
+
+    def __post_init__(self) -> None:
+        Ranks._made += 1
+        self._key = f"locc/{Ranks._made}/failed"
+        self._calls = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+        self._wires = dist.new_group(backend="gloo", timeout=FOREVER)
+        self._store = dist.distributed_c10d._get_default_store()
+        self._links: Links | None = None
+        self._looked = 0.0
+        self._broken: dict[int, float] = {}
+
+    _made = 0
+
+    @classmethod
+    def join(cls, timeout: float) -> Ranks | None:
+        """Return this process's place among those of torch.distributed; None where it is alone.
+
+        Joins the process group that `torchrun` describes in the environment, if nobody has yet.
+        """
+        if not dist.is_available():
+            return None
+        if not dist.is_initialized():
+            if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+                return None
+            dist.init_process_group("gloo")
+            atexit.register(dist.destroy_process_group)
+        return None if dist.get_world_size() < 2 else cls(dist.get_rank(), dist.get_world_size(), timeout)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which talks, writes and decides when to stop."""
+        return self.rank == 0
+
+    def owns(self, owner: str) -> bool:
+        """Whether this rank trains an owner."""
+        return not self.homes or self.homes[owner] == self.rank
+
+    # ---- agreement ------------------------------------------------------------------------------
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Compare what must be the same on all ranks.
+
+        Raises:
+            LoccError: names two ranks, what differs, and how.
+        """
+        mine = {**facts, "the version of PyTorch": torch.__version__, "Python": platform.python_version()}
+        every = self.gathered(mine)
+        for other, theirs in enumerate(every):
+            what = next((what for what, value in every[0].items() if theirs[what] != value), None)
+            if what is not None:
+                raise LoccError(
+                    f"rank 0 and rank {other} do not run the same program: {what} is {every[0][what]!r} on "
+                    f"rank 0 and {theirs[what]!r} on rank {other}; start every rank with the same script, "
+                    "model, splits and options"
+                )
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Return the value of each rank; every rank calls it."""
+        found: list[Any] = [None] * self.size
+        self._call(lambda: dist.all_gather_object(found, value, group=self._calls))
+        return found
+
+    def collected(self, value: Any) -> list[Any] | None:
+        """Return the value of each rank on rank 0, None elsewhere; every rank calls it."""
+        found: list[Any] | None = [None] * self.size if self.leads else None
+        self._call(lambda: dist.gather_object(value, found, dst=self._global(0), group=self._calls))
+        return found
+
+    def told(self, value: Any) -> Any:
+        """Return the value of rank 0; every rank calls it."""
+        held = [value]
+        self._call(lambda: dist.broadcast_object_list(held, src=self._global(0), group=self._calls))
+        return held[0]
+
+    def share(self, tensors: Sequence[tuple[Tensor, int]]) -> None:
+        """Set each tensor to what the rank beside it holds; every rank calls it with the same ones."""
+        for tensor, source in tensors:
+            held = tensor.detach().cpu().contiguous()
+            if held.dtype == torch.bool:
+                held = held.view(torch.uint8)
+            self._call(partial(dist.broadcast, held, src=self._global(source), group=self._calls))
+            if source != self.rank:
+                with torch.no_grad():
+                    tensor.copy_(held.view(tensor.dtype))
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self._calls, rank)
+
+    def _call(self, collective: Callable[[], Any]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            time.sleep(GRACE)  # whoever has ended may be about to say why
+            raise self._stopped(
+                self._cause() or self._publish(f"a rank is gone ({_short(error)})")
+            ) from error
+
+    # ---- placement ------------------------------------------------------------------------------
+
+    def place(self, ir: TrainingGraph, stages: list[list[str]], device: torch.device) -> None:
+        """Give each rank its modules, with their auxiliaries, and open the links between ranks."""
+        of = {module.name: module.index for module in ir.modules}
+        rank_of = {of[name]: rank for rank, names in enumerate(stages) for name in names}
+        self.stages = stages
+        self.homes = {owner.name: rank_of[owner.index] for owner in ir.owners.values()}
+        pairs = {(0, rank) for rank in range(1, self.size)}
+        for node in ir.graph.nodes:
+            for source in node.all_input_nodes:
+                ends = (
+                    self.homes.get(str(source.meta.get("owner"))),
+                    self.homes.get(str(node.meta.get("owner"))),
+                )
+                if None not in ends and ends[0] != ends[1]:
+                    pairs.add(ends)  # type: ignore[arg-type]
+        self._links = Links(
+            self._wires,
+            [a for a, b in sorted(pairs) if b == self.rank],
+            [b for a, b in sorted(pairs) if a == self.rank],
+            DEPTH,
+            device,
+        )
+        atexit.register(self._close)
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """What this rank runs."""
+        return tuple(name for name, rank in self.homes.items() if rank == self.rank)
+
+    # ---- a step ---------------------------------------------------------------------------------
+
+    def begin(self, step: int, batch: Sequence[Any]) -> None:
+        """Start a step on a batch, of which every rank has to hold the same.
+
+        Raises:
+            RunError: they do not, or another rank has stopped.
+            KeyboardInterrupt: rank 0 says so.
+        """
+        self.at, self.stale = step, True
+        self._opened().begin(step, self._idle("room for what it sends"))
+        self.follow(BATCH, step, _digest(batch))
+
+    def follow(self, word: str, step: int, digest: int = 0) -> None:
+        """Rank 0 tells the others what comes next; these check that it is what they are about to do.
+
+        Raises:
+            RunError: it is not.
+            KeyboardInterrupt: rank 0 stops.
+        """
+        links = self._opened()
+        self.at = step
+        if self.leads:
+            links.at(step)
+            for rank in range(1, self.size):
+                links.send(rank, "", (word, digest))
+            return
+        links.at(step)
+        said, seen = links.receive(0, "", self._idle("rank 0's next batch"))
+        if said == STOP:
+            raise KeyboardInterrupt
+        if said != word:
+            raise RunError(
+                f"rank 0 goes on to {said}, and rank {self.rank} to {word}, after {step} steps: their "
+                "loaders yield different numbers of batches, or their scripts differ"
+            )
+        if seen != digest:
+            raise RunError(
+                f"rank 0 and rank {self.rank} have read different batches for step {step}: every rank "
+                "iterates over the whole data, in the same order; leave out a DistributedSampler, and seed "
+                "what shuffles alike"
+            )
+
+    def send(self, instruction: Send, value: Any) -> None:
+        """Hand a value to the ranks that read it; returns at once."""
+        for rank in dict.fromkeys(self.homes[owner] for owner in instruction.to):
+            self._opened().send(rank, instruction.value, value)
+
+    def receive(self, instruction: Receive) -> Any:
+        """Wait for a value of another rank.
+
+        Raises:
+            RunError: a rank has stopped, or says nothing for too long.
+        """
+        return self._opened().receive(
+            self.homes[instruction.source], instruction.value, self._idle(f"'{instruction.value}'")
+        )
+
+    def _opened(self) -> Links:
+        if self._links is None or self.failed:
+            raise RunError(
+                "training among ranks has broken off, and their modules are not of one step any more; start "
+                "anew, from a checkpoint"
+            )
+        return self._links
+
+    # ---- failures -------------------------------------------------------------------------------
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks why this one stops."""
+        known, self.failed = self.failed, True
+        if not known:
+            self._publish(
+                f"{self._named(self.rank)} stopped at step {self.at}: {type(error).__name__}: {error}"
+            )
+
+    def _close(self) -> None:
+        """End the links, when this process ends: a thread that waits in c10d would abort it."""
+        if self._links is not None and not self._links.close(GRACE if self.failed else None):
+            sys.stdout.flush()
+            os._exit(1)  # a rank hangs, and nothing else lets go of a receive from it
+
+    def _idle(self, what: str) -> Callable[[int], None]:
+        return partial(self._wait, time.monotonic(), what)
+
+    def _wait(self, started: float, what: str, rank: int) -> None:
+        """Look around while waiting for a rank."""
+        now, broken = time.monotonic(), self._opened().errors.get(rank)
+        if (now > self._looked + 1.0 or broken is not None) and (cause := self._cause()):
+            raise self._stopped(cause)
+        self._looked = now
+        if broken is not None:
+            if now < self._broken.setdefault(rank, now) + GRACE:
+                time.sleep(0.1)
+                return
+            text = f"{self._named(rank)} is gone ({_short(broken)})"
+        elif now > started + self.timeout:
+            text = f"{self._named(rank)} has been silent for {self.timeout:g} s"
+        else:
+            return
+        raise self._stopped(
+            self._publish(f"{text}; rank {self.rank} waited for {what} of step {self.at}"),
+        )
+
+    def _named(self, rank: int) -> str:
+        names = ", ".join(f"'{n}'" for n in self.stages[rank]) if self.stages else "no modules yet"
+        return f"rank {rank} ({names})"
+
+    def _cause(self) -> str | None:
+        with suppress(RuntimeError):  # the store went with the rank that held it
+            if self._store.check([self._key]):
+                return str(json.loads(self._store.get(self._key)))
+        return None
+
+    def _publish(self, text: str) -> str:
+        """Say why training stops, unless somebody has said so before; return what was said first."""
+        with suppress(RuntimeError):
+            return str(json.loads(self._store.compare_set(self._key, "", json.dumps(text))))
+        return text
+
+    def _stopped(self, cause: str) -> RunError:
+        self.failed = True
+        return RunError(f"training stopped on every rank: {cause}. Start anew, from the last checkpoint")
+
+
+def _short(error: Exception) -> str:
+    """Return what c10d says of a connection, without its advice."""
+    return str(error).partition(". ")[0].rpartition("] ")[2]
+
+
+def _digest(batch: Sequence[Any]) -> int:
+    """Return a number that tells batches apart: of shapes, and of the first bytes of each tensor."""
+    found = 0
+    for leaf in tree_leaves(list(batch)):
+        text = repr(leaf) if isinstance(leaf, (int, float, str, type(None))) else type(leaf).__name__
+        if isinstance(leaf, Tensor):
+            text = f"{leaf.dtype} {tuple(leaf.shape)}"
+            some = leaf.detach().reshape(-1)[: PEEK // max(1, leaf.element_size())].cpu().contiguous()
+            found = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), found)
+        found = zlib.crc32(text.encode(), found)
+    return found

@@ -1,0 +1,337 @@
+"""One program in several processes: the bits of lock-step training, and an end whose cause all know."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import locc
+from locc import CheckpointError, LoccError, MethodError, RunError
+from locc.callbacks import Callback
+from locc.runtime.ranks import Cost, shared_out
+from locc.runtime.ranks.forecast import forecast
+from runtime.processes import Died, together
+from support import batch, compiled, everything, mlp, same, sgd
+
+LR = torch.optim.lr_scheduler
+SPLITS = ["0", "1", "2"]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [
+        nn.Sequential(nn.Linear(n, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Dropout(0.2)) for n in (4, 6, 6)
+    ]
+    return nn.Sequential(*blocks, nn.Linear(6, 3))
+
+
+def loader() -> Any:
+    x = torch.randn(22, 4, generator=torch.Generator().manual_seed(3))
+    return DataLoader(TensorDataset(x, torch.arange(22) % 3), 4, shuffle=True)
+
+
+def program_of(method: str, schedule: str, rank: int = 0, **options: Any) -> locc.Program:
+    if schedule == "pipelined":
+        options.setdefault("timeout", 20.0)
+    model = network()
+    with torch.no_grad():
+        model[0][0].weight.add_(rank)  # all start from what rank 0 has
+    return locc.compile(
+        model, method, SPLITS, example_inputs=batch(4)[0], schedule=schedule, accumulate=2,
+        optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01), scheduler=lambda o: LR.ExponentialLR(o, 0.9),
+        **options,
+    )  # fmt: skip
+
+
+def fitted(rank: int, method: str, schedule: str, file: str, epochs: int = 2, start: str = "") -> Any:
+    """Train, and save the whole program to `file`; from `start` on, where there is one."""
+    torch.manual_seed(rank)
+    program = program_of(method, schedule, rank)
+    if start:
+        program.load(start)
+    history = program.fit(loader(), epochs, progress=False, validation=[batch(5)], scheduler_interval="step")
+    program.save(file)
+    metrics = [epoch.metrics for epoch in history.epochs]
+    return program.steps, metrics, {n: t.clone() for n, t in program.state_dict().items()}
+
+
+USUAL = ("al", "dgl")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=() if m in USUAL else pytest.mark.slow)
+        for m in sorted(locc.methods())
+        if m not in ("admm", "bcd2", "bcd3", "dladmm", "gim", "np-sg")  # undefined on this network
+    ],
+)
+def test_ranks_end_with_the_bits_of_lockstep(method: str, tmp_path: Path) -> None:
+    if not compiled(network(), method, SPLITS).certificate.pipeline_exact:
+        with pytest.raises(MethodError, match=f"schedule='pipelined' .* method '{method}' is not pipeline-"):
+            program_of(method, "pipelined")
+        return
+    one, three = str(tmp_path / "one"), str(tmp_path / "three")
+    steps, metrics, state = fitted(0, method, "lockstep", one)
+    for found in together(3, fitted, method, "pipelined", three):
+        assert (found[0], found[1]) == (steps, metrics)
+        assert same(found[2], state)
+    assert same(load_file(one), load_file(three))
+
+
+def test_a_checkpoint_of_some_ranks_goes_on_with_any_number_of_them(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("whole", "first", "second", "third")]
+    fitted(0, "dgl", "lockstep", files[0], 4)
+    together(3, cut, files[1], 8)  # in the midst of a pass
+    together(2, cut, files[2], 14, files[1])
+    fitted(0, "dgl", "lockstep", files[3], 4, files[2])
+    assert same(load_file(files[0]), load_file(files[3]))
+
+
+class After(Callback):
+    """Stops a fit after so many steps of the program; takes part on rank 0 alone."""
+
+    def __init__(self, steps: int, interrupt: bool) -> None:
+        self.steps, self.interrupt = steps, interrupt
+
+    def on_step_end(self, fit: Any, report: Any) -> None:
+        if fit.program.steps == self.steps:
+            os.kill(os.getpid(), signal.SIGINT) if self.interrupt else fit.stop("enough")
+
+    def on_epoch_end(self, fit: Any, epoch: Any) -> None:
+        fit.program.whole()
+
+
+def cut(rank: int, file: str, steps: int, start: str = "", interrupt: bool = False) -> Any:
+    """As `fitted`, but stopped after so many steps."""
+    torch.manual_seed(0)
+    program = program_of("dgl", "pipelined", rank)
+    if start:
+        program.load(start)
+    history = program.fit(
+        loader(), 4, progress=False, callbacks=[After(steps, interrupt)], validation=[batch(5)],
+        scheduler_interval="step",
+    )  # fmt: skip
+    program.save(file)
+    return program.steps, history.stopped, history.interrupted
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_all_stop_after_the_batch_at_which_rank_0_does(interrupt: bool, tmp_path: Path) -> None:
+    found = together(3, cut, str(tmp_path / "file"), 8, "", interrupt)
+    assert found == [(8, None if interrupt else "enough", interrupt)] * 3
+
+
+def failing(rank: int, kind: str) -> Any:
+    """Train where rank 1 fails in its tenth batch; return what is said."""
+    program = program_of("dgl", "pipelined", timeout=3.0, stages=[["0"], ["1"], ["2", "3"]])
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = batch(4)
+        for number in range(20):
+            if number == 10 and rank == 1:
+                if kind == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if kind == "silent":
+                    time.sleep(8.0)
+                if kind == "raises":
+                    raise ValueError("a file is missing")
+                if kind == "fewer":
+                    return
+            yield (x + 1 if kind == "other" and rank == 1 and number == 10 else x), y
+
+    with pytest.raises((RunError, ValueError)) as caught:
+        program.fit(batches(), 2, progress=False)
+    with pytest.raises(RunError, match="broken off"):
+        program.step(*batch(4))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "told"),
+    [
+        ("killed", None, r"rank 1 \('1'\) is gone .* of step 1\d"),
+        ("silent", "rank 1 .* silent", r"rank 1 \('1'\) has been silent for 3 s; rank \d waited .* step 1\d"),
+        ("raises", "a file is missing", r"rank 1 \('1'\) stopped at step 9: ValueError: a file is missing"),
+        ("fewer", "rank 0 goes on to a batch, and rank 1 to the end of a pass", "rank 1 .* after 10 steps"),
+        ("other", "rank 0 and rank 1 have read different batches for step 10", "different batches"),
+    ],
+)  # fmt: skip
+def test_one_that_fails_ends_all_with_its_name_and_cause(kind: str, own: str | None, told: str) -> None:
+    first, middle, last = together(3, failing, kind)
+    if own is None:
+        assert isinstance(middle, Died)
+    else:
+        assert re.search(own, str(middle)), middle
+    for text in (first, last):
+        assert re.search("training stopped on every rank: .*" + told, str(text)), text
+
+
+def by_hand(rank: int) -> Any:
+    program = program_of("dgl", "pipelined", rank, stages=[["0", "1"], ["2", "3"]])
+    x, y = batch(4)
+    report = program.step(x, y)
+    said = []
+    asked = [lambda: program(x), lambda: program.export_onnx("none.onnx"), lambda: report.loss]
+    for ask in asked[: 3 - rank]:  # rank 1 computes the loss
+        with pytest.raises(RunError) as caught:
+            ask()
+        said.append(str(caught.value))
+    program.gather()
+    return sorted(report.objectives), said, program(x).detach()
+
+
+def test_steps_by_hand() -> None:
+    (first, said, left), (last, _, right) = together(2, by_hand)
+    assert (first, last) == (["0.loss", "1.loss"], ["2.loss", "3.loss"])
+    assert "call program.gather() on every rank first" in said[0] == said[1]
+    assert said[2] == (
+        "report.loss: it is of all modules, and rank 0 runs only '0', '1'; the history of program.fit has "
+        "the loss"
+    )
+    assert torch.equal(left, right)
+
+
+def misfit(rank: int, kind: str) -> str:
+    options: dict[str, Any] = {}
+    model = network()
+    if kind == "model" and rank:
+        model[1][1] = nn.Tanh()
+    if kind == "stages":
+        options["stages"] = [["0", "1", "2", "3"]]
+    splits = SPLITS[: 0 if kind == "few" else 3]
+    with pytest.raises(LoccError) as caught:
+        locc.compile(
+            model, "dgl", splits, example_inputs=batch(4)[0], schedule="pipelined", timeout=20.0, **options
+        )
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("model", "rank 0 and rank 1 do not run the same program: the model is '"),
+        ("few", "2 processes were started, and the program has 1 modules: start at most 1, or split"),
+        ("stages", "stages=.* is for 1 ranks, and 2 were started"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(kind: str, said: str) -> None:
+    for text in together(2, misfit, kind):
+        assert re.search(said, str(text)), text
+
+
+def test_alone_it_trains_as_lockstep() -> None:
+    states = []
+    for schedule in ("pipelined", "lockstep"):
+        program = compiled(mlp(), "dgl", ["first"], schedule=schedule, optimizer=sgd())
+        torch.manual_seed(0)
+        program.model.load_state_dict({n: torch.full_like(t, 0.1) for n, t in mlp().state_dict().items()})
+        program.fit([batch(5)] * 3, progress=False)
+        program.gather()
+        states.append(everything(program))
+    assert same(*states)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stages": [["first"]]}, "stages= is of schedule='pipelined', and schedule='lockstep' was asked"),
+        ({"timeout": 3.0}, "timeout= is of schedule='pipelined'"),
+        ({"schedule": "pipelined", "timeout": 0}, "timeout=0: give seconds"),
+        ({"schedule": "pipelined", "atomic": True}, "atomic=True undoes a step that fails"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(LoccError, match=said):
+        compiled(mlp(), "dgl", ["first"], **options)
+
+
+def test_neighbours_share_a_rank_and_the_dearest_rank_is_cheapest() -> None:
+    costs = {"a": 3.0, "b": 1.0, "c": 1.0, "d": 4.0, "e": 2.0}
+    assert shared_out(costs, 1) == [["a", "b", "c", "d", "e"]]
+    assert shared_out(costs, 3) == [["a", "b"], ["c", "d"], ["e"]]
+    assert shared_out(costs, 5) == [[name] for name in costs]
+
+
+def saving(rank: int, file: str) -> str:
+    program = program_of("dgl", "pipelined")
+    program.step(*batch(4))
+    with pytest.raises(CheckpointError) as caught:
+        program.save(file)
+    return str(caught.value)
+
+
+def test_a_file_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    for text in together(2, saving, str(tmp_path / "missing" / "file")):
+        assert re.search("cannot save to .*missing' does not exist", str(text)), text
+
+
+def test_a_forecast_adds_up_what_the_modules_take_and_send() -> None:
+    takes = {
+        name: Cost(2.0, 1.0, {name: (100, (reader,))}) for name, reader in zip("abc", "bcd", strict=True)
+    }
+    costs = takes | {"d": Cost(2.0, 0.0)}
+    # The last rank starts after three halves of a step and three times a second on the way.
+    found = forecast(costs, 4, 10, bandwidth=100.0, latency=0.0)
+    assert found.seconds == 3 * (1.0 + 1.0) + 10 * 2.0
+    assert (found.busy, found.sent) == ([2.0] * 4, [100, 100, 100, 0])
+    assert found.bubble == pytest.approx(1 - 10 * 8.0 / (26.0 * 4))
+    assert forecast(costs, 1, 10, None, 0.0).seconds == 80.0
+    slow = forecast(costs | {"d": Cost(4.0, 0.0)}, 4, 10, None, 0.5)
+    assert slow.seconds == 3 * 1.5 + 10 * 4.0
+    with pytest.raises(LoccError, match="give 1 to 4 ranks"):
+        forecast(costs, 5, 10, None, 0.0)
+
+
+def test_a_forecast_of_a_program_leaves_it_as_it_was() -> None:
+    program = compiled(mlp(dropout=0.3), "dgl", ["first", "second"])
+    before = everything(program)
+    found = program.forecast(*batch(5), ranks=2, batches=4)
+    assert same(before, everything(program))
+    assert sum(found.busy) > 0
+    assert found.sent[1] == 0 < found.sent[0]
+    assert str(found).startswith("2 ranks, 4 batches: ")
+    with pytest.raises(MethodError, match="not pipeline-exact"):
+        compiled(mlp(), "bp", ["first"]).forecast(*batch(5), ranks=2, batches=4)
+
+
+def mortal(rank: int, schedule: str, file: str, victim: int, seconds: float) -> float:
+    """Train from the last checkpoint on, and return the seconds; `victim` is killed after so many of them."""
+    torch.manual_seed(0)
+    program = program_of("dgl", schedule)
+    if Path(file).exists():
+        program.load(file)
+    if rank == victim:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    started = time.perf_counter()
+    program.fit(loader(), 4, progress=False, scheduler_interval="step", checkpoint=file, every=5)
+    return time.perf_counter() - started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["lockstep", "sequential", "wave", "pipelined"])
+def test_killed_at_any_moment_it_goes_on_with_the_same_bits(schedule: str, tmp_path: Path) -> None:
+    size, whole = 2 if schedule == "pipelined" else 1, str(tmp_path / "whole")
+    (span, *_) = together(size, mortal, schedule, whole, -1, 0.0)
+    draw = random.Random(schedule)
+    died = 0
+    for number in range(15):
+        file = str(tmp_path / str(number))
+        found = together(size, mortal, schedule, file, draw.randrange(size), draw.uniform(0.0, span))
+        died += any(isinstance(one, Died) for one in found)
+        together(size, mortal, schedule, file, -1, 0.0)
+        assert same(load_file(whole), load_file(file)), number
+    assert died >= 8
