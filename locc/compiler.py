@@ -29,8 +29,9 @@ from locc.proof import prove
 from locc.proof.experiment.batch import accepts, made_up, small_batch
 from locc.quiet import attempting
 from locc.recipes import Recipe
-from locc.rewrite import Method, apply, configure, options, refuse_early
+from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.local_loss import check_heads
+from locc.rewrite.passes import refuse_early
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings, waves
 from locc.runtime.fingerprint import fingerprint

@@ -19,7 +19,7 @@ from locc.rewrite.local_loss import LossLike, head_loss, heads_of
 from locc.rewrite.noise import disturb, draw
 from locc.rewrite.objectives import add_all, judged, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
-from locc.rewrite.passes import Method, Pass, apply, configure, options, refuse_early
+from locc.rewrite.passes import Method, Pass, apply, configure, options
 from locc.rewrite.reach import learned, trained
 from locc.rewrite.tangents import before_nonlinearity, pull, push
 from locc.rewrite.targets import CLASS_IDS, NUMBERS, divided, own_target
@@ -79,7 +79,6 @@ __all__ = [
     "push",
     "range_of",
     "read_by",
-    "refuse_early",
     "returning",
     "rows",
     "spec_of",
