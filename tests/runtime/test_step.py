@@ -566,7 +566,7 @@ def test_sequential_refuses_dropout_that_eval_mode_would_not_silence():
             self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
 
         def forward(self, x):
-            x = self.a(functional.dropout(x, 0.5, self.training))
+            x = self.a(functional.dropout(x, 0.5))
             return self.b(x)
 
     with pytest.raises(locc.MethodError, match="freezes module 'a' in eval mode, but its forward draws"):
