@@ -100,6 +100,7 @@ def sweep(options: argparse.Namespace, results: Results) -> None:
     started = time.monotonic()
     # One thread a process: the processes are the parallelism. Read when PyTorch and BLAS are imported.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    os.environ.setdefault("LOCC_CACHE", str(options.results.parent / "captures"))
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import locc
     from benchmarks.sweep.catalogue import entries
