@@ -149,12 +149,13 @@ def compile(
         **method_options: hyper-parameters of the method.
 
     With `features=` a stage of a sequential training computes once what the modules at rest (in eval mode)
-    make of each sample; its later passes cost the module that trains, and nothing below it. A sample goes by
-    its content, so that loaders may shuffle. Where every batch comes again with the same samples, training
-    ends with the bits that it has without `features=`; where other samples are beside one, kernels may round
-    otherwise. What is over the limit is computed in every step, and so is everything where the inputs are
-    augmented anew in each pass, or where what rests makes of a sample what depends on those beside it: the
-    log says so. Features go with the end of their stage, or of `fit`, however that ends.
+    make of each sample; its later passes cost the module that trains, and nothing below it, whose hooks do
+    not run then. A sample goes by its content, so that loaders may shuffle. Where every batch comes again
+    with the same samples, training ends with the bits that it has without `features=`; where other samples
+    are beside one, kernels may round otherwise. What is over the limit is computed in every step, and so is
+    everything where the inputs are augmented anew in each pass, or where what rests makes of a sample what
+    depends on those beside it: the log says so. Features go with the end of their stage, or of `fit`,
+    however that ends.
 
     With `cache=True` a file is kept in the folder `$LOCC_CACHE` (by default `locc` in the user's folder of
     caches: `~/.cache/locc` on Linux). It is found by the source of locc and of the model's classes, the

@@ -70,7 +70,8 @@ class Layout:
         """Return the bytes of the samples, [batch, size]."""
         split = value if self.each == 1 else value.unflatten(self.dim, (batch, self.each))
         rows = split.permute(self.order).movedim(self.order.index(self.dim), 0)
-        return rows.resolve_conj().resolve_neg().contiguous().view(batch, -1).view(torch.uint8)
+        plain = rows.resolve_conj().resolve_neg().contiguous()
+        return plain.view(batch, torch.Size(self.shape).numel()).view(torch.uint8)
 
     def together(self, rows: Tensor) -> Tensor:
         """Return the value whose samples have these bytes."""

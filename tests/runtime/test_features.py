@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import errno
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +143,11 @@ def test_what_rests_runs_once_for_each_batch():
     assert calls == {"a": 5 * batches + 2, "b": 4 * batches + 1}  # each stage tries it a second time
 
 
-@pytest.mark.parametrize("limit", ["1MB", 24 * SAMPLES * 8])
-def test_shuffled_batches_end_with_the_same_weights_up_to_rounding(limit, caplog):
+@pytest.mark.parametrize(
+    ("place", "limit", "all_batches"),
+    [("memory", "1MB", True), ("memory", 24 * SAMPLES * 8, True), ("disk", "1MB", False)],
+)
+def test_shuffled_batches_end_with_the_same_weights_up_to_rounding(place, limit, all_batches, caplog):
     model = nn.Sequential()
     for name, before, after in (("a", 4, 64), ("b", 64, 24), ("c", 24, 3)):
         model.add_module(name, nn.Sequential(nn.Linear(before, after), nn.Tanh()))
@@ -153,16 +155,26 @@ def test_shuffled_batches_end_with_the_same_weights_up_to_rounding(limit, caplog
 
     def loader() -> DataLoader:
         own = torch.Generator().manual_seed(1)
-        return DataLoader(data(model, torch.float64), SIZE, shuffle=True, generator=own)
+        known = data(model, torch.float64)
+        return DataLoader(known, SIZE, shuffle=True, generator=own, drop_last=not all_batches)
 
     plain, _ = trained(model, loader=loader())
-    kept, reused = trained(model, loader=loader(), features="memory", features_limit=limit)
+    kept, reused = trained(model, loader=loader(), features=place, features_limit=limit)
     for name, value in plain.items():
         assert torch.allclose(value, kept[name], rtol=1e-6, atol=0), name
+    assert ("features_limit=4224 bytes are used" in caplog.text) == (limit != "1MB")
+    if not all_batches:  # each pass leaves out two samples
+        assert all(0.9 <= share < 1 for share in (reused[4], reused[7]))
+        return
     part = 1.0 if limit == "1MB" else (24 * SAMPLES * 8 // (64 * 8)) / SAMPLES
     assert reused[3:6] == [0.0, part, part]
     assert reused[6:] == [0.0, 1.0, 1.0]
-    assert ("features_limit=4224 bytes are used" in caplog.text) == (limit != "1MB")
+
+
+def test_what_trains_before_its_phase_comes_again_is_not_kept():
+    _, reused = trained(NORMS, "tp", schedule="lockstep", features="memory")
+    assert len(reused) == 6
+    assert set(reused) == {None}
 
 
 def test_what_somebody_changes_is_computed_again():
@@ -305,8 +317,12 @@ def test_a_fit_that_is_cut_leaves_nothing_and_goes_on(error, tmp_path):
         schedule="sequential",
         features=folder,
     )
-    with suppress(RuntimeError):
+    raised = None
+    try:
         program.fit(loader, epochs=3, progress=False, callbacks=[Stop(error)])
+    except RuntimeError as found:
+        raised = found  # and with it what was in use where it was raised
+    assert (raised is None) == (error is KeyboardInterrupt)
     assert program.features is None
     assert not list(_unnamed())
     assert not list(folder.iterdir())
