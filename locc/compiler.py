@@ -33,7 +33,7 @@ from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.local_loss import check_heads
 from locc.rewrite.passes import refuse_early
 from locc.rewrite.targets import examples, misfit, wanted
-from locc.runtime import Built, Compiled, Executor, Settings, waves
+from locc.runtime import Built, Compiled, Executor, Settings, waves, within
 from locc.runtime.fingerprint import fingerprint
 from locc.snapshot import undone_on_failure
 from locc.tasks import tasks_of
@@ -90,6 +90,7 @@ def compile(
     autocast: torch.dtype | str | None = None,
     seed: int | None = None,
     atomic: bool = False,
+    update: str = "after_backward",
     verify: bool = True,
     cache: bool = False,
     **method_options: Any,
@@ -144,6 +145,11 @@ def compile(
         seed: of auxiliaries, dropout and noise; the default is `torch.initial_seed()`.
         atomic: undo a whole step when an objective is not finite, earlier modules' updates included;
             keeps a copy of all parameters and optimizer state during the step.
+        update: "after_backward"; or "in_backward": a parameter is updated, and its gradient dropped, as soon
+            as that is known, so that one gradient at a time is in memory. It trains the same bits where the
+            optimizer treats each parameter by itself, as those of PyTorch do; hooks of the optimizer run for
+            each parameter. Refused with `clip`, with `accumulate`, and where a method reads a module's
+            parameters between its backward pass and its update.
         verify: prove locality before returning.
         cache: keep what capturing this model has shown, and use it the next time; see below.
         **method_options: hyper-parameters of the method.
@@ -193,6 +199,7 @@ def compile(
         None if stages is None else tuple(map(tuple, stages)),
         timeout,
         loss == MODEL,
+        update,
     )
     request = Request(
         Root(model),
@@ -234,6 +241,8 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
             certificate = prove(ir, request.name, learners, inputs, training=training, advice=advice)
         if request.settings.schedule in ("wave", "pipelined"):
             waves.check(ir, request.name, certificate, request.settings.schedule)
+        if request.settings.update == "in_backward":
+            within.check(ir, phases, request.name)
         schedulers = request.settings.schedulers(learners)
         _tell(request.name, training, advice)
     with torch.no_grad():
@@ -248,6 +257,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         request.settings.dtype,
         program.device,
         atomic=request.settings.atomic,
+        in_backward=request.settings.update == "in_backward",
         backend=request.settings.backend,
     )
 

@@ -25,6 +25,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
 SCHEDULES = ("lockstep", "sequential", "wave", "pipelined")
+UPDATES = ("after_backward", "in_backward")
 WAVE = 8
 """Batches of a wave, unless given."""
 TIMEOUT = 600.0
@@ -52,6 +53,7 @@ class Settings:
     timeout: float | None = None
     labels_within: bool = False
     """The labels are among the model's inputs: its own forward computes the loss."""
+    update: str = "after_backward"
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -76,6 +78,7 @@ class Settings:
             )
         if self.clip is not None and not (_is_number(self.clip) and self.clip > 0):
             raise LoccError(f"clip={self.clip!r}: give the largest gradient norm of a module, above 0")
+        self._check_update()
         if self.seed is not None and type(self.seed) is not int:
             raise LoccError(f"seed={self.seed!r}: give a whole number, or None for torch.initial_seed()")
         self._check_features()
@@ -123,6 +126,20 @@ class Settings:
             raise LoccError(
                 "atomic=True undoes a step that fails, and with schedule='pipelined' the ranks are at "
                 "different steps; leave it out, and let fit write a checkpoint"
+            )
+
+    def _check_update(self) -> None:
+        if self.update not in UPDATES:
+            raise LoccError(f"update={self.update!r} is not available; {nearest(str(self.update), UPDATES)}")
+        if self.update == "in_backward" and self.clip is not None:
+            raise LoccError(
+                f"update='in_backward' drops a gradient as soon as it is known, and clip={self.clip} needs "
+                "the norm of all of a module's; leave one of them out"
+            )
+        if self.update == "in_backward" and self.accumulate > 1:
+            raise LoccError(
+                "update='in_backward' drops a gradient as soon as it is known, and "
+                f"accumulate={self.accumulate} keeps it for the next steps; leave one of them out"
             )
 
     def _check_autocast(self) -> None:
