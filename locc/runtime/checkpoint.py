@@ -235,6 +235,11 @@ def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if program.progress is not None:
         progress, parts = program.progress.packed()
         tensors |= {f"progress/{name}": tensor for name, tensor in parts.items()}
+    replay = {}
+    for number, (phase, workers) in enumerate(program.built.workers.items()):
+        kept: dict[str, Tensor] = {}
+        replay[str(number)] = [phase, workers.packed(kept)]
+        tensors |= {f"replay/{number}/{name}": tensor for name, tensor in kept.items()}
     header = {
         "format": FORMAT,
         "graph": graph_hash(program),
@@ -247,6 +252,7 @@ def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "warm": sorted(program.warm),
         "progress": progress,
         "seed": program.built.executor.seed,
+        "replay": replay,
         "optimizers": groups,
         "schedulers": {
             n: {"kind": type(s).__name__, "state": _plain(s.state_dict(), f"scheduler of '{n}'")}
@@ -355,6 +361,12 @@ def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]
         parts = {n.removeprefix("progress/"): t for n, t in tensors.items() if n.startswith("progress/")}
         program.progress = Progress.unpacked(header["progress"], parts, program.device)
     program.built.executor.seed = header["seed"]
+    program.built.workers.clear()
+    for number, (phase, plain) in header.get("replay", {}).items():
+        prefix = f"replay/{number}/"
+        kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if program.settings.replay is not None:
+            program.workers(phase).restore(plain, kept, program.device)
     if program.ranks is not None:
         program.ranks.stale = False
         forget(program.ranks, program.built.learners)

@@ -1,7 +1,7 @@
 """Modules that train at their own pace, on what a buffer keeps of the module below: `schedule="replay"`.
 
-Belilovsky, Eickenberg & Oyallon, "Decoupled greedy learning of CNNs" (2020), section 3.2, and the buffers of its
-released code.
+Belilovsky, Eickenberg & Oyallon, "Decoupled greedy learning of CNNs" (2020), and the buffers of its released
+code.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from locc.errors import LoccError, nearest
+from locc.errors import CheckpointError, LoccError, nearest
 from locc.lower import ModuleProgram, Receive, Send
 from locc.runtime.executor import Executor
 from locc.runtime.streams import stream
@@ -143,6 +144,35 @@ class Workers:
         self.batches += 1
         return self.last
 
+    def packed(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Return this as JSON, for a checkpoint; its tensors are added to `tensors`, each once.
+
+        Raises:
+            CheckpointError: a batch holds what JSON does not.
+        """
+        names: dict[int, str] = {}
+
+        def pack(value: Any) -> Any:
+            return packed(value, tensors, names)
+
+        return {
+            "buffers": [[[pack(b.inputs), pack(b.values), b.uses] for b in held] for held in self.buffers],
+            "steps": self.steps,
+            "turns": self.turns,
+            "batches": self.batches,
+            "last": pack(self.last),
+        }
+
+    def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take over what `packed` took apart."""
+
+        def unpack(value: Any) -> Any:
+            return unpacked(value, tensors, device)
+
+        self.buffers = [[Batch(unpack(i), unpack(v), n) for i, v, n in held] for held in plain["buffers"]]
+        self.steps, self.turns, self.batches = plain["steps"], plain["turns"], plain["batches"]
+        self.last = unpack(plain["last"])
+
     def _turns(self, seed: int) -> Iterator[int]:
         """Yield whose turn it is; the first module's ends them, unless all go in order."""
         every = range(len(self.programs))
@@ -193,3 +223,35 @@ class _Mail:
     def receive(self, instruction: Receive) -> Any:
         """Return a value of the modules below."""
         return self.values[instruction.value]
+
+
+def packed(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
+    """Return a value as JSON keeps it, and its tensors in `tensors`; `names` knows those that are there."""
+    if isinstance(value, Tensor):
+        if id(value) not in names:
+            names[id(value)] = str(len(tensors))
+            tensors[names[id(value)]] = value
+        return {"tensor": names[id(value)]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [packed(v, tensors, names) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": [[packed(k, tensors, names), packed(v, tensors, names)] for k, v in value.items()]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(
+        f"a batch that is kept for replay holds a {type(value).__name__}, which a checkpoint without pickle "
+        "cannot keep"
+    )
+
+
+def unpacked(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """Return what `packed` took apart."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = value.items()
+    if kind == "tensor":
+        return tensors[held].to(device)
+    if kind == "dict":
+        return {unpacked(k, tensors, device): unpacked(v, tensors, device) for k, v in held}
+    items = [unpacked(v, tensors, device) for v in held]
+    return items if kind == "list" else tuple(items)

@@ -20,11 +20,12 @@ from locc.recipes import Recipe
 from locc.runtime.backends import BACKENDS
 from locc.runtime.learner import Learner
 from locc.runtime.records import LIMIT, check_place, size_of
+from locc.runtime.replay import Replay
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
-SCHEDULES = ("lockstep", "sequential", "wave", "pipelined")
+SCHEDULES = ("lockstep", "sequential", "wave", "pipelined", "replay")
 UPDATES = ("after_backward", "in_backward")
 WAVE = 8
 """Batches of a wave, unless given."""
@@ -51,6 +52,7 @@ class Settings:
     features_limit: int | str | None = None
     stages: tuple[tuple[str, ...], ...] | None = None
     timeout: float | None = None
+    replay: Replay | None = None
     labels_within: bool = False
     """The labels are among the model's inputs: its own forward computes the loss."""
     update: str = "after_backward"
@@ -107,13 +109,23 @@ class Settings:
             return
         check_place(self.features)
         size_of(LIMIT if self.features_limit is None else self.features_limit)
-        if self.schedule in ("wave", "pipelined"):
+        if self.schedule in ("wave", "pipelined", "replay"):
             raise LoccError(
                 f"features={str(self.features)!r} keeps what rests from pass to pass, which "
                 f"schedule={self.schedule!r} does not do; use schedule='sequential', or leave it out"
             )
 
     def _check_ranks(self) -> None:
+        if self.replay is not None and self.schedule != "replay":
+            raise LoccError(
+                "buffer=, policy=, reuse= and slow= are of schedule='replay', and "
+                f"schedule={self.schedule!r} was asked for; leave them out"
+            )
+        if self.atomic and self.schedule == "replay":
+            raise LoccError(
+                "atomic=True undoes a step that fails, and with schedule='replay' a step is of several "
+                "batches; leave it out, and let fit write a checkpoint"
+            )
         for name in ("stages", "timeout"):
             if getattr(self, name) is not None and self.schedule != "pipelined":
                 raise LoccError(
