@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 import locc
 from locc.facts import NOT, STRICT, WEAK
+from locc.facts.derive import _probe, derive
 from locc.ir import TrainingGraph, inner, stop_gradient
 from locc.proof import Certificate
 from locc.rewrite import Method, Pass
-from support import every_method
+from locc.rewrite.tangents import Derivative
+from support import compiled, every_method
 
 METHODS = every_method(but=["gim"])  # it needs positions
 WIDTH = 6
@@ -302,3 +304,24 @@ def test_without_auxiliary_networks_the_table_needs_none() -> None:
     labelled = {f.consumer for f in without.flows if f.kind == "label"}
     assert labelled == {"3"}
     assert {f.consumer for f in with_heads.flows if f.kind == "label"} == {"0", "1", "2", "3"}
+
+
+def test_a_part_without_elements_is_linear_and_zero() -> None:
+    """As a vision transformer's prefix of no tokens is, where a signal passes it."""
+
+    class Prefix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.tanh(self.first(x))
+            return self.third(self.second(torch.cat([h[:, :0], h], 1)).tanh())
+
+    ir = compiled(Prefix(), "ifa", ["first", "second"]).ir
+    empty = next(
+        n for n in ir.graph.nodes if isinstance(n.target, Derivative) and n.meta["spec"].shape[1] == 0
+    )
+    moving = {n for n in empty.all_input_nodes if isinstance(n.target, Derivative)}
+    known = derive(ir, 5, torch.zeros(5, dtype=torch.int64))
+    assert _probe(ir, empty, moving, known) == (True, True)
