@@ -213,8 +213,12 @@ def train(
         ),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="lockstep, sequential (one module after the other) or wave (8 batches each)")
-    ] = "lockstep",
+        str | None,
+        typer.Option(
+            help="lockstep, sequential (one module after the other), wave (8 batches each) or replay; "
+            "default: lockstep, or the method's own"
+        ),
+    ] = None,
     features: Annotated[
         str | None,
         typer.Option(
