@@ -14,18 +14,21 @@ import json
 import os
 import secrets
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from locc.errors import CheckpointError
+from locc.ir.memory import memory_of
 from locc.ir.state import states
 from locc.losses import NAMED
+from locc.runtime.mapped import read
 from locc.runtime.program import Compiled
 from locc.runtime.progress import Progress
 from locc.runtime.ranks import Ranks, forget
@@ -45,7 +48,7 @@ def save(program: Compiled, path: Path) -> None:
     """
     ranks = program.ranks
     if ranks is None:
-        _write(path, *_state(program))
+        _write(path, *_live(program))
         return
     program.gather()
     state, problem = _merged(program, ranks), None
@@ -61,7 +64,7 @@ def save(program: Compiled, path: Path) -> None:
 
 def _merged(program: Compiled, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return the state of all ranks on rank 0, where the others hand in that of what they train."""
-    tensors, header = _state(program)
+    tensors, header = _live(program)
     numbers = {str(i): ranks.owns(owner) for i, owner in enumerate(program.ir.owners)}
 
     def own(name: str) -> bool:
@@ -204,6 +207,12 @@ def graph_hash(program: Compiled) -> str:
 
 
 def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a copy of everything."""
+    tensors, header = _live(program)
+    return {n: t.clone() for n, t in tensors.items()}, header
+
+
+def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in _own(program).items():
         tensors[f"state/{name}"] = tensor
@@ -254,8 +263,10 @@ def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
         },
         "phases": [phase.name for phase in program.phases],
     }
-    # safetensors refuses shared or strided storage; a checkpoint is a snapshot in any case.
-    return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, header
+    # safetensors refuses shared or strided storage; what is neither may not fit in memory twice.
+    found = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    times = Counter(memory_of(t) for t in found.values())
+    return {n: t.clone() if times[memory_of(t)] > 1 else t for n, t in found.items()}, header
 
 
 def _own(program: Compiled) -> dict[str, Tensor]:
@@ -307,9 +318,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at '{path}'")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is torn or no safetensors file: {error}") from error
     if "locc" not in metadata:
@@ -340,24 +349,26 @@ def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]
         for name, tensor in tensors.items():
             if name.startswith(prefix):
                 index, _, key = name.removeprefix(prefix).partition("/")
-                state.setdefault(int(index), {})[key] = tensor
+                state.setdefault(int(index), {})[key] = tensor.clone()
         learner.optimizer.load_state_dict({"state": state, "param_groups": _restore(saved["groups"])})
         learner.clear()
         learner.pending = saved["pending"]
         for i, parameter in enumerate(learner.parameters):
             gradient = tensors.get(f"grad/{numbers[owner]}/{i}")
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
     for name, scheduler in program.schedulers.items():
         scheduler.load_state_dict(_restore(header["schedulers"][name]["state"]))
     program.steps, program.epochs, program.phase = header["steps"], header["epochs"], header["phase"]
     program.warm, program.progress = set(header["warm"]), None
     if header["progress"] is not None:
-        parts = {n.removeprefix("progress/"): t for n, t in tensors.items() if n.startswith("progress/")}
+        parts = {
+            n.removeprefix("progress/"): t.clone() for n, t in tensors.items() if n.startswith("progress/")
+        }
         program.progress = Progress.unpacked(header["progress"], parts, program.device)
     program.built.executor.seed = header["seed"]
     if program.ranks is not None:
         program.ranks.stale = False
         forget(program.ranks, program.built.learners)
-    torch.set_rng_state(tensors["random/cpu"])
+    torch.set_rng_state(tensors["random/cpu"].clone())
     if "random/cuda" in tensors and program.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random/cuda"], program.device)
