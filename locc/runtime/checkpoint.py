@@ -207,9 +207,10 @@ def graph_hash(program: Compiled) -> str:
 
 
 def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a copy of everything."""
+    """Return a copy of everything; of a program that has what waits on disk, it is there as well."""
     tensors, header = _live(program)
-    return {n: t.clone() for n, t in tensors.items()}, header
+    offload = program.built.executor.offload
+    return {n: t.clone() if offload is None else offload.copy(t) for n, t in tensors.items()}, header
 
 
 def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -340,6 +341,7 @@ def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]
         for name, tensor in _own(program).items():
             tensor.copy_(tensors[f"state/{name}"])
     numbers = {owner: i for i, owner in enumerate(program.ir.owners)}
+    offload = program.built.executor.offload
     for owner, learner in program.built.learners.items():
         saved = header["optimizers"][owner]
         state: dict[int, dict[str, Any]] = {}
@@ -356,6 +358,8 @@ def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]
         for i, parameter in enumerate(learner.parameters):
             gradient = tensors.get(f"grad/{numbers[owner]}/{i}")
             parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+        if offload is not None:
+            offload.keep(owner)
     for name, scheduler in program.schedulers.items():
         scheduler.load_state_dict(_restore(header["schedulers"][name]["state"]))
     program.steps, program.epochs, program.phase = header["steps"], header["epochs"], header["phase"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from locc.lower import Instruction
 from locc.runtime.learner import Learner
+from locc.runtime.offload import Offload
 from locc.runtime.stops import non_finite
 
 LATE = (
@@ -37,6 +38,7 @@ class Context:
     observe: Callable[[Instruction, dict[str, Any]], None] | None = None
     atomic: bool = False
     guarded: bool = True
+    offload: Offload | None = None
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
 
     def defer(self, step: int, name: str, flag: Tensor) -> None:
