@@ -121,6 +121,8 @@ class Offload:
         for held, file in zip(lying.values(), files, strict=True):
             for tensor in held:
                 tensor.data = _on(file, tensor)
+        if files:
+            _libc.malloc_trim(0)  # between what is in use the C library keeps what was freed
 
     def _files(self, storages: list[torch.UntypedStorage]) -> list[torch.UntypedStorage]:
         """Return copies of storages that are files without a name, mapped."""
