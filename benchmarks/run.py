@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console()
-    console.width = max(console.width, 150)  # a narrow terminal would cut the figures off
+    console.width = max(console.width, 190)  # a narrow terminal would cut the figures off
     console.print(", ".join(f"{key} {value}" for key, value in environment().items()), highlight=False)
     rows: list[Row] = []
     for name in options.models:

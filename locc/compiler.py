@@ -33,9 +33,10 @@ from locc.rewrite import Method, apply, configure, options
 from locc.rewrite.local_loss import check_heads
 from locc.rewrite.passes import refuse_early
 from locc.rewrite.targets import examples, misfit, wanted
-from locc.runtime import Built, Compiled, Executor, Settings, waves
+from locc.runtime import Built, Compiled, Executor, Settings, waves, within
 from locc.runtime.fingerprint import fingerprint
 from locc.runtime.offload import Offload
+from locc.runtime.replay import Replay
 from locc.snapshot import undone_on_failure
 from locc.tasks import tasks_of
 
@@ -77,10 +78,14 @@ def compile(
     prediction: str | int | None = None,
     dynamic: Dynamic = None,
     optimizer: Callable[..., torch.optim.Optimizer] | Recipe | None = None,
-    schedule: str = "lockstep",
+    schedule: str | None = None,
     batches: int | None = None,
     features: str | Path | None = None,
     features_limit: int | str | None = None,
+    buffer: int | None = None,
+    policy: str | None = None,
+    reuse: int | None = None,
+    slow: Mapping[str, float] | None = None,
     stages: Sequence[Sequence[str]] | None = None,
     timeout: float | None = None,
     backend: str = "eager",
@@ -92,6 +97,7 @@ def compile(
     autocast: torch.dtype | str | None = None,
     seed: int | None = None,
     atomic: bool = False,
+    update: str = "after_backward",
     verify: bool = True,
     cache: bool = False,
     **method_options: Any,
@@ -119,17 +125,23 @@ def compile(
             one size. Each is tried at a second size while compiling.
         optimizer: callable(params) -> Optimizer, called for each owner; or a `locc.Recipe`, such as
             `locc.methods()["dni"].recipe.at(lr=1e-4)`. None: the method's own recipe, published with it.
-        schedule: "lockstep"; "sequential" (each module is trained to the end, then frozen); "wave" (each
-            module trains on `batches` batches before the next one starts); or "pipelined" (modules train at
-            the same time in the processes that `torchrun` starts with one script, without a backward wave).
-            "wave" and "pipelined" end with the bits of "lockstep", and are refused where a program is not
-            pipeline-exact.
+        schedule: "lockstep", which is the default unless a method is published with another; "sequential"
+            (each module is trained to the end, then frozen); "wave" (each module trains on `batches` batches
+            before the next one starts); "pipelined" (modules train at the same time in the processes that
+            `torchrun` starts with one script, without a backward wave); or "replay" (each module trains at
+            its own pace, on what it has kept of the one below). "wave" and "pipelined" end with the bits of
+            "lockstep"; these three are refused where a program is not pipeline-exact.
         batches: of a wave, 8 by default: how often a module's parameters serve once they are loaded. What
             passes between modules is kept for all of them.
         features: where `fit` keeps what the modules before the one that trains hand to it: "memory", "disk"
             (a temporary file without a name) or a folder for that file. For schedule="sequential", and for
             methods that train module after module; see below.
         features_limit: how much of it at most, in bytes or as "500MB"; "2GiB" by default.
+        buffer: of "replay", the batches that each module but the first keeps, 50 by default; 0 is lock-step.
+        policy: of "replay", which of them it reads: "priority-lifo" (the newest of those used least, the
+            default) or "fifo" (each once).
+        reuse: of "replay", how often a module may train on one batch, 10 by default.
+        slow: of "replay", the share of its turns that a module loses, by its name: {"layer1": 0.5}.
         stages: of "pipelined", the modules of each rank, in order: [["layer1"], ["layer2", "output"]]. None:
             neighbours together, by seconds that rank 0 measures on the first batch.
         timeout: of "pipelined", seconds after which a silent rank counts as lost, 600 by default.
@@ -149,6 +161,11 @@ def compile(
         seed: of auxiliaries, dropout and noise; the default is `torch.initial_seed()`.
         atomic: undo a whole step when an objective is not finite, earlier modules' updates included;
             keeps a copy of all parameters and optimizer state during the step.
+        update: "after_backward"; or "in_backward": a parameter is updated, and its gradient dropped, as soon
+            as that is known, so that one gradient at a time is in memory. It trains the same bits where the
+            optimizer treats each parameter by itself, as those of PyTorch do; hooks of the optimizer run for
+            each parameter. Refused with `clip`, with `accumulate`, and where a method reads a module's
+            parameters between its backward pass and its update.
         verify: prove locality before returning.
         cache: keep what capturing this model has shown, and use it the next time; see below.
         **method_options: hyper-parameters of the method.
@@ -193,7 +210,7 @@ def compile(
     trained = chosen.recipe if optimizer is None else optimizer
     settings = Settings(
         trained,
-        schedule,
+        schedule or chosen.schedule,
         backend,
         clip,
         accumulate,
@@ -207,7 +224,9 @@ def compile(
         None if stages is None else tuple(map(tuple, stages)),
         timeout,
         offload,
+        _replay(schedule or chosen.schedule, buffer=buffer, policy=policy, reuse=reuse, slow=slow),
         loss == MODEL,
+        update,
     )
     request = Request(
         Root(model),
@@ -229,6 +248,12 @@ def compile(
     return program
 
 
+def _replay(schedule: str, **given: Any) -> Replay | None:
+    """Return how modules replay, where they do or the user says how."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return Replay(**chosen) if chosen or schedule == "replay" else None
+
+
 def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
@@ -242,13 +267,19 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         request.settings.check_resting(ir, phases, request.name)
         learners = request.settings.learners(ir)
         training = request.settings.training(learners)
+        if request.settings.replay is not None:
+            training = f"{training}; {request.settings.replay}"
         rates = {name: learner.rate for name, learner in learners.items()}
         advice = tuple(request.method.advise(ir, rates))
         certificate = None
         if request.verify:
             certificate = prove(ir, request.name, learners, inputs, training=training, advice=advice)
-        if request.settings.schedule in ("wave", "pipelined"):
+        if request.settings.replay is not None:
+            request.settings.replay.check([module.name for module in ir.modules])
+        if request.settings.schedule in ("wave", "pipelined", "replay"):
             waves.check(ir, request.name, certificate, request.settings.schedule)
+        if request.settings.update == "in_backward":
+            within.check(ir, phases, request.name)
         schedulers = request.settings.schedulers(learners)
         place = request.settings.offload
         offload = None if place is None else Offload(place, ir, learners)
@@ -266,6 +297,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         program.device,
         atomic=request.settings.atomic,
         offload=offload,
+        in_backward=request.settings.update == "in_backward",
         backend=request.settings.backend,
     )
 

@@ -90,6 +90,8 @@ def usual_case(method: str | Method) -> Case:
 
 AKIN = frozenset(
     [
+        "al-pipe",
+        "dgl-async",
         "sim",
         "pred",
         "fixed-aux",

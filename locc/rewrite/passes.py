@@ -70,6 +70,8 @@ class Method(ABC):
     loss alone reads it. A loss that takes none of these is refused at compile time, another target before the
     step begins. With a single kind, `ir.target` has a spec."""
 
+    schedule: ClassVar[str] = "lockstep"
+    """The schedule that the method is published with."""
     ties: ClassVar[str] = "copy"
     """What `tied="auto"` means: "copy", which keeps each module's training its own, or "owner"."""
 

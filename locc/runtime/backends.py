@@ -75,7 +75,13 @@ class Eager(Machine):
         if task.objectives:
             self._record(task, self.values[task.scalar].detach())
         self.stream(of_backward(task.scalar))  # hooks and custom functions may draw
-        return super().differentiate(task, values)
+        learner = self.context.learners.get(task.owner)
+        if not (self.context.in_backward and task.objectives and learner is not None):
+            return super().differentiate(task, values)
+        self.protect(task, learner.parameters)
+        self.moved.append(task.owner)
+        with learner.updating():
+            return super().differentiate(task, values)
 
     def _record(self, task: Backward, value: Tensor) -> None:
         for name in task.objectives:

@@ -28,7 +28,7 @@ from locc.errors import CheckpointError
 from locc.ir.memory import memory_of
 from locc.ir.state import states
 from locc.losses import NAMED
-from locc.runtime.mapped import read
+from locc.runtime.mapped import Stored, read
 from locc.runtime.program import Compiled
 from locc.runtime.progress import Progress
 from locc.runtime.ranks import Ranks, forget
@@ -130,7 +130,7 @@ def load(program: Compiled, path: Path) -> None:
         )
     _compare_losses(program, path, header["loss"])
     own, mine = _state(program)
-    problem = next(_misfits(program, tensors, header, own, mine), None)
+    problem = next(_misfits(program, tensors.lying, header, own, mine), None)
     if problem is not None:
         raise CheckpointError(f"'{path}' does not fit this program: {problem}")
     try:
@@ -245,6 +245,11 @@ def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if program.progress is not None:
         progress, parts = program.progress.packed()
         tensors |= {f"progress/{name}": tensor for name, tensor in parts.items()}
+    replay = {}
+    for number, (phase, workers) in enumerate(program.built.workers.items()):
+        kept: dict[str, Tensor] = {}
+        replay[str(number)] = [phase, workers.packed(kept)]
+        tensors |= {f"replay/{number}/{name}": tensor for name, tensor in kept.items()}
     header = {
         "format": FORMAT,
         "graph": graph_hash(program),
@@ -257,6 +262,7 @@ def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "warm": sorted(program.warm),
         "progress": progress,
         "seed": program.built.executor.seed,
+        "replay": replay,
         "optimizers": groups,
         "schedulers": {
             n: {"kind": type(s).__name__, "state": _plain(s.state_dict(), f"scheduler of '{n}'")}
@@ -315,7 +321,7 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[Stored, dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at '{path}'")
     try:
@@ -326,7 +332,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"'{path}' is a safetensors file, but locc did not write it: its header has no 'locc'"
         )
-    if _digest(tensors, metadata["locc"]) != metadata.get("digest"):
+    if _digest(tensors.lying, metadata["locc"]) != metadata.get("digest"):
         raise CheckpointError(f"'{path}' is damaged: the digest of what it holds differs from the one saved")
     header = json.loads(metadata["locc"])
     if header["format"] != FORMAT:
@@ -334,7 +340,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+def _apply(program: Compiled, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
     for path, held in states(program.root):  # has the rows of the batch that it last met
         held.value = torch.empty_like(tensors[f"state/{path}.value"], device=held.value.device)
     with torch.no_grad():
@@ -347,17 +353,15 @@ def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]
         state: dict[int, dict[str, Any]] = {}
         for index, plain in saved["plain"].items():
             state[int(index)] = {k: _restore(v) for k, v in plain.items()}
-        prefix = f"optimizer/{numbers[owner]}/"
-        for name, tensor in tensors.items():
-            if name.startswith(prefix):
-                index, _, key = name.removeprefix(prefix).partition("/")
-                state.setdefault(int(index), {})[key] = tensor.clone()
+        for name, tensor in _under(tensors, f"optimizer/{numbers[owner]}/").items():
+            index, _, key = name.partition("/")
+            state.setdefault(int(index), {})[key] = tensor
         learner.optimizer.load_state_dict({"state": state, "param_groups": _restore(saved["groups"])})
         learner.clear()
         learner.pending = saved["pending"]
         for i, parameter in enumerate(learner.parameters):
             gradient = tensors.get(f"grad/{numbers[owner]}/{i}")
-            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
         if offload is not None:
             offload.keep(owner)
     for name, scheduler in program.schedulers.items():
@@ -365,14 +369,21 @@ def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]
     program.steps, program.epochs, program.phase = header["steps"], header["epochs"], header["phase"]
     program.warm, program.progress = set(header["warm"]), None
     if header["progress"] is not None:
-        parts = {
-            n.removeprefix("progress/"): t.clone() for n, t in tensors.items() if n.startswith("progress/")
-        }
+        parts = _under(tensors, "progress/")
         program.progress = Progress.unpacked(header["progress"], parts, program.device)
     program.built.executor.seed = header["seed"]
+    program.built.workers.clear()
+    for number, (phase, plain) in header.get("replay", {}).items():
+        if program.settings.replay is not None:
+            kept = _under(tensors, f"replay/{number}/")
+            program.workers(phase).restore(plain, kept, program.device)
     if program.ranks is not None:
         program.ranks.stale = False
         forget(program.ranks, program.built.learners)
-    torch.set_rng_state(tensors["random/cpu"].clone())
+    torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and program.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random/cuda"], program.device)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}

@@ -26,7 +26,8 @@ class Context:
 
     `observe` is called after each instruction, with the values in flight. With `guarded=False` an
     objective that is not finite does not stop the step. `atomic` says that whoever runs the step undoes one
-    that fails, so that a failure must be known before the step is over.
+    that fails, so that a failure must be known before the step is over. With `in_backward` a parameter is
+    updated as soon as the backward pass knows its gradient.
     """
 
     root: nn.Module
@@ -39,6 +40,7 @@ class Context:
     atomic: bool = False
     guarded: bool = True
     offload: Offload | None = None
+    in_backward: bool = False
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
 
     def defer(self, step: int, name: str, flag: Tensor) -> None:

@@ -402,7 +402,9 @@ class _Fit:
             if advance:
                 _advance(program, objectives, ready)
 
-        if program.settings.wave is None:
+        if program.settings.replay is not None:
+            reports = [program.replay(*batches[0], updated)]
+        elif program.settings.wave is None:
             reports = [program.step(*batches[0])]
             updated(0, tuple(trained), reports[0].objectives)
         else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ class Learner:
     clip: float | None = None
     pending: int = 0
     skip: Tensor | None = None
+    done: bool = False
 
     @property
     def gated(self) -> bool:
@@ -46,6 +48,9 @@ class Learner:
         Returns:
             Whether it has made a step.
         """
+        if self.done:
+            self.clear()
+            return True
         self.pending += 1
         if self.pending < accumulate:
             return False
@@ -57,6 +62,25 @@ class Learner:
         self.optimizer.step()
         self.clear()
         return True
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Update each parameter, and drop its gradient, as soon as the backward pass inside knows that.
+
+        No other parameter has a gradient at that time, so one optimizer does for all.
+        """
+
+        def update(parameter: Tensor) -> None:
+            self.optimizer.step()
+            parameter.grad = None
+
+        self.done = True
+        hooks = [p.register_post_accumulate_grad_hook(update) for p in self.parameters]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def backup(self) -> Callable[[], None]:
         """Return a function that puts back optimizer state and accumulated gradients as they are now."""
@@ -77,7 +101,7 @@ class Learner:
 
     def clear(self) -> None:
         """Drop the gradients, so that their memory is free."""
-        self.pending, self.skip = 0, None
+        self.pending, self.skip, self.done = 0, None, False
         for parameter in self.parameters:
             parameter.grad = None
 

@@ -180,7 +180,7 @@ class Machine:
             )
         return self.channels
 
-    def protect(self, task: Update | Assign, written: Iterable[Tensor]) -> None:
+    def protect(self, task: Update | Assign | Backward, written: Iterable[Tensor]) -> None:
         """Copy the values in flight that lie in memory which an instruction is about to write."""
         memory = {memory_of(tensor) for tensor in written}
         for name, value in self.values.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,30 @@ _DTYPES = {
 }
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a file and its metadata.
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a file, by name; each time one is asked for, it is a copy in memory.
 
-    The tensors lie in the file and are there to be copied from: to write to one ends the process.
-    (safetensors' own are writable and private, for which the system may want memory of the file's size.)
+    Attributes:
+        lying: the tensors where they lie, to be read only: to write to one ends the process. (Those of
+            safetensors are writable, for which the system may want memory of the file's size.)
+    """
+
+    def __init__(self, lying: dict[str, Tensor]) -> None:
+        self.lying = lying
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a copy."""
+        return self.lying[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lying)
+
+    def __len__(self) -> int:
+        return len(self.lying)
+
+
+def read(path: Path) -> tuple[Stored, dict[str, str]]:
+    """Return the tensors of a file and its metadata.
 
     Raises:
         SafetensorError: the file is torn or of another kind.
@@ -57,4 +77,4 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"'{name}' is of dtype {entry['dtype']}")
         first, end = entry["data_offsets"]
         found[name] = data[start + first : start + end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
-    return found, metadata
+    return Stored(found), metadata

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locc.errors import CaptureError, LoccError, RunError, nearest
+from locc.errors import CaptureError, LoccError, MethodError, RunError, nearest
 from locc.facts import Certificate
 from locc.facts.traffic import by_role
 from locc.ir import Inputs, Phase, Root, TrainingGraph
@@ -29,6 +29,7 @@ from locc.runtime.folded import Folded
 from locc.runtime.learner import Learner
 from locc.runtime.progress import Progress
 from locc.runtime.ranks.forecast import Forecast, forecast
+from locc.runtime.replay import Workers
 from locc.runtime.report import StepReport
 from locc.runtime.settings import TIMEOUT, Settings
 from locc.runtime.stops import empty
@@ -62,6 +63,7 @@ class Built:
     plans: dict[str | None, Plan] = field(default_factory=dict)
     parts: dict[str | None, list[ModuleProgram]] = field(default_factory=dict)
     shares: dict[str | None, Plan] = field(default_factory=dict)
+    workers: dict[str | None, Workers] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
     @cached_property
@@ -274,16 +276,44 @@ class Compiled(nn.Module):
             with self.in_phase():
                 if self.ranks is not None:
                     return [self._ranked(self.ranks, plan, values[0])]
-                if updated is None:
+                if self.settings.replay is not None:
+                    workers = self.workers(self.phase)
+                    found = [workers.run(built.executor, values[0], updated or (lambda *_: None))]
+                elif updated is None:
                     found = [self._run(plan, values[0])]
                 else:
-                    found = waves.run(built.executor, self._parts(plan), values, self.steps, updated)
+                    found = waves.run(built.executor, self._parts(self.phase), values, self.steps, updated)
         except BaseException:
             if backup is not None:
                 backup()
             raise
         self.steps += len(found)
         return [StepReport(objectives, loss) for objectives, loss in found]
+
+    def replay(self, x: Any, y: Any = None, updated: waves.Updated = lambda *_: None) -> StepReport:
+        """Do as `step` under the schedule "replay", and say which modules train.
+
+        Args:
+            x: as `step` takes it.
+            y: as `step` takes it.
+            updated: called after each module's step with 0, the module with its auxiliaries, and their
+                objectives by name.
+        """
+        return self._in_turn([(x, y)], updated)[0]
+
+    def workers(self, phase: str | None) -> Workers:
+        """Return who trains in a phase under the schedule "replay", each with what it has kept."""
+        if phase not in self.built.workers:
+            assert self.settings.replay is not None
+            parts = self._parts(phase)
+            held = next((s for s in self.built.states if s.spec.batch_dim is not None), None)
+            if held is not None and self.settings.replay.buffer:
+                raise MethodError(
+                    f"state '{held.name}' of '{held.owner}' has a row for each sample of the batch before, "
+                    "and with schedule='replay' there is no such batch; use schedule='lockstep'"
+                )
+            self.built.workers[phase] = Workers.of(self.settings.replay, parts, self.steps)
+        return self.built.workers[phase]
 
     def _run(self, plan: Plan, values: list[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
         if self.features is not None and self.features.plan is plan:
@@ -407,11 +437,12 @@ class Compiled(nn.Module):
                 "on every rank first"
             )
 
-    def _parts(self, plan: Plan) -> list[ModuleProgram]:
-        if self.phase not in self.built.parts:
-            waves.check(self.ir, self.method, self.built.certificate, "wave")
-            self.built.parts[self.phase] = waves.ordered(module_programs(self.ir, plan))
-        return self.built.parts[self.phase]
+    def _parts(self, phase: str | None) -> list[ModuleProgram]:
+        if phase not in self.built.parts:
+            schedule = "wave" if self.settings.replay is None else "replay"
+            waves.check(self.ir, self.method, self.built.certificate, schedule)
+            self.built.parts[phase] = waves.ordered(module_programs(self.ir, self.plan(phase)))
+        return self.built.parts[phase]
 
     def bind(self, x: Any, y: Any = None) -> list[Any]:
         """Return the values of a plan's inputs for a batch as `step` takes it, on the model's device.

@@ -20,11 +20,13 @@ from locc.recipes import Recipe
 from locc.runtime.backends import BACKENDS
 from locc.runtime.learner import Learner
 from locc.runtime.records import DISK, LIMIT, MEMORY, check_place, size_of
+from locc.runtime.replay import Replay
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
-SCHEDULES = ("lockstep", "sequential", "wave", "pipelined")
+SCHEDULES = ("lockstep", "sequential", "wave", "pipelined", "replay")
+UPDATES = ("after_backward", "in_backward")
 WAVE = 8
 """Batches of a wave, unless given."""
 TIMEOUT = 600.0
@@ -51,8 +53,10 @@ class Settings:
     stages: tuple[tuple[str, ...], ...] | None = None
     timeout: float | None = None
     offload: str | Path | None = None
+    replay: Replay | None = None
     labels_within: bool = False
     """The labels are among the model's inputs: its own forward computes the loss."""
+    update: str = "after_backward"
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -77,6 +81,7 @@ class Settings:
             )
         if self.clip is not None and not (_is_number(self.clip) and self.clip > 0):
             raise LoccError(f"clip={self.clip!r}: give the largest gradient norm of a module, above 0")
+        self._check_update()
         if self.seed is not None and type(self.seed) is not int:
             raise LoccError(f"seed={self.seed!r}: give a whole number, or None for torch.initial_seed()")
         self._check_features()
@@ -106,7 +111,7 @@ class Settings:
             return
         check_place("features", self.features, (MEMORY, DISK))
         size_of(LIMIT if self.features_limit is None else self.features_limit)
-        if self.schedule in ("wave", "pipelined"):
+        if self.schedule in ("wave", "pipelined", "replay"):
             raise LoccError(
                 f"features={str(self.features)!r} keeps what rests from pass to pass, which "
                 f"schedule={self.schedule!r} does not do; use schedule='sequential', or leave it out"
@@ -133,6 +138,16 @@ class Settings:
             )
 
     def _check_ranks(self) -> None:
+        if self.replay is not None and self.schedule != "replay":
+            raise LoccError(
+                "buffer=, policy=, reuse= and slow= are of schedule='replay', and "
+                f"schedule={self.schedule!r} was asked for; leave them out"
+            )
+        if self.atomic and self.schedule == "replay":
+            raise LoccError(
+                "atomic=True undoes a step that fails, and with schedule='replay' a step is of several "
+                "batches; leave it out, and let fit write a checkpoint"
+            )
         for name in ("stages", "timeout"):
             if getattr(self, name) is not None and self.schedule != "pipelined":
                 raise LoccError(
@@ -145,6 +160,20 @@ class Settings:
             raise LoccError(
                 "atomic=True undoes a step that fails, and with schedule='pipelined' the ranks are at "
                 "different steps; leave it out, and let fit write a checkpoint"
+            )
+
+    def _check_update(self) -> None:
+        if self.update not in UPDATES:
+            raise LoccError(f"update={self.update!r} is not available; {nearest(str(self.update), UPDATES)}")
+        if self.update == "in_backward" and self.clip is not None:
+            raise LoccError(
+                f"update='in_backward' drops a gradient as soon as it is known, and clip={self.clip} needs "
+                "the norm of all of a module's; leave one of them out"
+            )
+        if self.update == "in_backward" and self.accumulate > 1:
+            raise LoccError(
+                "update='in_backward' drops a gradient as soon as it is known, and "
+                f"accumulate={self.accumulate} keeps it for the next steps; leave one of them out"
             )
 
     def _check_autocast(self) -> None:

@@ -3,6 +3,7 @@
 PASSES = {
     "bp": "locc_passes.baseline.bp:BP",
     "dgl": "locc_passes.proxy.dgl:DGL",
+    "dgl-async": "locc_passes.proxy.dgl:DGLAsync",
     "predsim": "locc_passes.proxy.predsim:PredSim",
     "sim": "locc_passes.proxy.predsim:Sim",
     "pred": "locc_passes.proxy.predsim:Pred",
@@ -33,4 +34,5 @@ PASSES = {
     "admm": "locc_passes.auxiliary_variables.admm:ADMM",
     "dladmm": "locc_passes.auxiliary_variables.dladmm:DLADMM",
     "al": "locc_passes.associated.al:AL",
+    "al-pipe": "locc_passes.associated.al:ALPipe",
 }

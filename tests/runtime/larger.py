@@ -24,7 +24,8 @@ def compiled(depth: int, **options: Any) -> locc.Program:
     blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(depth))
     return locc.compile(
         nn.Sequential(*blocks, nn.Linear(WIDTH, 10)), "dgl", [str(i) for i in range(depth)], seed=1,
-        example_inputs=batch(0)[0], verify=False, optimizer=lambda ps: torch.optim.Adam(ps, lr=1e-4, fused=True), **options,
+        optimizer=lambda ps: torch.optim.Adam(ps, lr=1e-4, fused=True), example_inputs=batch(0)[0],
+        verify=False, **options,
     )  # fmt: skip
 
 
@@ -50,9 +51,9 @@ def main(place: str, file: str, resume: bool) -> None:
     if resume:
         program.load(file)
     for seed in range(program.steps, program.steps + 2):
-        print(program.steps, float(program.step(*batch(seed)).loss), flush=True)
-    print(f"used: {used() - before >> 20} MiB", flush=True)
+        print(f"loss {float(program.step(*batch(seed)).loss)}", flush=True)
     program.save(file)
+    print(f"beyond: {used() - before >> 20} MiB", flush=True)
 
 
 if __name__ == "__main__":

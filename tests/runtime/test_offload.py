@@ -7,6 +7,8 @@ import gc
 import mmap
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 import locc
 from locc import LoccError, Program
 from locc.runtime import offload
+from runtime import larger
 from support import everything, same, snapshot
 
 WIDTH = 40
@@ -79,6 +82,8 @@ def resident() -> set[int]:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{method: (method, {}) for method in ("bp", "dgl", "fa", "dtp", "al", "altmin")},
     "wave": ("dgl", {"schedule": "wave"}),
+    "replay": ("dgl", {"schedule": "replay"}),
+    "in_backward": ("dgl", {"update": "in_backward"}),
     "accumulate": ("dgl", {"accumulate": 2}),  # five batches: the last one's gradient waits
 }
 
@@ -180,6 +185,26 @@ def test_no_file_has_a_name_and_none_is_left(tmp_path: Path) -> None:
     assert mapped() == count > 0
     del made
     assert mapped() == 0
+
+
+@pytest.mark.slow
+def test_eight_times_the_memory_there_is(tmp_path: Path) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        # Freed memory goes back at once, so that the limit is on what is in use.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+        words = (sys.executable, larger.__file__, *words)
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+    file = str(tmp_path / "state")
+    first, then = run("disk", file), run("disk", file, "resume")
+    assert (first.returncode, then.returncode) == (0, 0), first.stderr + then.stderr
+    plain = larger.compiled(larger.DEPTH)
+    expected = [f"loss {float(plain.step(*larger.batch(seed)).loss)}" for seed in range(4)]
+    assert re.findall(r"^loss .*", first.stdout + then.stdout, re.MULTILINE) == expected
+    without = run("memory", file)
+    assert without.returncode == 1
+    assert "can't allocate memory" in without.stderr
+    assert "loss" not in without.stdout
 
 
 # ---- refusals ----------------------------------------------------------------------------------

@@ -143,3 +143,16 @@ class AL(Method):
         if self.decoders == "dense":
             return (DenseLabels(self.label_lr, self.encoder, self.width), *ends)
         return (MergeMiddle(), FoldedLabels(self.label_lr, self.encoder), *ends)
+
+
+@dataclass(frozen=True)
+class ALPipe(AL):
+    """Associated learning in a pipeline: `al` whose components train at the same time.
+
+    Component i trains on batch t while component i - 1 trains on batch t + 1, each in a process of its own
+    (see the schedule "pipelined"), so that K components take n + K - 1 steps for n batches. It ends with the
+    bits of `al`; in one process it is `al`. Kao & Chen, "Associated Learning" (2021), section 3, describe the
+    pipeline; their released code trains one component after the other.
+    """
+
+    schedule: ClassVar[str] = "pipelined"

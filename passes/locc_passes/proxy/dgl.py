@@ -51,3 +51,17 @@ class DGL(Method):
     def passes(self) -> Sequence[Pass]:
         """Return heads, their losses, and the loss at the output."""
         return (AttachHeads(self.head, self.layout), LocalLoss(self.local_loss), OutputLoss())
+
+
+@dataclass(frozen=True)
+class DGLAsync(DGL):
+    """Asynchronous decoupled greedy learning: `dgl` whose modules train at their own pace.
+
+    Each module but the first keeps the last `buffer` batches that the module below has made, labels with
+    them. In turns that are drawn at random a module trains on the newest of the batches that it has used
+    least, and hands on what it makes of it; the first module reads the data. `slow` takes turns from a
+    module, to study how little the others mind. Belilovsky, Eickenberg & Oyallon, "Decoupled greedy
+    learning of CNNs" (2020), and the buffers of its released code. With `buffer=0` it is `dgl`.
+    """
+
+    schedule: ClassVar[str] = "replay"

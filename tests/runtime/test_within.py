@@ -1,0 +1,113 @@
+"""update="in_backward": the same training, with one gradient in memory at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.meter import peak
+from locc import LoccError, MethodError
+from support import Residual, batch, compiled, mlp, same, sgd, snapshot, usual_case
+
+X, Y = batch()
+
+
+@pytest.mark.parametrize("method", ["bp", "dgl", "predsim", "dfa", "dni", "altmin"])
+@pytest.mark.parametrize(
+    "optimizer", [None, lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9)], ids=["recipe", "sgd"]
+)
+def test_the_same_bits_are_trained(method, optimizer):
+    case = usual_case(method)
+    found = []
+    for update in ("after_backward", "in_backward"):
+        program = case.compile(optimizer=optimizer, update=update, seed=0)
+        reports = [program.step(*case.batch(i)) for i in range(3)]
+        held = [o.state_dict()["state"] for o in program.optimizers.values()]
+        found.append((snapshot(program), held, [float(report.loss) for report in reports]))
+        assert not any(p._post_accumulate_grad_hooks for p in program.parameters())
+        assert all(p.grad is None for p in program.parameters())
+    (one, states, losses), (other, others, again) = found
+    assert same(one, other)
+    torch.testing.assert_close(states, others, rtol=0, atol=0)
+    assert losses == again
+
+
+def test_gradients_are_dropped_one_by_one():
+    def most(update: str) -> int:
+        torch.manual_seed(0)
+        layers = [nn.Linear(64, 64) for _ in range(8)]
+        program = compiled(nn.Sequential(*layers), "bp", update=update, example_inputs=torch.randn(2, 64))
+        x, y = torch.randn(2, 64), torch.randint(64, (2,))
+        program.step(x, y)
+        return peak(lambda: program.step(x, y), program.parameters()).total
+
+    matrix = 4 * 64 * 64
+    assert most("after_backward") > 8 * matrix
+    assert most("in_backward") < 3 * matrix
+
+
+def test_a_backward_pass_of_the_callers_own_updates_nothing():
+    program = compiled(Residual(), "dgl", ["blocks.0"], update="in_backward")
+    program.step(X, Y)
+    before = snapshot(program)
+    nn.functional.cross_entropy(program.model(X), Y).backward()
+    assert same(before, snapshot(program))
+
+
+class Rows(nn.Module):
+    """Gives away its own parameter, a row for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x):
+        return self.table[: len(x)]
+
+
+class Gives(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.a, self.b = Rows(), nn.Linear(4, 4), nn.Bilinear(4, 4, 3)
+
+    def forward(self, x):
+        rows = self.rows(x)
+        return self.b(self.a(x + rows), rows)
+
+
+def test_later_modules_read_what_lies_in_a_parameter_as_it_was():
+    programs = []
+    for update in ("after_backward", "in_backward"):
+        torch.manual_seed(0)
+        programs.append(compiled(Gives(), "dgl", ["a"], update=update, seed=0, optimizer=sgd()))
+        programs[-1].step(X, Y)
+    assert same(*map(snapshot, programs))
+
+
+class Lends(nn.Module):
+    """Its second module reads a parameter of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)) + self.a.bias)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "options", "error", "message"),
+    [
+        (mlp(), "dgl", {"clip": 1.0}, LoccError, "clip=1.0 needs the norm of all of a module's"),
+        (mlp(), "dgl", {"accumulate": 2}, LoccError, "accumulate=2 keeps it for the next steps"),
+        (mlp(), "dgl", {"update": "late"}, LoccError, "update='late' is not available"),
+        (mlp(), "infopro", {}, MethodError, "'infopro' module '.*' has to wait: it has 2 objectives"),
+        (Lends(), "dgl", {"tied": "owner"}, MethodError, "module 'a' has to wait: its parameters, as they"),
+    ],
+)
+def test_what_it_cannot_be_is_refused(model, method, options, error, message):
+    before, cut = snapshot(model), "a" if isinstance(model, Lends) else "relu1"
+    with pytest.raises(error, match=message):
+        compiled(model, method, [cut], **{"update": "in_backward"} | options)
+    assert same(before, snapshot(model))
