@@ -8,6 +8,7 @@ is short of it. Here it is told what comes next and what has had its turn; no re
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -122,7 +123,7 @@ class Offload:
             for tensor in held:
                 tensor.data = _on(file, tensor)
         if files:
-            _libc.malloc_trim(0)  # between what is in use the C library keeps what was freed
+            _libc().malloc_trim(0)  # between what is in use the C library keeps what was freed
 
     def _files(self, storages: list[torch.UntypedStorage]) -> list[torch.UntypedStorage]:
         """Return copies of storages that are files without a name, mapped."""
@@ -145,7 +146,7 @@ class Offload:
 
 def _on(file: torch.UntypedStorage, tensor: Tensor) -> Tensor:
     """Return what a tensor is on its own storage, on a copy of that."""
-    twin = torch.empty(0, dtype=tensor.dtype)
+    twin = torch.empty(0, dtype=tensor.dtype, device="cpu")
     return twin.set_(file, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
@@ -160,7 +161,7 @@ def _advise(tensors: Iterable[Tensor], advice: int) -> None:
     """
     for tensor in tensors:
         if _why_not(tensor) is None and _mapped(storage := tensor.untyped_storage()):
-            _libc.madvise(
+            _libc().madvise(
                 ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), ctypes.c_int(advice)
             )
 
@@ -184,4 +185,7 @@ def _check(path: str, tensor: Tensor) -> None:
         )
 
 
-_libc = ctypes.CDLL(None)
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """Return the C library, which has no such name elsewhere."""
+    return ctypes.CDLL(None)

@@ -52,7 +52,9 @@ def program(method: str = "dgl", model: nn.Module | None = None, **options: Any)
 
 
 def steps(made: Program, part: slice = slice(None)) -> Program:
-    if made.settings.wave:
+    if made.settings.schedule == "sequential":
+        made.fit(batches()[part], epochs=2, progress=False)
+    elif made.settings.wave:
         made.wave(batches()[part])
     else:
         for x, y in batches()[part]:
@@ -83,6 +85,7 @@ def resident() -> set[int]:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{method: (method, {}) for method in ("bp", "dgl", "fa", "dtp", "al", "altmin")},
     "wave": ("dgl", {"schedule": "wave"}),
+    "sequential": ("dgl", {"schedule": "sequential", "features": "memory"}),
     "replay": ("dgl", {"schedule": "replay"}),
     "in_backward": ("dgl", {"update": "in_backward"}),
     "accumulate": ("dgl", {"accumulate": 2}),  # five batches: the last one's gradient waits
