@@ -226,6 +226,9 @@ def train(
         ),
     ] = None,
     features_limit: Annotated[str | None, typer.Option(help="how much of it; default: 2GiB")] = None,
+    offload: Annotated[
+        str | None, typer.Option(help="keep what does not train now in files (disk, a folder)")
+    ] = None,
     clip: Annotated[float | None, typer.Option(help="largest gradient norm of a module")] = None,
     seed: SeedOption = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -270,6 +273,7 @@ def train(
         schedule=schedule,
         features=features,
         features_limit=features_limit,
+        offload=offload,
         clip=clip,
         seed=seed,
         cache=cache,

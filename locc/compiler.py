@@ -35,6 +35,7 @@ from locc.rewrite.passes import refuse_early
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings, waves, within
 from locc.runtime.fingerprint import fingerprint
+from locc.runtime.offload import Offload
 from locc.runtime.replay import Replay
 from locc.snapshot import undone_on_failure
 from locc.tasks import tasks_of
@@ -88,6 +89,7 @@ def compile(
     stages: Sequence[Sequence[str]] | None = None,
     timeout: float | None = None,
     backend: str = "eager",
+    offload: str | Path | None = None,
     tied: str = "auto",
     scheduler: Any = None,
     clip: float | None = None,
@@ -144,6 +146,9 @@ def compile(
             neighbours together, by seconds that rank 0 measures on the first batch.
         timeout: of "pipelined", seconds after which a silent rank counts as lost, 600 by default.
         backend: "eager".
+        offload: "disk" or a folder: parameters, buffers and optimizer state are in files (without a name, in
+            the folder of temporary files or in that one) and those of one module at a time in memory, for
+            training that does not fit there. It ends with the bits of training without; see below.
         tied: policy for a parameter that two modules use (an embedding that is the output layer's weight as
             well): "copy" (each module trains its own, which takes its place in the model), "owner" (the first
             one that uses it trains it, the others read it) or "error". "auto" is "owner" for `bp`, which then
@@ -173,6 +178,15 @@ def compile(
     everything where the inputs are augmented anew in each pass, or where what rests makes of a sample what
     depends on those beside it: the log says so. Features go with the end of their stage, or of `fit`,
     however that ends.
+
+    With `offload=` a tensor's storage is a file that is mapped into memory, on Linux and for models on the
+    CPU. A module's files are let go when the next one's turn comes, and those of the next one are asked for;
+    gradients are in memory during a module's turn alone. The system reads and writes them, and keeps in
+    memory what fits. With "wave" that is paid once for all batches of a wave; a step of `bp` pays it twice.
+    Checkpoints, `evaluate`, `predict` and export read the files as they go. In memory are all tensors under
+    a page, what passes between modules, and while compiling (the first step, without `example_inputs`) the
+    model as it was built, its gradients and copies of it. `locc.verify`, `program.diagnose` and
+    `program.forecast` keep a copy of the model while they run.
 
     With `cache=True` a file is kept in the folder `$LOCC_CACHE` (by default `locc` in the user's folder of
     caches: `~/.cache/locc` on Linux). It is found by the source of locc and of the model's classes, the
@@ -209,6 +223,7 @@ def compile(
         features_limit,
         None if stages is None else tuple(map(tuple, stages)),
         timeout,
+        offload,
         _replay(schedule or chosen.schedule, buffer=buffer, policy=policy, reuse=reuse, slow=slow),
         loss == MODEL,
         update,
@@ -266,6 +281,8 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         if request.settings.update == "in_backward":
             within.check(ir, phases, request.name)
         schedulers = request.settings.schedulers(learners)
+        place = request.settings.offload
+        offload = None if place is None else Offload(place, ir, learners)
         _tell(request.name, training, advice)
     with torch.no_grad():
         for parameter, value in ir.initial:
@@ -279,6 +296,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         request.settings.dtype,
         program.device,
         atomic=request.settings.atomic,
+        offload=offload,
         in_backward=request.settings.update == "in_backward",
         backend=request.settings.backend,
     )

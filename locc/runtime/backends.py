@@ -43,6 +43,11 @@ class Eager(Machine):
         self.moved: list[str] = []
         self.surrounded = torch.is_autocast_enabled(context.device.type)
 
+    def begins(self, instruction: Instruction) -> None:
+        """Let the owners take turns in memory."""
+        if self.context.offload is not None:
+            self.context.offload.turn(instruction.owner)
+
     def ran(self, instruction: Instruction) -> None:
         """Tell the observer."""
         if self.context.observe is not None:

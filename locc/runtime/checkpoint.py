@@ -14,18 +14,21 @@ import json
 import os
 import secrets
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from locc.errors import CheckpointError
+from locc.ir.memory import memory_of
 from locc.ir.state import states
 from locc.losses import NAMED
+from locc.runtime.mapped import Stored, read
 from locc.runtime.program import Compiled
 from locc.runtime.progress import Progress
 from locc.runtime.ranks import Ranks, forget
@@ -45,7 +48,7 @@ def save(program: Compiled, path: Path) -> None:
     """
     ranks = program.ranks
     if ranks is None:
-        _write(path, *_state(program))
+        _write(path, *_live(program))
         return
     program.gather()
     state, problem = _merged(program, ranks), None
@@ -61,7 +64,7 @@ def save(program: Compiled, path: Path) -> None:
 
 def _merged(program: Compiled, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return the state of all ranks on rank 0, where the others hand in that of what they train."""
-    tensors, header = _state(program)
+    tensors, header = _live(program)
     numbers = {str(i): ranks.owns(owner) for i, owner in enumerate(program.ir.owners)}
 
     def own(name: str) -> bool:
@@ -127,7 +130,7 @@ def load(program: Compiled, path: Path) -> None:
         )
     _compare_losses(program, path, header["loss"])
     own, mine = _state(program)
-    problem = next(_misfits(program, tensors, header, own, mine), None)
+    problem = next(_misfits(program, tensors.lying, header, own, mine), None)
     if problem is not None:
         raise CheckpointError(f"'{path}' does not fit this program: {problem}")
     try:
@@ -204,6 +207,13 @@ def graph_hash(program: Compiled) -> str:
 
 
 def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a copy of everything; of a program that has what waits on disk, it is there as well."""
+    tensors, header = _live(program)
+    offload = program.built.executor.offload
+    return {n: t.clone() if offload is None else offload.copy(t) for n, t in tensors.items()}, header
+
+
+def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in _own(program).items():
         tensors[f"state/{name}"] = tensor
@@ -260,8 +270,10 @@ def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
         },
         "phases": [phase.name for phase in program.phases],
     }
-    # safetensors refuses shared or strided storage; a checkpoint is a snapshot in any case.
-    return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, header
+    # safetensors refuses shared or strided storage; what is neither may not fit in memory twice.
+    found = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    times = Counter(memory_of(t) for t in found.values())
+    return {n: t.clone() if times[memory_of(t)] > 1 else t for n, t in found.items()}, header
 
 
 def _own(program: Compiled) -> dict[str, Tensor]:
@@ -309,20 +321,18 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[Stored, dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at '{path}'")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is torn or no safetensors file: {error}") from error
     if "locc" not in metadata:
         raise CheckpointError(
             f"'{path}' is a safetensors file, but locc did not write it: its header has no 'locc'"
         )
-    if _digest(tensors, metadata["locc"]) != metadata.get("digest"):
+    if _digest(tensors.lying, metadata["locc"]) != metadata.get("digest"):
         raise CheckpointError(f"'{path}' is damaged: the digest of what it holds differs from the one saved")
     header = json.loads(metadata["locc"])
     if header["format"] != FORMAT:
@@ -330,42 +340,42 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+def _apply(program: Compiled, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
     for path, held in states(program.root):  # has the rows of the batch that it last met
         held.value = torch.empty_like(tensors[f"state/{path}.value"], device=held.value.device)
     with torch.no_grad():
         for name, tensor in _own(program).items():
             tensor.copy_(tensors[f"state/{name}"])
     numbers = {owner: i for i, owner in enumerate(program.ir.owners)}
+    offload = program.built.executor.offload
     for owner, learner in program.built.learners.items():
         saved = header["optimizers"][owner]
         state: dict[int, dict[str, Any]] = {}
         for index, plain in saved["plain"].items():
             state[int(index)] = {k: _restore(v) for k, v in plain.items()}
-        prefix = f"optimizer/{numbers[owner]}/"
-        for name, tensor in tensors.items():
-            if name.startswith(prefix):
-                index, _, key = name.removeprefix(prefix).partition("/")
-                state.setdefault(int(index), {})[key] = tensor
+        for name, tensor in _under(tensors, f"optimizer/{numbers[owner]}/").items():
+            index, _, key = name.partition("/")
+            state.setdefault(int(index), {})[key] = tensor
         learner.optimizer.load_state_dict({"state": state, "param_groups": _restore(saved["groups"])})
         learner.clear()
         learner.pending = saved["pending"]
         for i, parameter in enumerate(learner.parameters):
             gradient = tensors.get(f"grad/{numbers[owner]}/{i}")
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        if offload is not None:
+            offload.keep(owner)
     for name, scheduler in program.schedulers.items():
         scheduler.load_state_dict(_restore(header["schedulers"][name]["state"]))
     program.steps, program.epochs, program.phase = header["steps"], header["epochs"], header["phase"]
     program.warm, program.progress = set(header["warm"]), None
     if header["progress"] is not None:
-        parts = {n.removeprefix("progress/"): t for n, t in tensors.items() if n.startswith("progress/")}
+        parts = _under(tensors, "progress/")
         program.progress = Progress.unpacked(header["progress"], parts, program.device)
     program.built.executor.seed = header["seed"]
     program.built.workers.clear()
     for number, (phase, plain) in header.get("replay", {}).items():
-        prefix = f"replay/{number}/"
-        kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         if program.settings.replay is not None:
+            kept = _under(tensors, f"replay/{number}/")
             program.workers(phase).restore(plain, kept, program.device)
     if program.ranks is not None:
         program.ranks.stale = False
@@ -373,3 +383,7 @@ def _apply(program: Compiled, tensors: dict[str, Tensor], header: dict[str, Any]
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and program.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random/cuda"], program.device)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}

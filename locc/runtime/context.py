@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from locc.lower import Instruction
 from locc.runtime.learner import Learner
+from locc.runtime.offload import Offload
 from locc.runtime.stops import non_finite
 
 LATE = (
@@ -38,6 +39,7 @@ class Context:
     observe: Callable[[Instruction, dict[str, Any]], None] | None = None
     atomic: bool = False
     guarded: bool = True
+    offload: Offload | None = None
     in_backward: bool = False
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
 

@@ -78,11 +78,15 @@ class Machine:
             how = self._HOW.get(type(instruction))
             if how is None:
                 raise unknown(instruction)
+            self.begins(instruction)
             getattr(self, how)(instruction)
             self.ran(instruction)
             if self.drops:
                 for name in instruction.frees:
                     del self.values[name]
+
+    def begins(self, instruction: Instruction) -> None:
+        """Make ready what an instruction touches."""
 
     def ran(self, instruction: Instruction) -> None:
         """Look at what an instruction left, before what is no longer read is dropped."""

@@ -578,7 +578,9 @@ class Compiled(nn.Module):
         before = {id(p): p for p in self.root.parameters()}
         if self._built is not None:
             for dtype in {p.dtype for p in before.values()}:
-                if fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype:
+                moved = fn(torch.empty(0, dtype=dtype, device=self.device))
+                self._check_place(moved.device)
+                if moved.dtype != dtype:
                     raise LoccError(
                         f"the program is compiled for {dtype}; cast the model before compiling it"
                     )
@@ -596,10 +598,18 @@ class Compiled(nn.Module):
         """Take the optimizers to where the model is now, and return where that is."""
         device = self.device
         if self.built.executor.device != device:
+            self._check_place(device)
             self.root.aux.to(device)
             self.built.executor.device = device
             _move_optimizer_state(self.optimizers.values())
         return device
+
+    def _check_place(self, device: torch.device) -> None:
+        if self.built.executor.offload is not None and device.type != "cpu":
+            raise LoccError(
+                f"offload= keeps tensors of the CPU's memory in files, and the model is asked to be on "
+                f"{device}; leave it on the CPU, or compile it there without offload="
+            )
 
     def extra_repr(self) -> str:
         """Name the method and the modules."""

@@ -39,16 +39,16 @@ def size_of(text: int | str) -> int:
     return size
 
 
-def check_place(place: object) -> None:
-    """Refuse what names no place for records.
+def check_place(option: str, place: object, known: Sequence[str]) -> None:
+    """Refuse, as the value of an option, what is neither one of the known places nor a folder.
 
     Raises:
-        LoccError: it is neither "memory" nor "disk" nor a folder.
+        LoccError: it is neither.
     """
-    if place not in (MEMORY, DISK) and not (isinstance(place, (str, Path)) and Path(place).is_dir()):
+    if place not in known and not (isinstance(place, (str, Path)) and Path(place).is_dir()):
         raise LoccError(
-            f"features={place!r} is neither '{MEMORY}' nor '{DISK}' nor an existing folder; "
-            + nearest(str(place), (MEMORY, DISK))
+            f"{option}={place!r} is neither {' nor '.join(map(repr, known))} nor an existing folder; "
+            + nearest(str(place), known)
         )
 
 

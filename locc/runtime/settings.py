@@ -19,7 +19,7 @@ from locc.optimizers import keep_norms
 from locc.recipes import Recipe
 from locc.runtime.backends import BACKENDS
 from locc.runtime.learner import Learner
-from locc.runtime.records import LIMIT, check_place, size_of
+from locc.runtime.records import DISK, LIMIT, MEMORY, check_place, size_of
 from locc.runtime.replay import Replay
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -52,6 +52,7 @@ class Settings:
     features_limit: int | str | None = None
     stages: tuple[tuple[str, ...], ...] | None = None
     timeout: float | None = None
+    offload: str | Path | None = None
     replay: Replay | None = None
     labels_within: bool = False
     """The labels are among the model's inputs: its own forward computes the loss."""
@@ -84,6 +85,7 @@ class Settings:
         if self.seed is not None and type(self.seed) is not int:
             raise LoccError(f"seed={self.seed!r}: give a whole number, or None for torch.initial_seed()")
         self._check_features()
+        self._check_offload()
         self._check_autocast()
         if not isinstance(self.optimizer, Recipe) and not callable(self.optimizer):
             raise LoccError(
@@ -107,12 +109,32 @@ class Settings:
             )
         if self.features is None:
             return
-        check_place(self.features)
+        check_place("features", self.features, (MEMORY, DISK))
         size_of(LIMIT if self.features_limit is None else self.features_limit)
         if self.schedule in ("wave", "pipelined", "replay"):
             raise LoccError(
                 f"features={str(self.features)!r} keeps what rests from pass to pass, which "
                 f"schedule={self.schedule!r} does not do; use schedule='sequential', or leave it out"
+            )
+
+    def _check_offload(self) -> None:
+        if self.offload is None:
+            return
+        if self.offload == "cpu":
+            raise LoccError(
+                "offload='cpu', from a GPU to the memory of the CPU, is not available; offload='disk' takes "
+                "what waits from the memory of the CPU to files"
+            )
+        check_place("offload", self.offload, (DISK,))
+        if self.atomic:
+            raise LoccError(
+                f"offload={str(self.offload)!r} is for training that does not fit in memory, and atomic=True "
+                "keeps a copy of everything there during a step; leave one of them out"
+            )
+        if self.schedule == "pipelined":
+            raise LoccError(
+                f"offload={str(self.offload)!r} is for training in one process, and schedule='pipelined' "
+                "is for several; leave one of them out"
             )
 
     def _check_ranks(self) -> None:

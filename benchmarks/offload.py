@@ -1,0 +1,115 @@
+"""Training that does not fit in memory: `compile(..., offload="disk")`.
+
+`python -m benchmarks.offload limited disk FILE` trains under a limit of an eighth of what parameters and
+optimizer state take, and saves to FILE; with `--resume` it goes on from there; `limited memory FILE` does
+without `offload=`. The limit is on what RLIMIT_DATA counts, memory that no file backs, beyond what the
+process has after it has trained something small; it is set when compiling is over. RLIMIT_DATA counts freed
+memory that the C library keeps, too: run it with MALLOC_MMAP_THRESHOLD_=65536, which gives that back.
+
+`python -m benchmarks.offload times` measures what it costs where there is memory enough: eight batches with
+`offload=` against as many without, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import locc
+from benchmarks.meter import Timing
+
+WIDTH, DEPTH, SHARE, BATCHES = 768, 24, 8, 8
+
+
+def compiled(depth: int = DEPTH, **options: Any) -> locc.Program:
+    """Compile equal linear layers with `dgl` and Adam, each a module."""
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(depth))
+    return locc.compile(
+        nn.Sequential(*blocks, nn.Linear(WIDTH, 10)),
+        "dgl",
+        [str(i) for i in range(depth)],
+        example_inputs=batch(0)[0],
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-4, fused=True),
+        seed=1,
+        **options,
+    )
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, WIDTH, generator=generator), torch.randint(10, (8,), generator=generator)
+
+
+def used(key: str) -> int:
+    """Return bytes of this process, by their name in /proc/self/status."""
+    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
+
+
+def limited(place: str | None, file: str, resume: bool) -> None:
+    """Train two steps in little memory."""
+    compiled(1).step(*batch(0))
+    before, all_before = used("VmData"), used("VmRSS")
+    program = compiled(offload=place)
+    parameters = sum(p.nbytes for p in program.root.parameters())
+    print(f"compiling took {(used('VmHWM') - all_before) / parameters:.1f} times the parameters", flush=True)
+    size = 3 * parameters  # Adam has two numbers for each
+    limit = before + size // SHARE
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    print(f"parameters and optimizer state: {size >> 20} MiB; limit: {size // SHARE >> 20} MiB", flush=True)
+    if resume:
+        program.load(file)
+    for seed in range(program.steps, program.steps + 2):
+        print(f"loss {float(program.step(*batch(seed)).loss)}", flush=True)
+    program.save(file)
+    print(f"used: {used('VmData') - before >> 20} MiB", flush=True)
+
+
+def times(rounds: int) -> None:
+    """Print the ratios of times within a round."""
+    batches = [batch(seed) for seed in range(BATCHES)]
+
+    def seconds(program: locc.Program) -> float:
+        start = time.perf_counter()
+        if program.settings.wave:
+            program.wave(batches)
+        else:
+            for x, y in batches:
+                program.step(x, y)
+        return time.perf_counter() - start
+
+    for schedule in ("lockstep", "wave"):
+        pair = [compiled(schedule=schedule, offload=place, verify=False) for place in ("disk", None)]
+        for program in pair:
+            seconds(program)
+        found = Timing.of([seconds(pair[0]) / seconds(pair[1]) for _ in range(rounds)])
+        print(f"{schedule}: {found.median:.2f} ({found.low:.2f} to {found.high:.2f})", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one of the two."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    one = kinds.add_parser("limited")
+    one.add_argument("place", help="memory, disk or a folder")
+    one.add_argument("file")
+    one.add_argument("--resume", action="store_true")
+    kinds.add_parser("times").add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args(arguments)
+    if given.kind == "times":
+        times(given.rounds)
+        return
+    limited(None if given.place == "memory" else given.place, given.file, given.resume)
+
+
+if __name__ == "__main__":
+    main()
