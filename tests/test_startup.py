@@ -37,6 +37,7 @@ def test_it_answers_without_pytorch(name: str) -> None:
             "ddtp-rhl",
             "dfa",
             "dgl",
+            "dgl-async",
             "dladmm",
             "dni",
             "dtp",
