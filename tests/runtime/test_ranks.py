@@ -6,6 +6,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -335,3 +337,40 @@ def test_killed_at_any_moment_it_goes_on_with_the_same_bits(schedule: str, tmp_p
         together(size, mortal, schedule, file, -1, 0.0)
         assert same(load_file(whole), load_file(file)), number
     assert died >= 8
+
+
+SCRIPT = """
+import os, sys
+import torch
+from torch import nn
+import locc
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)], nn.Linear(8, 3))
+data = list(zip(torch.randn(20, 4, 8), torch.randint(3, (20, 4))))
+
+class Data:
+    def __iter__(self):
+        for number, batch in enumerate(data):
+            first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+            if number == 12 and first and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), 9)
+            yield batch
+
+program = locc.compile(model, "dgl", ["0", "1"], example_inputs=data[0][0], schedule="pipelined", seed=0)
+program.fit(Data(), 2, progress=False, checkpoint=sys.argv[1], every=5)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_and_fit_goes_on(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    plain = [sys.executable, script, tmp_path / "one"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for command in (plain, [*run, script, tmp_path / "two"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+        assert done.returncode == 0, done.stderr
+    assert same(load_file(tmp_path / "one"), load_file(tmp_path / "two"))

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.utils._pytree import tree_leaves
 
 from locc.errors import LoccError, RunError
@@ -84,7 +86,7 @@ class Ranks:
         if not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) < 2:
                 return None
-            dist.init_process_group("gloo")
+            _init()
             atexit.register(dist.destroy_process_group)
         return None if dist.get_world_size() < 2 else cls(dist.get_rank(), dist.get_world_size(), timeout)
 
@@ -311,6 +313,16 @@ class Ranks:
     def _stopped(self, cause: str) -> RunError:
         self.failed = True
         return RunError(f"training stopped on every rank: {cause}. Start anew, from the last checkpoint")
+
+
+def _init() -> None:
+    """Join the others that torchrun has started.
+
+    Where it starts them again it may keep the store, in which the processes of before have left addresses.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group("gloo", store=PrefixStore(f"start {again}", store), rank=rank, world_size=size)
 
 
 def _short(error: Exception) -> str:
