@@ -34,6 +34,7 @@ from locc.rewrite.local_loss import check_heads
 from locc.rewrite.passes import refuse_early
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings, waves, within
+from locc.runtime.compiled import Codes
 from locc.runtime.fingerprint import fingerprint
 from locc.runtime.replay import Replay
 from locc.snapshot import undone_on_failure
@@ -88,6 +89,7 @@ def compile(
     stages: Sequence[Sequence[str]] | None = None,
     timeout: float | None = None,
     backend: str = "eager",
+    strict: bool = False,
     tied: str = "auto",
     scheduler: Any = None,
     clip: float | None = None,
@@ -143,7 +145,11 @@ def compile(
         stages: of "pipelined", the modules of each rank, in order: [["layer1"], ["layer2", "output"]]. None:
             neighbours together, by seconds that rank 0 measures on the first batch.
         timeout: of "pipelined", seconds after which a silent rank counts as lost, 600 by default.
-        backend: "eager".
+        backend: "eager"; or "inductor": `torch.compile` compiles each module's code, forward and backward,
+            when it first runs, and once more when sizes vary (on the CPU this needs a C++ compiler). What it
+            cannot compile runs eagerly, and is logged; `program.backend_report` lists it with the reason.
+        strict: of "inductor", an error for what cannot be compiled instead; the step that first runs a phase
+            is then undone.
         tied: policy for a parameter that two modules use (an embedding that is the output layer's weight as
             well): "copy" (each module trains its own, which takes its place in the model), "owner" (the first
             one that uses it trains it, the others read it) or "error". "auto" is "owner" for `bp`, which then
@@ -212,6 +218,7 @@ def compile(
         _replay(schedule or chosen.schedule, buffer=buffer, policy=policy, reuse=reuse, slow=slow),
         loss == MODEL,
         update,
+        strict,
     )
     request = Request(
         Root(model),
@@ -280,6 +287,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         program.device,
         atomic=request.settings.atomic,
         in_backward=request.settings.update == "in_backward",
+        codes=Codes(request.settings.strict),
         backend=request.settings.backend,
     )
 
