@@ -12,6 +12,8 @@ from torch._dynamo.utils import counters
 
 import locc
 from locc import LoccError, Program, RunError
+from locc.ir import TrainingGraph
+from rules import Rule, finish, mean_square
 from support import batch, compiled, mlp, same, sgd, snapshot, usual_case
 
 X, Y = batch()
@@ -61,6 +63,28 @@ def test_each_of_several_dropouts_draws_from_its_own_stream():
         )
 
     eager, other = twins(make, splits=["2"])
+    assert same(snapshot(eager), snapshot(other))
+    assert not other.backend_report.eager
+
+
+class Parallel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.a(x) + self.b(x)
+
+
+def test_code_that_one_of_two_backward_passes_needs_is_compiled_by_itself():
+    def two(ir: TrainingGraph) -> None:
+        for node in [n for n in ir.graph.nodes if n.target in ("model.a", "model.b")]:
+            ir.objective("output", ir.emit("output", mean_square, node), node.name)
+        finish(ir, "output")
+
+    eager, other = twins(Parallel, method=Rule(two), splits=["stem"])
+    assert len(eager.ir.objectives("output")) == 2
     assert same(snapshot(eager), snapshot(other))
     assert not other.backend_report.eager
 
