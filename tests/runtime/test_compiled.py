@@ -17,12 +17,14 @@ from rules import Rule, finish, mean_square
 from support import batch, compiled, mlp, same, sgd, snapshot, usual_case
 
 X, Y = batch()
-FAST = ("bp", "dgl", "infopro")
-"""Leaves and gradients as values; code of one owner that one of two backward passes needs; retained tapes."""
+FAST = ("bp", "infopro")
+"""Leaves, gradients as values, and a tape that serves two backward passes; `dgl` is in the tests below."""
 
 
 def trained(model: nn.Module, backend: str, sizes: tuple[int, ...] = (5, 5, 5), **given: Any) -> Program:
-    program = compiled(model, given.pop("method", "dgl"), given.pop("splits", 2), backend=backend, **given)
+    program = compiled(
+        model, given.pop("method", "dgl"), given.pop("splits", 2), backend=backend, verify=False, **given
+    )
     for size in sizes:
         program.step(X[:size], Y[:size])
     return program
@@ -90,7 +92,7 @@ def test_code_that_one_of_two_backward_passes_needs_is_compiled_by_itself():
 
 
 def test_a_last_batch_of_another_size_is_compiled_for_every_size():
-    eager, other = twins(mlp, sizes=(5, 5, 3))
+    eager, other = twins(mlp, sizes=(5, 3))
     graphs = counters["stats"]["unique_graphs"]
     for program in (eager, other):
         program.step(X[:4], Y[:4])
@@ -177,7 +179,7 @@ def test_what_is_wrong_with_a_batch_is_no_reason_to_stay_eager():
 
 def test_a_hook_that_comes_later_runs():
     seen: list[int] = []
-    eager, other = twins(mlp)
+    eager, other = twins(mlp, sizes=(5,))
     for program in (eager, other):
         program.model.second.register_forward_hook(lambda module, x, y: seen.append(1) or y * 2)
         program.step(X, Y)
@@ -204,8 +206,8 @@ def test_code_that_is_compiled_too_often_becomes_eager_and_says_so():
         model.relu2 = Counting()
         return model
 
-    with torch._dynamo.config.patch(recompile_limit=2):
-        eager, other = twins(make, sizes=(5,) * 4)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        eager, other = twins(make)
     assert same(snapshot(eager), snapshot(other))
     (piece,) = other.backend_report.eager
     assert "recompile_limit" in piece.reason
