@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from locc.lower import Plan, Segment, instructions_of
 
 _log = logging.getLogger("locc")
 _numbers = itertools.count()
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = lines[0] if lines else type(error).__name__
     why = next((line.partition(":")[2].strip() for line in lines if line.startswith("Explanation:")), "")
-    frames = [f for f in getattr(error, "real_stack", None) or () if not f.filename.startswith("<")]
+    stack = getattr(error, "real_stack", None) or ()
+    frames = [frame for frame in stack if not frame.filename.startswith(("<", _TORCH))]
     place = f" (at {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{told}{': ' + why if why else ''}".rstrip(".") + place
