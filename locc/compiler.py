@@ -34,6 +34,7 @@ from locc.rewrite.local_loss import check_heads
 from locc.rewrite.passes import refuse_early
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings, waves, within
+from locc.runtime.compiled import Codes
 from locc.runtime.fingerprint import fingerprint
 from locc.runtime.offload import Offload
 from locc.runtime.replay import Replay
@@ -89,6 +90,7 @@ def compile(
     stages: Sequence[Sequence[str]] | None = None,
     timeout: float | None = None,
     backend: str = "eager",
+    strict: bool = False,
     offload: str | Path | None = None,
     tied: str = "auto",
     scheduler: Any = None,
@@ -145,7 +147,11 @@ def compile(
         stages: of "pipelined", the modules of each rank, in order: [["layer1"], ["layer2", "output"]]. None:
             neighbours together, by seconds that rank 0 measures on the first batch.
         timeout: of "pipelined", seconds after which a silent rank counts as lost, 600 by default.
-        backend: "eager".
+        backend: "eager"; or "inductor": `torch.compile` compiles each module's code, forward and backward,
+            when it first runs, and once more when sizes vary (on the CPU this needs a C++ compiler). What it
+            cannot compile runs eagerly, and is logged; `program.backend_report` lists it with the reason.
+        strict: of "inductor", an error for what cannot be compiled instead; the step that first runs a phase
+            is then undone.
         offload: "disk" or a folder: parameters, buffers and optimizer state are in files (without a name, in
             the folder of temporary files or in that one) and those of one module at a time in memory, for
             training that does not fit there. It ends with the bits of training without; see below.
@@ -207,26 +213,27 @@ def compile(
         raise LoccError("this is a program already; pass program.model to compile its model anew")
     _refuse_lazy(model)
     chosen, name = _method(method, method_options)
-    trained = chosen.recipe if optimizer is None else optimizer
+    order = schedule or chosen.schedule
     settings = Settings(
-        trained,
-        schedule or chosen.schedule,
-        backend,
-        clip,
-        accumulate,
-        scheduler,
-        autocast,
-        seed,
-        atomic,
-        batches,
-        features,
-        features_limit,
-        None if stages is None else tuple(map(tuple, stages)),
-        timeout,
-        offload,
-        _replay(schedule or chosen.schedule, buffer=buffer, policy=policy, reuse=reuse, slow=slow),
-        loss == MODEL,
-        update,
+        optimizer=chosen.recipe if optimizer is None else optimizer,
+        schedule=order,
+        backend=backend,
+        clip=clip,
+        accumulate=accumulate,
+        scheduler=scheduler,
+        autocast=autocast,
+        seed=seed,
+        atomic=atomic,
+        batches=batches,
+        features=features,
+        features_limit=features_limit,
+        stages=None if stages is None else tuple(map(tuple, stages)),
+        timeout=timeout,
+        offload=offload,
+        replay=_replay(order, buffer=buffer, policy=policy, reuse=reuse, slow=slow),
+        labels_within=loss == MODEL,
+        update=update,
+        strict=strict,
     )
     request = Request(
         Root(model),
@@ -298,6 +305,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         atomic=request.settings.atomic,
         offload=offload,
         in_backward=request.settings.update == "in_backward",
+        codes=Codes(request.settings.strict),
         backend=request.settings.backend,
     )
 

@@ -1,5 +1,6 @@
 """Training graph -> one program per owner, and the order in which they run."""
 
+from locc.lower.code import tracked
 from locc.lower.instructions import (
     Assign,
     Backward,
@@ -41,5 +42,6 @@ __all__ = [
     "project",
     "runs_frozen",
     "stages",
+    "tracked",
     "unknown",
 ]

@@ -17,6 +17,10 @@ class Segment:
 
     `function` takes what starts a random stream, by the name of the node that draws, and then the values
     that the segment reads. `text` is the code as a reader would write it, a line for each node.
+
+    In a plan for a compiler, besides: `draws` names the one node that starts a random stream, if any does,
+    `leaves` the values that become leaves once the function has returned, and `computes` says whether the
+    function does more than hand on.
     """
 
     owner: str
@@ -26,6 +30,9 @@ class Segment:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     frees: tuple[str, ...] = ()
+    draws: str | None = None
+    leaves: tuple[str, ...] = ()
+    computes: bool = False
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch import fx
 
 from locc.ir import ops
 from locc.ir.graph import TrainingGraph
+from locc.ir.view import draws
 from locc.lower.code import compile_nodes, is_lent
 from locc.lower.instructions import (
     Assign,
@@ -33,14 +34,23 @@ from locc.lower.tasks import (
 )
 
 
-def lower(ir: TrainingGraph, active: frozenset[str] | None = None, watched: Iterable[fx.Node] = ()) -> Plan:
+def lower(
+    ir: TrainingGraph,
+    active: frozenset[str] | None = None,
+    watched: Iterable[fx.Node] = (),
+    apart: bool = False,
+) -> Plan:
     """Turn the training graph into a plan for a step in which the owners `active` train (None: all).
 
     The values of nodes in `watched` are in flight after the instruction that computes them, if one does.
+
+    With `apart` the code is cut so that a compiler may take it for one operation: a random stream starts, and
+    a leaf is made, only between segments; and a backward pass needs all of a segment or none, for it would
+    yield zeros where there is no gradient.
     """
     found = replace(analyse(ir, active), watched=frozenset(watched))
     loss = ir.loss.name if ir.loss is not None and ir.loss in found.needed else None
-    instructions = _Emitter(ir, found).emit(order(ir, found, found.needed))
+    instructions = _Emitter(ir, found, apart).emit(order(ir, found, found.needed))
     inputs = tuple(n.name for n in (*ir.inputs, ir.target))
     release(instructions)
     runs = tuple(dict.fromkeys(i.owner for i in instructions_of(instructions)))
@@ -49,8 +59,8 @@ def lower(ir: TrainingGraph, active: frozenset[str] | None = None, watched: Iter
 
 
 class _Emitter:
-    def __init__(self, ir: TrainingGraph, found: Analysis) -> None:
-        self.ir, self.found = ir, found
+    def __init__(self, ir: TrainingGraph, found: Analysis, apart: bool) -> None:
+        self.ir, self.found, self.apart = ir, found, apart
         self.done: set[BackwardTask] = set()
 
     def emit(self, tasks: list[Task], inside: str | None = None) -> list[Instruction]:
@@ -66,7 +76,7 @@ class _Emitter:
             if isinstance(task, fx.Node) and task.target is not ops.assign:
                 if not self._computes(task):
                     continue
-                if pending and self._kind(pending[-1]) != self._kind(task):
+                if pending and self._parts(pending, task):
                     flush()
                 pending.append(task)
                 continue
@@ -96,12 +106,33 @@ class _Emitter:
         assigned = user.target is ops.assign and user.args[1] is state
         return assigned or any(user is entry for r in self.ir.repeats.values() for entry, _ in r.carried)
 
+    def _parts(self, pending: list[fx.Node], node: fx.Node) -> bool:
+        """Whether a node begins a new segment after those that are pending."""
+        last = pending[-1]
+        if self._kind(last) != self._kind(node):
+            return True
+        return self.apart and (
+            last in self.found.leaves
+            or any((last in tape) != (node in tape) for tape in self.found.tapes.values())
+            or (draws(self.ir.root, node) and any(draws(self.ir.root, n) for n in pending))
+        )
+
     def _kind(self, node: fx.Node) -> tuple[str, bool, bool]:
         return str(node.meta["owner"]), node in self.found.taped, node.op == "get_attr"
 
     def _segment(self, nodes: list[fx.Node]) -> Segment:
         owner, taped, _ = self._kind(nodes[0])
-        return Segment(owner, taped, *compile_nodes(nodes, self.ir, self.found))
+        if not self.apart:
+            return Segment(owner, taped, *compile_nodes(nodes, self.ir, self.found))
+        leaves = tuple(n.name for n in nodes if n in self.found.leaves)
+        return Segment(
+            owner,
+            taped,
+            *compile_nodes(nodes, self.ir, replace(self.found, leaves=set())),
+            draws=next((n.name for n in nodes if draws(self.ir.root, n)), None),
+            leaves=leaves,
+            computes=any(n.op != "get_attr" and n.target is not ops.stop_gradient for n in nodes),
+        )
 
     def _backward(self, task: BackwardTask, inside: str | None) -> Backward:
         self.done.add(task)

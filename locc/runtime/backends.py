@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from locc.ir.captured import owned_tensor
 from locc.ir.memory import memories
 from locc.lower import Assign, Backward, Instruction, Plan, Segment, Update
+from locc.runtime.compiled import careful
 from locc.runtime.context import Context
 from locc.runtime.machine import Channels, Machine
 from locc.runtime.stops import account, non_finite
@@ -27,6 +28,9 @@ class Eager(Machine):
         moved: the owners whose parameters or state this step has set.
         surrounded: whether the step runs inside of the user's own autocast.
     """
+
+    apart: ClassVar[bool] = False
+    """Whether it runs plans that are lowered for a compiler (`lower(apart=True)`)."""
 
     def __init__(
         self,
@@ -129,5 +133,40 @@ class Eager(Machine):
         return memories([*self.context.root.parameters(), *self.context.root.buffers()])
 
 
-BACKENDS: dict[str, type[Eager]] = {"eager": Eager}
+class Inductor(Eager):
+    """Runs an owner's straight-line code as `torch.compile` compiles it, and its backward pass with it.
+
+    Each segment is compiled by itself when it first runs, and again for what differs since: the first batch
+    of another size for every size. The caches of PyTorch spare modules of one structure most of that. What
+    cannot be compiled runs eagerly, and the program's report says so.
+    """
+
+    apart = True
+    compiler: ClassVar[str] = "inductor"
+
+    def run(self, instructions: list[Instruction]) -> None:
+        """Run instructions in order."""
+        with careful():
+            super().run(instructions)
+
+    def compute(self, segment: Segment, values: list[Any]) -> tuple[Any, ...]:
+        """Return what the compiled code of a segment makes of the values that it reads."""
+
+        def eagerly() -> tuple[Any, ...]:
+            return super(Inductor, self).compute(segment, values)
+
+        if not segment.computes:
+            return eagerly()
+        if segment.draws is not None:
+            self.stream(segment.draws)
+        return self.context.codes.run(segment, self.compiler, values, eagerly)
+
+
+class AotEager(Inductor):
+    """Compiles as `Inductor`, and runs the result on eager operators: the bits are those of `Eager`."""
+
+    compiler = "aot_eager"
+
+
+BACKENDS: dict[str, type[Eager]] = {"eager": Eager, "inductor": Inductor, "aot_eager": AotEager}
 """The backends by name, as `compile` takes it."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from locc.lower import Instruction
+from locc.runtime.compiled import Codes
 from locc.runtime.learner import Learner
 from locc.runtime.offload import Offload
 from locc.runtime.stops import non_finite
@@ -27,7 +28,7 @@ class Context:
     `observe` is called after each instruction, with the values in flight. With `guarded=False` an
     objective that is not finite does not stop the step. `atomic` says that whoever runs the step undoes one
     that fails, so that a failure must be known before the step is over. With `in_backward` a parameter is
-    updated as soon as the backward pass knows its gradient.
+    updated as soon as the backward pass knows its gradient. `codes` is what a backend has compiled.
     """
 
     root: nn.Module
@@ -41,6 +42,7 @@ class Context:
     guarded: bool = True
     offload: Offload | None = None
     in_backward: bool = False
+    codes: Codes = field(default_factory=Codes)
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
 
     def defer(self, step: int, name: str, flag: Tensor) -> None:

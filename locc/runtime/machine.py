@@ -22,6 +22,7 @@ from locc.lower import (
     Segment,
     Send,
     Update,
+    tracked,
     unknown,
 )
 
@@ -99,8 +100,14 @@ class Machine:
     def segment(self, segment: Segment) -> None:
         """Run straight-line code of one owner."""
         with torch.set_grad_enabled(segment.taped):
-            results = segment.function(self.stream, *[self.values[name] for name in segment.reads])
-        self.values.update(zip(segment.writes, results, strict=True))
+            results = self.compute(segment, [self.values[name] for name in segment.reads])
+            self.values.update(zip(segment.writes, results, strict=True))
+            for name in segment.leaves:
+                self.values[name] = tracked(self.values[name])
+
+    def compute(self, segment: Segment, values: list[Any]) -> tuple[Any, ...]:
+        """Return what the code of a segment makes of the values that it reads."""
+        return segment.function(self.stream, *values)
 
     def backward(self, task: Backward) -> None:
         """Back-propagate one scalar; parameters receive what an objective gives them."""

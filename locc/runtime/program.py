@@ -22,6 +22,8 @@ from locc.ir.state import State, begin_all, states
 from locc.ir.view import node_modules
 from locc.lower import ModuleProgram, Plan, lower, module_programs, program_of
 from locc.runtime import ranks, waves
+from locc.runtime.backends import BACKENDS
+from locc.runtime.compiled import BackendReport
 from locc.runtime.executor import Executor
 from locc.runtime.features import Features
 from locc.runtime.fingerprint import Fingerprint
@@ -201,6 +203,11 @@ class Compiled(nn.Module):
         return module_programs(self.ir, self.plan(self.phase))
 
     @property
+    def backend_report(self) -> BackendReport:
+        """What of the code that has run is compiled, by module, and why the rest is not."""
+        return BackendReport(self.settings.backend, tuple(self.built.executor.codes.pieces.values()))
+
+    @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """The optimizer of each owner that trains."""
         return {name: learner.optimizer for name, learner in self.built.learners.items()}
@@ -270,7 +277,8 @@ class Compiled(nn.Module):
                 "program.model and compile again"
             )
         plan = self.plan(self.phase)
-        backup = self._backup() if self.settings.atomic else None
+        tried = self.settings.strict and built.executor.codes.unknown(plan)
+        backup = self._backup() if self.settings.atomic or tried else None
         try:
             values = [self.bind(x, y) for x, y in batches]
             with self.in_phase():
@@ -473,13 +481,14 @@ class Compiled(nn.Module):
         """Return the instructions of a step in a phase; without one, of a step in which all train."""
         built = self.built
         if phase not in built.plans:
+            apart = BACKENDS[self.settings.backend].apart
             if phase is None:
-                built.plans[None] = lower(built.ir)
+                built.plans[None] = lower(built.ir, apart=apart)
             else:
                 found = {p.name: p for p in built.phases}
                 if phase not in found:
                     raise RunError(f"there is no phase '{phase}'; {nearest(phase, found)}")
-                built.plans[phase] = lower(built.ir, frozenset(found[phase].trains))
+                built.plans[phase] = lower(built.ir, frozenset(found[phase].trains), apart=apart)
         return built.plans[phase]
 
     @contextmanager

@@ -57,6 +57,7 @@ class Settings:
     labels_within: bool = False
     """The labels are among the model's inputs: its own forward computes the loss."""
     update: str = "after_backward"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -74,6 +75,11 @@ class Settings:
         if self.backend not in BACKENDS:
             raise LoccError(
                 f"backend={self.backend!r} is not available; {nearest(str(self.backend), BACKENDS)}"
+            )
+        if self.strict and self.backend == "eager":
+            raise LoccError(
+                "strict=True refuses code that a backend cannot compile, and backend='eager' compiles none; "
+                "use backend='inductor', or leave it out"
             )
         if type(self.accumulate) is not int or self.accumulate < 1:
             raise LoccError(

@@ -49,6 +49,12 @@ def around() -> None:
     program.step(*batch())
 
 
+def branching() -> None:
+    model = mlp()
+    model.second.register_forward_hook(lambda _, x, y: y if y.sum() > 0 else 2 * y)
+    compiled(model, "dgl", ["relu2"], verify=False, backend="inductor", strict=True).step(*batch())
+
+
 def uncut(ir: TrainingGraph) -> None:
     value = sent(ir, "relu1")
     ir.objective("relu1", ir.emit("relu2", mean_square, value), "size")
@@ -123,6 +129,9 @@ CASES = [
     Case("RunError", lambda: net().step(torch.zeros(5, 7), batch()[1]), ""),
     Case("RunError", lambda: net().step(*batch(0)), ""),
     Case("RunError", around, ""),
+    Case(
+        "RunError", branching, "Leave out strict=True, and that runs eagerly; or change what the reason names"
+    ),
     Case("CheckpointError", other_program, "Compile with the same model, splits and options"),
     Case("ExportError", missing_folder, ""),
     Case("LoccError", lambda: net(loss="crossentropy"), ""),
