@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 import locc
 from locc.lower import Receive, Send, project
 
-MICRO = 4
+MICRO = 8
 """Parts of a batch in the end-to-end pipeline."""
 
 
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="of the MLP")
     options = parser.parse_args()
     print(f"modules that wait, {options.batches} batches; seconds of a pass")
-    print("| ranks | pipelined | forecast | n + K - 1 steps | 1F1B, 4 micro-batches |")
+    print("| ranks | pipelined | forecast | n + K - 1 steps | 1F1B, 8 micro-batches |")
     print("|---:|---:|---:|---:|---:|")
     for size in map(int, options.ranks.split(",")):
         takes, batch = options.milliseconds / 1e3, 16
