@@ -54,3 +54,17 @@ def keep_norms(optimizer: torch.optim.Optimizer) -> None:
 
 def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.dim() > 1]
+
+
+def take_step(optimizer: torch.optim.Optimizer) -> None:
+    """Run a step, without fused kernels where a tensor is not contiguous.
+
+    Those of PyTorch for the CPU (2.13) read and write a parameter, its gradient and its state as if all were
+    contiguous: elements are mixed up, and where the memory of parameters interleaves, others change.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused") and not all(
+            p.is_contiguous() and (p.grad is None or p.grad.is_contiguous()) for p in group["params"]
+        ):
+            group["fused"] = False
+    optimizer.step()

@@ -11,6 +11,7 @@ from torch import nn
 
 import locc
 from locc import LoccError, LoccWarning, OptimizerSpec, Recipe
+from locc.optimizers import take_step
 from support import batch, compiled, same, sgd, snapshot, usual_case
 
 X, Y = batch()
@@ -81,6 +82,30 @@ def test_the_optimizer_of_a_recipe_is_fused_where_pytorch_has_that(spec, dtype, 
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert parameter.detach().abs().min() > 0
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        lambda t: torch.stack([t, t], -1)[..., 0],
+        lambda t: t,
+    ],
+    ids=["channels last", "every other element", "as it is"],
+)
+def test_no_layout_is_trained_otherwise(name, place):
+    """Fused kernels mix up what is not contiguous; the gradient of the last one is not."""
+    start, gradient = torch.randn(4, 3, 2, 2), torch.randn(2, 3, 2, 4).permute(3, 1, 0, 2)
+    ends = []
+    for fused in (False, True):
+        parameter = nn.Parameter(place(start.clone()))
+        optimizer = OptimizerSpec(name, 0.1, {"fused": fused}).build([parameter])
+        for _ in range(2):
+            parameter.grad = gradient.clone()
+            take_step(optimizer)
+        ends.append(parameter.detach())
+    assert torch.allclose(*ends, atol=1e-6)
 
 
 def test_sparse_gradients_of_a_recipe():

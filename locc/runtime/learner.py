@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locc.optimizers import take_step
+
 
 @dataclass
 class Learner:
@@ -59,7 +61,7 @@ class Learner:
             torch._foreach_div_(gradients, float(self.pending))
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.step()
+        take_step(self.optimizer)
         self.clear()
         return True
 
@@ -71,7 +73,7 @@ class Learner:
         """
 
         def update(parameter: Tensor) -> None:
-            self.optimizer.step()
+            take_step(self.optimizer)
             parameter.grad = None
 
         self.done = True

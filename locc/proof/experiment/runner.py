@@ -11,6 +11,7 @@ from locc.errors import GraphError
 from locc.ir import TrainingGraph
 from locc.ir.captured import owned_tensor
 from locc.lower import Backward, Loop, Plan, Segment, Update, lower
+from locc.optimizers import take_step
 from locc.proof.experiment.worlds import Real
 from locc.runtime import Machine
 
@@ -86,7 +87,7 @@ class Trainer(Runner):
         optimizer = self.optimizers.get(task.owner)
         self.protect(task, self.parameters[task.owner])
         if optimizer is not None:
-            optimizer.step()
+            take_step(optimizer)
         self.drop_gradients(task.owner)
 
     def drop_gradients(self, owner: str) -> None:
