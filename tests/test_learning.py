@@ -35,6 +35,8 @@ FURTHER = {
     ("small-mlp", "dni"): 0.25,
     ("small-conv", "dni"): 0.25,
     ("small-conv", "gim"): 0.40,
+    # Fifty steps: half of what modules train on was made by those below before they had learnt anything.
+    ("small-conv", "dgl-async"): 0.20,
     # A hundred steps: what takes longer than backpropagation to find a rule that is all or nothing.
     ("tokens", "dni"): 0.70,
     ("tokens", "cdni"): 0.60,
