@@ -25,7 +25,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn.functional import cross_entropy
 
 import locc
-from locc.lower import Receive, Send, project
+from locc.lower import project
+from locc.runtime.machine import Held
 
 MICRO = 8
 """Parts of a batch in the end-to-end pipeline."""
@@ -132,19 +133,6 @@ def schedules(rank: int, size: int, batches: int, seconds: float, batch: int) ->
     return {"pipelined": local, "forecast": expected.seconds, "1F1B": timed(end_to_end, batches)}
 
 
-class _AtHand:
-    """Gives a rank at once what it had received."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-    def send(self, instruction: Send, value: Any) -> None:
-        self.values[instruction.value] = value
-
-    def receive(self, instruction: Receive) -> Any:
-        return self.values[instruction.value]
-
-
 def throughput(
     rank: int, size: int, batches: int, rounds: int, width: int, batch: int
 ) -> dict[str, list[float]]:
@@ -155,7 +143,7 @@ def throughput(
     program = compiled(perceptron(width, 4 * size), x, "pipelined")
     program.step(x, y)
     assert program.ranks is not None
-    plan, known = one.plan(), _AtHand()
+    plan, known = one.plan(), Held()
     mine, executor, values = program.ranks.owners, one.built.executor, one.bind(x, y)
     for owners in ([o for o in one.ir.owners if o not in mine], mine):
         if owners[0] == next(iter(one.ir.owners)) or rank:

@@ -16,11 +16,19 @@ _OWN = (
 )
 
 
+_COMPILER = _OWN[0] + "compiler.py"
+
+
 def user_frame() -> FrameType | None:
-    """Return the innermost frame that belongs neither to torch nor to locc."""
+    """Return the innermost frame that belongs neither to torch nor to locc.
+
+    None outside of the model's code: who called `compile` is not meant.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
+        if name == _COMPILER:
+            return None
         if not name.startswith(_OWN) and not name.startswith("<"):
             return frame
         frame = frame.f_back

@@ -8,6 +8,7 @@ from torch import fx
 
 from locc.errors import MethodError
 from locc.ir import Owner, Phase, TrainingGraph, ops
+from locc.ir.captured import strip
 from locc.ir.view import node_modules
 from locc.lower.tasks import needed_nodes
 
@@ -95,18 +96,18 @@ def _check_freezable(ir: TrainingGraph, phase: Phase, needed: set[fx.Node], aske
         for module in node_modules(ir.root, node)
     }
     for node in (n for n in ir.nodes(role="forward") if n in needed and n.meta["owner"] in frozen):
+        written = [strip(str(n.target)) for n in node.meta.get("mutates", ()) if n.op == "get_attr"]
         where = f"in '{node.name}'" + (f" ({node.meta['line']})" if node.meta.get("line") else "")
         freezes = f"{asked} freezes module '{node.meta['owner']}' in eval mode, but"
         random = node.meta.get("random")
-        writes = any(n.op == "get_attr" for n in node.meta.get("mutates", ()))
         call = node.args[0] if node.target is ops.call_with else node
         assert isinstance(call, fx.Node)
         modules = node_modules(ir.root, call)
-        if (random or writes) and not modules:
+        if (random or written) and not modules:
             does, instead = (
                 ("draws random numbers", "use nn.Dropout or F.dropout(x, p, self.training)")
                 if random
-                else ("changes its state", "")
+                else (f"changes '{written[0]}'", "")
             )
             raise MethodError(
                 f"{freezes} its forward {does} {where} whatever the mode; "

@@ -16,8 +16,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from locc.ir import Coupling, Phase, TrainingGraph
 from locc.ir.captured import Signature
-from locc.lower import Plan, Receive, Resting, Send, at_rest
+from locc.lower import Plan, Resting, at_rest
 from locc.runtime.executor import Executor
+from locc.runtime.machine import Held
 from locc.runtime.records import MEMORY, InFile, InMemory, Records, size_of
 from locc.runtime.rows import Layout, close, pick, row_dims
 
@@ -97,19 +98,6 @@ class Shelf:
         return found
 
 
-@dataclass
-class _Passed:
-    """Channels between the two programs of a step."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def send(self, instruction: Send, value: Any) -> None:
-        self.values[instruction.value] = value
-
-    def receive(self, instruction: Receive) -> Any:
-        return self.values[instruction.value]
-
-
 class Features:
     """What rests in a phase hands on, by sample.
 
@@ -186,13 +174,13 @@ class Features:
         """Run one step of the phase; see `Executor.run`."""
 
         def compute(values: Sequence[Any], step: int = step) -> dict[str, Any]:
-            passed = _Passed()
+            passed = Held()
             executor.run(self._resting.first, values, step, passed)
             return passed.values
 
         useful = (self._keeps or self._shelves) and not (self._refused or self._storage.off)
         crossing = self._crossing(compute, values, step, executor.device) if useful else compute(values)
-        return executor.run(self._resting.then, values, step, _Passed(crossing))
+        return executor.run(self._resting.then, values, step, Held(crossing))
 
     def _crossing(
         self, compute: Compute, values: Sequence[Any], step: int, device: torch.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -35,6 +36,21 @@ class Channels(Protocol):
 
     def receive(self, instruction: Receive) -> Any:
         """Wait for a value."""
+
+
+@dataclass
+class Held:
+    """Channels between programs that run one after the other in this process; what is sent stays."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def send(self, instruction: Send, value: Any) -> None:
+        """Keep a value."""
+        self.values[instruction.value] = value
+
+    def receive(self, instruction: Receive) -> Any:
+        """Return a value that is kept."""
+        return self.values[instruction.value]
 
 
 class Machine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -331,51 +330,24 @@ class Compiled(nn.Module):
     def _join(self) -> None:
         """Become one of the ranks that train the program, if there are others."""
         built, settings = self.built, self.settings
-        facts = {
-            "the model": _digest(
-                f"{self.model} {[(n, *t.shape) for n, t in self.root.state_dict().items()]}"
-            ),
-            "the training graph": _digest(str(built.ir)),
-            "steps done": self.steps,
-        }
         timeout = settings.timeout or TIMEOUT
-        self.ranks, built.executor.seed = ranks.join(built.ir, timeout, facts, built.executor.seed)
+        self.ranks, built.executor.seed = ranks.join(built.ir, timeout, self.steps, built.executor.seed)
         if self.ranks is not None and settings.stages is not None:
-            ranks.check_stages(built.ir, [list(s) for s in settings.stages], self.ranks.size)
+            ranks.check_stages(built.ir, settings.stages, self.ranks.size)
 
     def _ranked(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> StepReport:
         """Run this rank's modules on a batch."""
         if not own.stages:
-            self._share_out(own, plan, values)
+            chosen = self.settings.stages
+            stages = chosen or own.shared_out(lambda: self._costs(plan, values))
+            own.place(self.ir, [list(stage) for stage in stages], self.device)
+            ranks.forget(own, self.built.learners)
         if self.phase not in self.built.shares:
             self.built.shares[self.phase] = program_of(self.ir, plan, own.owners).plan
-        part = self.built.shares[self.phase]
-        own.begin(self.steps, values)
-        try:
-            objectives, loss = self.built.executor.run(part, values, self.steps, own)
-        except BaseException as error:
-            own.fail(error)
-            raise
+        objectives, loss = own.run(self.built.executor, self.built.shares[self.phase], values, self.steps)
         self.steps += 1
         runs = ", ".join(f"'{name}'" for name in own.stages[own.rank])
         return StepReport(objectives, loss, f"it is of all modules, and rank {own.rank} runs only {runs}")
-
-    def _share_out(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> None:
-        """Give each rank its modules: the user's choice, or by what rank 0 measures on a batch."""
-        if self.settings.stages is not None:
-            chosen = [list(stage) for stage in self.settings.stages]
-        else:
-            chosen = own.told(self._stages(own, plan, values) if own.leads else None)
-        own.place(self.ir, chosen, self.device)
-        ranks.forget(own, self.built.learners)
-
-    def _stages(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> list[list[str]]:
-        try:
-            costs = self._costs(plan, values)
-        except BaseException as error:
-            own.fail(error)
-            raise
-        return ranks.shared_out({name: cost.seconds for name, cost in costs.items()}, own.size)
 
     def _costs(self, plan: Plan, values: list[Any]) -> dict[str, ranks.Cost]:
         """Return what each module takes of a step, which is undone."""
@@ -631,10 +603,6 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device, non_blocking=True)
     return torch.utils._pytree.tree_map_only(Tensor, lambda item: _moved(item, device), value)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _move_optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from locc.errors import CheckpointError, LoccError, nearest
-from locc.lower import ModuleProgram, Receive, Send
+from locc.lower import ModuleProgram
 from locc.runtime.executor import Executor
+from locc.runtime.machine import Held
 from locc.runtime.streams import stream
 from locc.runtime.waves import Updated
 
@@ -133,13 +134,13 @@ class Workers:
             read = batch if index == 0 else self._read(index)
             if read is None:
                 continue  # nothing to train on: the turn passes
-            part, mail = self.programs[index], _Mail(read.values)
+            part, mail = self.programs[index], Held(dict(read.values))
             objectives, loss = executor.run(part.plan, read.inputs, self.steps[index], mail)
             self.steps[index] += 1
             known, before = self.last
             self.last = known | objectives, before if loss is None else loss
             if index + 1 < len(self.programs):
-                self._write(index + 1, Batch(read.inputs, self._left(read.values | mail.sent, index + 1)))
+                self._write(index + 1, Batch(read.inputs, self._left(mail.values, index + 1)))
             updated(0, part.owners, objectives)
         self.batches += 1
         return self.last
@@ -208,21 +209,6 @@ class Workers:
         """Return what modules from `start` on still read."""
         read = {r.name for part in self.programs[start:] for r in part.receives}
         return {name: value for name, value in values.items() if name in read}
-
-
-class _Mail:
-    """Gives a module what its batch brings, and takes what it sends."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values, self.sent = values, dict[str, Any]()
-
-    def send(self, instruction: Send, value: Any) -> None:
-        """Keep a value for the modules above."""
-        self.sent[instruction.value] = value
-
-    def receive(self, instruction: Receive) -> Any:
-        """Return a value of the modules below."""
-        return self.values[instruction.value]
 
 
 def packed(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:

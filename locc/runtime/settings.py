@@ -71,6 +71,7 @@ class Settings:
                 f"batches={self.batches} is how many batches go through a module in schedule='wave', and "
                 f"schedule={self.schedule!r} was asked for; leave it out"
             )
+        self._check_replay()
         self._check_ranks()
         if self.backend not in BACKENDS:
             raise LoccError(
@@ -143,7 +144,7 @@ class Settings:
                 "is for several; leave one of them out"
             )
 
-    def _check_ranks(self) -> None:
+    def _check_replay(self) -> None:
         if self.replay is not None and self.schedule != "replay":
             raise LoccError(
                 "buffer=, policy=, reuse= and slow= are of schedule='replay', and "
@@ -154,6 +155,8 @@ class Settings:
                 "atomic=True undoes a step that fails, and with schedule='replay' a step is of several "
                 "batches; leave it out, and let fit write a checkpoint"
             )
+
+    def _check_ranks(self) -> None:
         for name in ("stages", "timeout"):
             if getattr(self, name) is not None and self.schedule != "pipelined":
                 raise LoccError(

@@ -18,7 +18,7 @@ TORCH, LOCC = (os.path.dirname(os.path.abspath(package.__file__)) for package in
     [
         (f"{TORCH}vision/models.py", True),  # a package beside torch whose name begins alike
         (f"{TORCH}/nn/functional.py", False),
-        (f"{LOCC}/compiler.py", False),
+        (f"{LOCC}/capture/ledger.py", False),
     ],
 )
 def test_the_line_is_the_users_own(path: str, users: bool) -> None:
@@ -27,3 +27,9 @@ def test_the_line_is_the_users_own(path: str, users: bool) -> None:
     found = scope["called"]()
     assert found is not None
     assert found.startswith(path if users else __file__)
+
+
+def test_who_calls_compile_is_not_meant() -> None:
+    scope = {"user_line": user_line}
+    exec(compile("def compile():\n    return user_line()", f"{LOCC}/compiler.py", "exec"), scope)
+    assert scope["compile"]() is None

@@ -269,7 +269,7 @@ REFUSALS = {
     "draws": r"freezes module 'a' in eval mode, but its forward draws random numbers in 'dropout' \(.*py:\d+"
     r"\) whatever the mode; use nn.Dropout or F.dropout\(x, p, self.training\), or keep that line inside a "
     "submodule that no split opens",
-    "writes": r"freezes module 'a' in eval mode, but its forward changes its state in 'add_' \(.*py:\d+\) "
+    "writes": r"freezes module 'a' in eval mode, but its forward changes 'seen' in 'add_' \(.*py:\d+\) "
     "whatever the mode; keep that line inside a submodule that no split opens",
     "shares": r"freezes module 'a' in eval mode, but 'c', which trains, calls the same submodule in "
     r"'drop' \(.*py:\d+\); give each of them a Dropout of its own",

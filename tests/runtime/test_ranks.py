@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import locc
 from locc import CheckpointError, LoccError, MethodError, RunError
 from locc.callbacks import Callback
-from locc.runtime.ranks import Cost, shared_out
 from locc.runtime.ranks.forecast import forecast
+from locc.runtime.ranks.placement import Cost, shared_out
 from runtime.processes import Died, together
 from support import batch, compiled, everything, mlp, same, sgd
 
@@ -225,7 +225,7 @@ def misfit(rank: int, kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("model", "rank 0 and rank 1 do not run the same program: the model is '"),
+        ("model", "rank 0 and rank 1 do not run the same program: the program's graph is '"),
         ("few", "2 processes were started, and the program has 1 modules: start at most 1, or split"),
         ("stages", "stages=.* is for 1 ranks, and 2 were started"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .joint import check_stages, forget, gather, join
-from .placement import Cost, measured, shared_out
+from .placement import Cost, measured
 from .ranks import END, OVER, PASS, STOP, Ranks
 
 __all__ = [
@@ -18,5 +18,4 @@ __all__ = [
     "gather",
     "join",
     "measured",
-    "shared_out",
-]  # fmt: skip
+]

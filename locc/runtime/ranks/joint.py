@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from locc.errors import LoccError
+from locc.facts import graph_hash
 from locc.facts.names import Names
 from locc.ir import TrainingGraph
 from locc.ir.state import State, states
@@ -17,7 +17,7 @@ from locc.runtime.progress import Progress
 from locc.runtime.ranks.ranks import Ranks
 
 
-def join(ir: TrainingGraph, timeout: float, facts: Mapping[str, Any], seed: int) -> tuple[Ranks | None, int]:
+def join(ir: TrainingGraph, timeout: float, steps: int, seed: int) -> tuple[Ranks | None, int]:
     """Take this process's place among the ranks, each with the tensors and the seed of rank 0.
 
     Returns:
@@ -34,13 +34,13 @@ def join(ir: TrainingGraph, timeout: float, facts: Mapping[str, Any], seed: int)
             f"{ranks.size} processes were started, and the program has {len(ir.modules)} modules: start at "
             f"most {len(ir.modules)}, or split the model in more places"
         )
-    ranks.agree(facts)
+    ranks.agree({"the program's graph": graph_hash(ir), "steps done": steps})
     ranks.share([(tensor, 0) for tensor in _tensors(ir.root)])
     return ranks, ranks.told(seed)
 
 
-def check_stages(ir: TrainingGraph, stages: list[list[str]], ranks: int) -> list[list[str]]:
-    """Return the user's stages.
+def check_stages(ir: TrainingGraph, stages: Sequence[Sequence[str]], ranks: int) -> None:
+    """Refuse stages that are none of the program's.
 
     Raises:
         LoccError: they are not every module once, in order, for as many ranks.
@@ -50,7 +50,6 @@ def check_stages(ir: TrainingGraph, stages: list[list[str]], ranks: int) -> list
         raise LoccError(f"stages={stages}: give every module once, in order, none empty: {names}")
     if len(stages) != ranks:
         raise LoccError(f"stages={stages} is for {len(stages)} ranks, and {ranks} were started")
-    return stages
 
 
 def forget(ranks: Ranks, learners: Mapping[str, Learner]) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from locc.runtime.rows import Layout
 
 HEAD = 1024
 """Bytes of a message's first part; what does not fit follows."""
@@ -166,9 +169,9 @@ class Links:
         def packed(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            layout = _Layout(leaf)
-            memory.append(layout.bytes_of(leaf))
-            return layout
+            parcel = _Parcel.of(leaf)
+            memory.append(parcel.pack(leaf))
+            return parcel
 
         head = pickle.dumps((step, name, tree_map(packed, value)))
         first = torch.zeros(HEAD, dtype=torch.uint8)
@@ -197,12 +200,12 @@ class Links:
 
     def _receive_value(self, rank: int, packed: Any) -> Any:
         def unpacked(part: Any) -> Any:
-            if not isinstance(part, _Layout):
+            if not isinstance(part, _Parcel):
                 return part
-            data = torch.empty(part.bytes, dtype=torch.uint8)
-            if part.bytes:
+            data = torch.empty(1, part.layout.size, dtype=torch.uint8)
+            if data.numel():
                 dist.recv(data, group=self._group, group_src=rank)
-            return part.of(data, self._device)
+            return part.unpack(data, self._device)
 
         return tree_map(unpacked, packed)
 
@@ -212,22 +215,20 @@ def _sent(queue: deque[Message], step: int) -> bool:
     return not queue or queue[0][0] > step
 
 
-class _Layout:
-    """Dtype, shape and order of the dimensions in memory: other strides may mean other kernels and bits."""
+@dataclass(frozen=True)
+class _Parcel:
+    """How a tensor lies in memory, whose bytes follow: other strides may mean other kernels and bits."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.dtype, self.on_cpu = tensor.dtype, tensor.device.type == "cpu"
-        self.order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-        self.shape = [tensor.shape[d] for d in self.order]
-        self.bytes = tensor.numel() * tensor.element_size()
+    layout: Layout
+    on_cpu: bool
 
-    def of(self, data: Tensor, device: torch.device) -> Tensor:
-        """Return the tensor whose memory `data` is, on the device where it was not on the CPU."""
-        back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        dense = data.view(self.dtype) if data.numel() else torch.empty(0, dtype=self.dtype)
-        whole = dense.reshape(self.shape).permute(back)
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Parcel:
+        return cls(Layout.of(tensor[None], 0, 1), tensor.device.type == "cpu")
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        return self.layout.apart(tensor.detach().cpu()[None], 1)
+
+    def unpack(self, data: Tensor, device: torch.device) -> Tensor:
+        whole = self.layout.together(data)[0]
         return whole if self.on_cpu else whole.to(device)
-
-    def bytes_of(self, tensor: Tensor) -> Tensor:
-        """Return the bytes of the tensor that this describes, on the CPU and in the order of its memory."""
-        return tensor.detach().cpu().permute(self.order).contiguous().reshape(-1).view(torch.uint8)

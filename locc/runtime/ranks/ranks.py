@@ -9,8 +9,8 @@ import platform
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -25,8 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from locc.errors import LoccError, RunError
 from locc.ir import TrainingGraph
-from locc.lower import Receive, Send
+from locc.lower import Plan, Receive, Send
+from locc.runtime.executor import Executor
 from locc.runtime.ranks.links import Links
+from locc.runtime.ranks.placement import Cost, shared_out
 
 DEPTH = 2
 """Steps that a rank may be ahead of one that reads from it."""
@@ -190,7 +192,33 @@ class Ranks:
         """What this rank runs."""
         return tuple(name for name, rank in self.homes.items() if rank == self.rank)
 
+    def shared_out(self, costs: Callable[[], Mapping[str, Cost]]) -> list[list[str]]:
+        """Return the modules of each rank, by what they cost on rank 0; every rank calls it.
+
+        Raises:
+            RunError: rank 0 could not say.
+        """
+        chosen = None
+        if self.leads:
+            with self.failing():
+                chosen = shared_out({name: cost.seconds for name, cost in costs().items()}, self.size)
+        found: list[list[str]] = self.told(chosen)
+        return found
+
     # ---- a step ---------------------------------------------------------------------------------
+
+    def run(
+        self, executor: Executor, plan: Plan, values: Sequence[Any], step: int
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Run what this rank has of a step, on a batch of which every rank has to hold the same.
+
+        Raises:
+            RunError: they do not, or another rank has stopped; or see `Executor.run`.
+            KeyboardInterrupt: rank 0 says so.
+        """
+        self.begin(step, values)
+        with self.failing():
+            return executor.run(plan, values, step, self)
 
     def begin(self, step: int, batch: Sequence[Any]) -> None:
         """Start a step on a batch, of which every rank has to hold the same.
@@ -257,6 +285,15 @@ class Ranks:
         return self._links
 
     # ---- failures -------------------------------------------------------------------------------
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Tell the other ranks why this one stops, should it stop inside."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks why this one stops."""
