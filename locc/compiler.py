@@ -34,6 +34,7 @@ from locc.rewrite.local_loss import check_heads
 from locc.rewrite.passes import refuse_early
 from locc.rewrite.targets import examples, misfit, wanted
 from locc.runtime import Built, Compiled, Executor, Settings, waves, within
+from locc.runtime import replicas as replication
 from locc.runtime.compiled import Codes
 from locc.runtime.fingerprint import fingerprint
 from locc.runtime.offload import Offload
@@ -89,6 +90,7 @@ def compile(
     slow: Mapping[str, float] | None = None,
     stages: Sequence[Sequence[str]] | None = None,
     timeout: float | None = None,
+    replicas: int | None = None,
     backend: str = "eager",
     strict: bool = False,
     offload: str | Path | None = None,
@@ -146,6 +148,10 @@ def compile(
         slow: of "replay", the share of its turns that a module loses, by its name: {"layer1": 0.5}.
         stages: of "pipelined", the modules of each rank, in order: [["layer1"], ["layer2", "output"]]. None:
             neighbours together, by seconds that rank 0 measures on the first batch.
+        replicas: of "pipelined", how many ranks run each stage, 1 by default, each a share of every batch:
+            gradients and objectives are means over the whole, weighted by samples, and buffers those of the
+            first share, as with `DistributedDataParallel`. The loss has to be a mean over samples; what
+            compares samples (BatchNorm, similarities) sees those of a share.
         timeout: of "pipelined", seconds after which a silent rank counts as lost, 600 by default.
         backend: "eager"; or "inductor": `torch.compile` compiles each module's code, forward and backward,
             when it first runs, and once more when sizes vary (on the CPU this needs a C++ compiler). What it
@@ -229,6 +235,7 @@ def compile(
         features_limit=features_limit,
         stages=None if stages is None else tuple(map(tuple, stages)),
         timeout=timeout,
+        replicas=replicas,
         offload=offload,
         replay=_replay(order, buffer=buffer, policy=policy, reuse=reuse, slow=slow),
         labels_within=loss == MODEL,
@@ -287,6 +294,8 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
             waves.check(ir, request.name, certificate, request.settings.schedule)
         if request.settings.update == "in_backward":
             within.check(ir, phases, request.name)
+        if (request.settings.replicas or 1) > 1:
+            replication.check(ir, phases, request.name)
         schedulers = request.settings.schedulers(learners)
         place = request.settings.offload
         offload = None if place is None else Offload(place, ir, learners)

@@ -59,6 +59,9 @@ class Eager(Machine):
 
     def stream(self, node: str) -> None:
         """Start the random stream of a node that draws."""
+        replicas = self.context.replicas
+        if replicas is not None and replicas.number:
+            node = f"{node} of replica {replicas.number}"
         seed_all(stream(self.context.seed, self.number, node, self.round))
 
     def segment(self, segment: Segment) -> None:
@@ -72,12 +75,12 @@ class Eager(Machine):
                 torch.clear_autocast_cache()
             super().segment(segment)
         if self.plan.loss in segment.writes:
-            self.loss = self.values[self.plan.loss].detach()
+            self.loss = self._whole(self.values[self.plan.loss].detach())
 
     def differentiate(self, task: Backward, values: list[Tensor]) -> list[Tensor | None]:
         """Back-propagate, unless the objective is not finite."""
         if task.objectives:
-            self._record(task, self.values[task.scalar].detach())
+            self._record(task, self._whole(self.values[task.scalar].detach()))
         self.stream(of_backward(task.scalar))  # hooks and custom functions may draw
         learner = self.context.learners.get(task.owner)
         if not (self.context.in_backward and task.objectives and learner is not None):
@@ -86,6 +89,14 @@ class Eager(Machine):
         self.moved.append(task.owner)
         with learner.updating():
             return super().differentiate(task, values)
+
+    def _whole(self, value: Tensor) -> Tensor:
+        """Return the mean of a scalar over the shares of the batch."""
+        if self.context.replicas is None:
+            return value
+        value = value.clone()
+        self.context.replicas.mean([value])
+        return value
 
     def _record(self, task: Backward, value: Tensor) -> None:
         for name in task.objectives:
@@ -108,6 +119,8 @@ class Eager(Machine):
         """Run one optimizer step of an owner, on a random stream of its own."""
         learner = self.context.learners[task.owner]
         self.protect(task, learner.parameters)
+        if self.context.replicas is not None:
+            self.context.replicas.mean([p.grad for p in learner.parameters if p.grad is not None])
         if learner.draws:
             self.stream(of_update(task.owner))
         if learner.update(self.context.accumulate):

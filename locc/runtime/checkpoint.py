@@ -65,7 +65,7 @@ def save(program: Compiled, path: Path) -> None:
 def _merged(program: Compiled, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return the state of all ranks on rank 0, where the others hand in that of what they train."""
     tensors, header = _live(program)
-    numbers = {str(i): ranks.owns(owner) for i, owner in enumerate(program.ir.owners)}
+    numbers = {str(i): ranks.answers(owner) for i, owner in enumerate(program.ir.owners)}
 
     def own(name: str) -> bool:
         kind, number, *_ = name.split("/")
@@ -74,7 +74,7 @@ def _merged(program: Compiled, ranks: Ranks) -> tuple[dict[str, Tensor], dict[st
     per_owner = ("optimizers", "schedulers")
     mine = {n: t for n, t in tensors.items() if n.startswith(("optimizer/", "grad/")) and own(n)}
     found = ranks.collected(
-        (mine, {key: {o: held for o, held in header[key].items() if ranks.owns(o)} for key in per_owner})
+        (mine, {key: {o: held for o, held in header[key].items() if ranks.answers(o)} for key in per_owner})
     )
     if found is None:
         return None

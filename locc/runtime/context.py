@@ -13,6 +13,7 @@ from locc.lower import Instruction
 from locc.runtime.compiled import Codes
 from locc.runtime.learner import Learner
 from locc.runtime.offload import Offload
+from locc.runtime.replicas import Replicas
 from locc.runtime.stops import non_finite
 
 LATE = (
@@ -28,7 +29,8 @@ class Context:
     `observe` is called after each instruction, with the values in flight. With `guarded=False` an
     objective that is not finite does not stop the step. `atomic` says that whoever runs the step undoes one
     that fails, so that a failure must be known before the step is over. With `in_backward` a parameter is
-    updated as soon as the backward pass knows its gradient. `codes` is what a backend has compiled.
+    updated as soon as the backward pass knows its gradient. `codes` is what a backend has compiled,
+    `replicas` the ranks that run the same on other shares of the batch.
     """
 
     root: nn.Module
@@ -43,6 +45,7 @@ class Context:
     offload: Offload | None = None
     in_backward: bool = False
     codes: Codes = field(default_factory=Codes)
+    replicas: Replicas | None = None
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
 
     def defer(self, step: int, name: str, flag: Tensor) -> None:

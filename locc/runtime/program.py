@@ -331,22 +331,26 @@ class Compiled(nn.Module):
         """Become one of the ranks that train the program, if there are others."""
         built, settings = self.built, self.settings
         timeout = settings.timeout or TIMEOUT
-        self.ranks, built.executor.seed = ranks.join(built.ir, timeout, self.steps, built.executor.seed)
+        self.ranks, built.executor.seed = ranks.join(
+            built.ir, timeout, settings.replicas or 1, self.steps, built.executor.seed
+        )
         if self.ranks is not None and settings.stages is not None:
-            ranks.check_stages(built.ir, settings.stages, self.ranks.size)
+            ranks.check_stages(built.ir, settings.stages, self.ranks)
 
     def _ranked(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> StepReport:
         """Run this rank's modules on a batch."""
         if not own.stages:
             chosen = self.settings.stages
             stages = chosen or own.shared_out(lambda: self._costs(plan, values))
-            own.place(self.ir, [list(stage) for stage in stages], self.device)
+            ranks.place(own, self.ir, stages, self.device)
             ranks.forget(own, self.built.learners)
+            self.built.executor.replicas = own.replicas
         if self.phase not in self.built.shares:
             self.built.shares[self.phase] = program_of(self.ir, plan, own.owners).plan
-        objectives, loss = own.run(self.built.executor, self.built.shares[self.phase], values, self.steps)
+        share = self.built.shares[self.phase]
+        objectives, loss = own.run(self.built.executor, self.ir, share, values, self.steps)
         self.steps += 1
-        runs = ", ".join(f"'{name}'" for name in own.stages[own.rank])
+        runs = ", ".join(f"'{name}'" for name in own.names)
         return StepReport(objectives, loss, f"it is of all modules, and rank {own.rank} runs only {runs}")
 
     def _costs(self, plan: Plan, values: list[Any]) -> dict[str, ranks.Cost]:

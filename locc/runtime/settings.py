@@ -52,6 +52,7 @@ class Settings:
     features_limit: int | str | None = None
     stages: tuple[tuple[str, ...], ...] | None = None
     timeout: float | None = None
+    replicas: int | None = None
     offload: str | Path | None = None
     replay: Replay | None = None
     labels_within: bool = False
@@ -157,12 +158,14 @@ class Settings:
             )
 
     def _check_ranks(self) -> None:
-        for name in ("stages", "timeout"):
+        for name in ("stages", "timeout", "replicas"):
             if getattr(self, name) is not None and self.schedule != "pipelined":
                 raise LoccError(
                     f"{name}= is of schedule='pipelined', and schedule={self.schedule!r} was asked for; "
                     "leave it out"
                 )
+        if self.replicas is not None and (type(self.replicas) is not int or self.replicas < 1):
+            raise LoccError(f"replicas={self.replicas!r}: give how many ranks run each stage, at least 1")
         if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
             raise LoccError(f"timeout={self.timeout!r}: give seconds of silence between ranks, above 0")
         if self.atomic and self.schedule == "pipelined":
@@ -178,6 +181,11 @@ class Settings:
             raise LoccError(
                 f"update='in_backward' drops a gradient as soon as it is known, and clip={self.clip} needs "
                 "the norm of all of a module's; leave one of them out"
+            )
+        if self.update == "in_backward" and (self.replicas or 1) > 1:
+            raise LoccError(
+                "update='in_backward' drops a gradient as soon as it is known, and "
+                f"replicas={self.replicas} take the mean of all of a module's; leave one of them out"
             )
         if self.update == "in_backward" and self.accumulate > 1:
             raise LoccError(

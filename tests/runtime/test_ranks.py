@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +25,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import locc
 from locc import CheckpointError, LoccError, MethodError, RunError
 from locc.callbacks import Callback
+from locc.runtime.backends import Eager
 from locc.runtime.ranks.forecast import forecast
 from locc.runtime.ranks.placement import Cost, shared_out
 from runtime.processes import Died, together
+from runtime.turns import Written
 from support import batch, compiled, everything, mlp, same, sgd
 
 LR = torch.optim.lr_scheduler
@@ -137,9 +141,9 @@ def test_all_stop_after_the_batch_at_which_rank_0_does(interrupt: bool, tmp_path
     assert found == [(8, None if interrupt else "enough", interrupt)] * 3
 
 
-def failing(rank: int, kind: str) -> Any:
+def failing(rank: int, kind: str, **options: Any) -> Any:
     """Train where rank 1 fails in its tenth batch; return what is said."""
-    program = program_of("dgl", "pipelined", timeout=3.0, stages=[["0"], ["1"], ["2", "3"]])
+    program = program_of("dgl", "pipelined", timeout=3.0, **options)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         x, y = batch(4)
@@ -173,13 +177,21 @@ def failing(rank: int, kind: str) -> Any:
     ],
 )  # fmt: skip
 def test_one_that_fails_ends_all_with_its_name_and_cause(kind: str, own: str | None, told: str) -> None:
-    first, middle, last = together(3, failing, kind)
+    first, middle, last = together(3, partial(failing, stages=[["0"], ["1"], ["2", "3"]]), kind)
     if own is None:
         assert isinstance(middle, Died)
     else:
         assert re.search(own, str(middle)), middle
     for text in (first, last):
         assert re.search("training stopped on every rank: .*" + told, str(text)), text
+
+
+def test_a_replica_that_dies_ends_the_others() -> None:
+    text, died = together(2, partial(failing, replicas=2), "killed")
+    assert isinstance(died, Died)
+    assert re.search(
+        r"stopped on every rank: rank 1 \('0', '1', '2', '3'\) is gone at step \d+ ", str(text)
+    ), text
 
 
 def by_hand(rank: int) -> Any:
@@ -207,6 +219,84 @@ def test_steps_by_hand() -> None:
     assert torch.equal(left, right)
 
 
+class Centred(nn.Module):
+    """Trains on what is left of its input when a running mean, which differs by share, is taken away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.mean: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        return x - self.mean
+
+
+def shared(rank: int, replicas: int, drawing: bool, file: str, start: str = "", epochs: int = 2) -> Any:
+    """Train in float64, the last batch of a pass smaller than the others; save the whole program."""
+    torch.manual_seed(0)
+    model = network()
+    model[1].append(Centred())
+    model.double()
+    if not drawing:
+        model = nn.Sequential(*[nn.Sequential(*block[:2]) for block in model[:3]], model[3])
+    program = locc.compile(
+        model, "dgl", SPLITS, example_inputs=batch(4)[0].double(), schedule="pipelined", timeout=20.0, seed=5,
+        replicas=replicas, accumulate=2, clip=1.0, optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01),
+    )  # fmt: skip
+    if start:
+        program.load(start)
+    x = torch.randn(22, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    data = DataLoader(TensorDataset(x, torch.arange(22) % 3), 5 if not drawing else 6, shuffle=True)
+    stops = [After(5, False)] if drawing and not start and epochs == 3 else []
+    history = program.fit(data, epochs, progress=False, callbacks=stops)
+    program.save(file)
+    state = {n: t.clone() for n, t in program.state_dict().items()}
+    return state, [epoch.metrics for epoch in history.epochs]
+
+
+def test_replicas_train_what_one_process_trains(tmp_path: Path) -> None:
+    one = shared(0, 1, False, str(tmp_path / "one"))
+    every = together(4, shared, 2, False, str(tmp_path / "four"))
+    for state, metrics in every:
+        assert same(state, every[0][0])
+        torch.testing.assert_close(state, one[0], rtol=0, atol=1e-12)
+        assert metrics == [pytest.approx(each, abs=1e-12) for each in one[1]]
+
+
+def test_replicas_draw_from_streams_of_their_own() -> None:
+    program = compiled(mlp(), "dgl", ["first"])
+    drawn = []
+    for replica in (None, SimpleNamespace(number=0), SimpleNamespace(number=1)):
+        program.built.executor.replicas = replica  # type: ignore[assignment]
+        Eager(program.built.executor, program.plan(), program.bind(*batch(4)), 0).stream("dropout")
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_shares_of_a_batch_do_not_add_up_to_is_refused() -> None:
+    def averaging(ir: Any) -> None:
+        (h,) = ir.outputs("first")
+        ir.assign(
+            "first", ir.state("first", "mean", h.meta["spec"]), ir.stop_gradient("first", h, role="now")
+        )
+        ir.objective(ir.last.name, ir.apply_loss(), "loss")
+
+    with pytest.raises(
+        MethodError, match=r"means of gradients .* has state 'mean' of module 'first', of whic"
+    ):
+        compiled(mlp(), Written(averaging), ["first"], schedule="pipelined", replicas=2)
+
+
+def test_replicas_go_on_from_their_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("whole", "first", "second")]
+    together(2, shared, 2, True, files[0], "", 4)
+    together(2, shared, 2, True, files[1], "", 3)  # cut in the midst of a pass, and of an update
+    together(2, shared, 2, True, files[2], files[1], 4)
+    assert same(load_file(files[0]), load_file(files[2]))
+
+
 def misfit(rank: int, kind: str) -> str:
     options: dict[str, Any] = {}
     model = network()
@@ -214,6 +304,8 @@ def misfit(rank: int, kind: str) -> str:
         model[1][1] = nn.Tanh()
     if kind == "stages":
         options["stages"] = [["0", "1", "2", "3"]]
+    if kind == "odd":
+        options["replicas"] = 3
     splits = SPLITS[: 0 if kind == "few" else 3]
     with pytest.raises(LoccError) as caught:
         locc.compile(
@@ -228,6 +320,7 @@ def misfit(rank: int, kind: str) -> str:
         ("model", "rank 0 and rank 1 do not run the same program: the program's graph is '"),
         ("few", "2 processes were started, and the program has 1 modules: start at most 1, or split"),
         ("stages", "stages=.* is for 1 ranks, and 2 were started"),
+        ("odd", "2 processes were started, and replicas=3 of each .* start a multiple of 3"),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(kind: str, said: str) -> None:
@@ -253,6 +346,12 @@ def test_alone_it_trains_as_lockstep() -> None:
         ({"stages": [["first"]]}, "stages= is of schedule='pipelined', and schedule='lockstep' was asked"),
         ({"timeout": 3.0}, "timeout= is of schedule='pipelined'"),
         ({"schedule": "pipelined", "timeout": 0}, "timeout=0: give seconds"),
+        ({"replicas": 2}, "replicas= is of schedule='pipelined'"),
+        ({"schedule": "pipelined", "replicas": 0}, "replicas=0: give how many ranks"),
+        (
+            {"schedule": "pipelined", "replicas": 2, "update": "in_backward"},
+            "replicas=2 take the mean of all",
+        ),
         ({"schedule": "pipelined", "atomic": True}, "atomic=True undoes a step that fails"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .joint import check_stages, forget, gather, join
+from .joint import check_stages, forget, gather, join, place
 from .placement import Cost, measured
 from .ranks import END, OVER, PASS, STOP, Ranks
 
@@ -18,4 +18,5 @@ __all__ = [
     "gather",
     "join",
     "measured",
+    "place",
 ]

@@ -29,6 +29,7 @@ from locc.lower import Plan, Receive, Send
 from locc.runtime.executor import Executor
 from locc.runtime.ranks.links import Links
 from locc.runtime.ranks.placement import Cost, shared_out
+from locc.runtime.replicas import Replicas
 
 DEPTH = 2
 """Steps that a rank may be ahead of one that reads from it."""
@@ -50,8 +51,10 @@ class Ranks:
         rank: the number of this one.
         size: how many there are.
         timeout: seconds of silence after which a rank that is waited for counts as lost.
-        stages: the modules of each rank, once they are shared out.
-        homes: the rank of each owner.
+        width: how many ranks run one stage, each on a share of the batch.
+        stages: the modules of each stage, once they are shared out; as many as ranks, where `width` is 1.
+        homes: the stage of each owner.
+        replicas: the ranks of this one's stage, where there are several.
         stale: whether the modules of other ranks have trained since `Compiled.gather`.
         failed: whether training among them has broken off.
     """
@@ -59,8 +62,10 @@ class Ranks:
     rank: int
     size: int
     timeout: float
+    width: int = 1
     stages: list[list[str]] = field(default_factory=list)
     homes: dict[str, int] = field(default_factory=dict)
+    replicas: Replicas | None = None
     stale: bool = False
     failed: bool = False
     at: int = 0
@@ -78,7 +83,7 @@ class Ranks:
     _made = 0
 
     @classmethod
-    def join(cls, timeout: float) -> Ranks | None:
+    def join(cls, timeout: float, width: int = 1) -> Ranks | None:
         """Return this process's place among those of torch.distributed; None where it is alone.
 
         Joins the process group that `torchrun` describes in the environment, if nobody has yet.
@@ -90,16 +95,41 @@ class Ranks:
                 return None
             _init()
             atexit.register(dist.destroy_process_group)
-        return None if dist.get_world_size() < 2 else cls(dist.get_rank(), dist.get_world_size(), timeout)
+        if dist.get_world_size() < 2:
+            return None
+        return cls(dist.get_rank(), dist.get_world_size(), timeout, width)
 
     @property
     def leads(self) -> bool:
         """Whether this is rank 0, which talks, writes and decides when to stop."""
         return self.rank == 0
 
+    @property
+    def stage(self) -> int:
+        """The number of this rank's stage."""
+        return self.rank // self.width
+
+    @property
+    def column(self) -> int:
+        """Which share of every batch this rank runs."""
+        return self.rank % self.width
+
+    @property
+    def names(self) -> list[str]:
+        """The modules that this rank runs, once they are shared out."""
+        return self.stages[self.stage]
+
     def owns(self, owner: str) -> bool:
         """Whether this rank trains an owner."""
-        return not self.homes or self.homes[owner] == self.rank
+        return not self.homes or self.homes[owner] == self.stage
+
+    def answers(self, owner: str) -> bool:
+        """Whether this rank is the first of those that train an owner."""
+        return self.owns(owner) and self.column == 0
+
+    def first(self, owner: str) -> int:
+        """Return the first rank of those that train an owner; 0 for what has none."""
+        return self.homes.get(owner, 0) * self.width
 
     # ---- agreement ------------------------------------------------------------------------------
 
@@ -152,32 +182,27 @@ class Ranks:
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self._calls, rank)
 
-    def _call(self, collective: Callable[[], Any]) -> None:
+    def _call(self, collective: Callable[[], Any], text: str = "a rank is gone") -> None:
         try:
             collective()
         except RuntimeError as error:
             time.sleep(GRACE)  # whoever has ended may be about to say why
-            raise self._stopped(
-                self._cause() or self._publish(f"a rank is gone ({_short(error)})")
-            ) from error
+            raise self._stopped(self._cause() or self._publish(f"{text} ({_short(error)})")) from error
 
     # ---- placement ------------------------------------------------------------------------------
 
     def place(self, ir: TrainingGraph, stages: list[list[str]], device: torch.device) -> None:
         """Give each rank its modules, with their auxiliaries, and open the links between ranks."""
         of = {module.name: module.index for module in ir.modules}
-        rank_of = {of[name]: rank for rank, names in enumerate(stages) for name in names}
+        stage_of = {of[name]: stage for stage, names in enumerate(stages) for name in names}
         self.stages = stages
-        self.homes = {owner.name: rank_of[owner.index] for owner in ir.owners.values()}
+        self.homes = {owner.name: stage_of[owner.index] for owner in ir.owners.values()}
         pairs = {(0, rank) for rank in range(1, self.size)}
         for node in ir.graph.nodes:
             for source in node.all_input_nodes:
-                ends = (
-                    self.homes.get(str(source.meta.get("owner"))),
-                    self.homes.get(str(node.meta.get("owner"))),
-                )
-                if None not in ends and ends[0] != ends[1]:
-                    pairs.add(ends)  # type: ignore[arg-type]
+                start, end = (self.homes.get(str(n.meta.get("owner"))) for n in (source, node))
+                if start is not None and end is not None and start != end:
+                    pairs |= {(self._rank(start, c), self._rank(end, c)) for c in range(self.width)}
         self._links = Links(
             self._wires,
             [a for a, b in sorted(pairs) if b == self.rank],
@@ -187,13 +212,31 @@ class Ranks:
         )
         atexit.register(self._close)
 
+    def _rank(self, stage: int, column: int) -> int:
+        return stage * self.width + column
+
+    def replicate(self, buffers: Sequence[Tensor]) -> None:
+        """Open the connections inside of each stage; every rank calls it with the buffers of its modules."""
+        for stage in range(len(self.stages)):
+            ranks = [self._global(self._rank(stage, column)) for column in range(self.width)]
+            group = dist.new_group(ranks, timeout=FOREVER, backend="gloo")
+            if stage == self.stage:
+                self.replicas = Replicas(group, self.column, self.width, buffers, self._among)
+
+    def _among(self, wait: Callable[[Callable[[], None]], None]) -> None:
+        """Wait for the other ranks of the stage."""
+        beside = [self._rank(self.stage, c) for c in range(self.width) if c != self.column]
+        look = self._idle("its share of a mean")
+        who = self._named(beside[0]) if len(beside) == 1 else f"one of the ranks {beside}"
+        self._call(lambda: wait(lambda: look(beside[0])), f"{who} is gone at step {self.at}")
+
     @property
     def owners(self) -> tuple[str, ...]:
         """What this rank runs."""
-        return tuple(name for name, rank in self.homes.items() if rank == self.rank)
+        return tuple(name for name in self.homes if self.owns(name))
 
     def shared_out(self, costs: Callable[[], Mapping[str, Cost]]) -> list[list[str]]:
-        """Return the modules of each rank, by what they cost on rank 0; every rank calls it.
+        """Return the modules of each stage, by what they cost on rank 0; every rank calls it.
 
         Raises:
             RunError: rank 0 could not say.
@@ -201,16 +244,19 @@ class Ranks:
         chosen = None
         if self.leads:
             with self.failing():
-                chosen = shared_out({name: cost.seconds for name, cost in costs().items()}, self.size)
+                seconds = {name: cost.seconds for name, cost in costs().items()}
+                chosen = shared_out(seconds, self.size // self.width)
         found: list[list[str]] = self.told(chosen)
         return found
 
     # ---- a step ---------------------------------------------------------------------------------
 
     def run(
-        self, executor: Executor, plan: Plan, values: Sequence[Any], step: int
+        self, executor: Executor, ir: TrainingGraph, plan: Plan, values: Sequence[Any], step: int
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Run what this rank has of a step, on a batch of which every rank has to hold the same.
+
+        Replicas take their share of it; objectives and loss are those of the whole.
 
         Raises:
             RunError: they do not, or another rank has stopped; or see `Executor.run`.
@@ -218,7 +264,11 @@ class Ranks:
         """
         self.begin(step, values)
         with self.failing():
-            return executor.run(plan, values, step, self)
+            if self.replicas is None:
+                return executor.run(plan, values, step, self)
+            found = executor.run(plan, self.replicas.part(ir, values, step), step, self)
+            self.replicas.settle()
+            return found
 
     def begin(self, step: int, batch: Sequence[Any]) -> None:
         """Start a step on a batch, of which every rank has to hold the same.
@@ -263,8 +313,8 @@ class Ranks:
 
     def send(self, instruction: Send, value: Any) -> None:
         """Hand a value to the ranks that read it; returns at once."""
-        for rank in dict.fromkeys(self.homes[owner] for owner in instruction.to):
-            self._opened().send(rank, instruction.value, value)
+        for stage in dict.fromkeys(self.homes[owner] for owner in instruction.to):
+            self._opened().send(self._rank(stage, self.column), instruction.value, value)
 
     def receive(self, instruction: Receive) -> Any:
         """Wait for a value of another rank.
@@ -272,9 +322,8 @@ class Ranks:
         Raises:
             RunError: a rank has stopped, or says nothing for too long.
         """
-        return self._opened().receive(
-            self.homes[instruction.source], instruction.value, self._idle(f"'{instruction.value}'")
-        )
+        source = self._rank(self.homes[instruction.source], self.column)
+        return self._opened().receive(source, instruction.value, self._idle(f"'{instruction.value}'"))
 
     def _opened(self) -> Links:
         if self._links is None or self.failed:
@@ -332,7 +381,9 @@ class Ranks:
         )
 
     def _named(self, rank: int) -> str:
-        names = ", ".join(f"'{n}'" for n in self.stages[rank]) if self.stages else "no modules yet"
+        names = (
+            ", ".join(f"'{n}'" for n in self.stages[rank // self.width]) if self.stages else "no modules yet"
+        )
         return f"rank {rank} ({names})"
 
     def _cause(self) -> str | None:
