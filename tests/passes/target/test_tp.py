@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from locc.rewrite import noise
-from support import Residual, batch, compiled, mlp, same, sgd, snapshot
+from support import Residual, batch, compiled, mlp, sgd, snapshot
 
 ETA = 0.3277
 SIGMA = 0.3598
 
-BEFORE = """\
-# 3 modules: relu1, relu2, third
-def step(self, input_1, target):
-    # ---- module 0: relu1
-    first = self.first(input_1)  # f32[B,8]
-    relu1 = self.relu1(first)  # f32[B,8]
-    # ---- module 1: relu2
-    relu1_at_relu2 = stop_gradient(relu1)  # f32[B,8]
-    drop = self.drop(relu1_at_relu2)  # f32[B,8]
-    second = self.second(drop)  # f32[B,8]
-    relu2 = self.relu2(second)  # f32[B,8]
-    # ---- module 2: third
-    relu2_at_third = stop_gradient(relu2)  # f32[B,8]
-    third = self.third(relu2_at_third)  # f32[B,3]
-    return third
-"""
 
 AFTER = """\
 # 3 modules: relu1, relu2, third
@@ -85,11 +68,8 @@ def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "with_noise", with_noise)
 
 
-def test_the_printed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCC_DUMP", str(tmp_path))
-    program = compiled(mlp(), "tp", ["relu1", "relu2"], order="batch", eta=ETA)
-    assert (tmp_path / "000_partition.py").read_text() == BEFORE
-    assert str(program.ir) == AFTER
+def test_the_printed_program() -> None:
+    assert str(compiled(mlp(), "tp", ["relu1", "relu2"], order="batch", eta=ETA).ir) == AFTER
 
 
 def test_a_step_equals_the_formulas_with_two_readers() -> None:
@@ -132,19 +112,3 @@ def test_a_target_differs_from_the_output_even_where_nothing_is_to_change() -> N
         program.step(*batch())
         moved[method] = not torch.equal(before["first.weight"], model.first.weight)
     assert moved == {"tp": True, "dtp": False}
-
-
-def test_one_module_is_bp() -> None:
-    a = mlp()
-    b = copy.deepcopy(a)
-    for model, method in ((a, "tp"), (b, "bp")):
-        compiled(model, method).step(*batch())
-    assert same(snapshot(a), snapshot(b))
-
-
-def test_every_parameter_trains() -> None:
-    program = compiled(mlp(), "tp", ["relu1", "relu2"])
-    before = snapshot(program.root)
-    program.fit([batch()], epochs=1, progress=False)
-    after = snapshot(program.root)
-    assert [k for k in before if torch.equal(before[k], after[k])] == []
