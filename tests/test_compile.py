@@ -291,22 +291,6 @@ def test_backpropagation_in_pieces_is_backpropagation(case, accumulate):
     assert gap(model, eager) < 1e-12
 
 
-@settings(max_examples=15)
-@given(cases())
-def test_no_step_leaves_anything_behind(case):
-    program = case.compile()
-    left: dict[str, Any] = {}
-
-    def observe(_: object, values: dict[str, Any]) -> None:
-        left["values"] = values
-
-    program.built.executor.observe = observe
-    report = program.step(*case.batch())
-    assert left["values"] == {}
-    assert all(p.grad is None for p in program.parameters())
-    assert all(v.dim() == 0 and not v.requires_grad for v in report.objectives.values())
-
-
 def test_the_modularity_of_a_method_is_read_off_its_graph():
     state = torch.get_rng_state()
     found = locc.methods()

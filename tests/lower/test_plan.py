@@ -85,6 +85,7 @@ def test_a_value_goes_with_its_last_reader_and_nothing_is_left_at_the_end_of_a_s
         plans = [program.plan(phase), *(p.plan for p in program.module_programs.values())]
         assert [wrongly_kept(plan.instructions, set()) for plan in plans] == [set()] * len(plans)
         assert final_values(program, case.batch()) == {}
+        assert all(p.grad is None for p in program.parameters())
 
 
 def test_a_phase_does_not_hold_what_of_the_batch_it_does_not_read():

@@ -116,19 +116,6 @@ class Sharing(nn.Module):
         return self.head(self.two(self.one(x)))
 
 
-class Tied(nn.Module):
-    """The head's weight is that of the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.mid = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mid(self.embed(tokens))))
-
-
 class Langevin(torch.optim.SGD):
     """Adds noise to what it updates."""
 

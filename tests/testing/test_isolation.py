@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import locc
 from locc.testing import isolation, perturb
 from locc.testing.isolation import assert_isolated
-from support import every_method, usual_case
+from support import Tied, every_method, usual_case
 
 from .planted import (
     CLASSES,
@@ -23,7 +23,6 @@ from .planted import (
     NoisyLeaf,
     Residual,
     Sharing,
-    Tied,
     batch,
     everything,
     program_of,

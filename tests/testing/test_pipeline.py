@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import locc
 from locc.testing import pipeline
 from locc.testing.pipeline import assert_pipeline_exact
+from support import Tied
 
 from .planted import (
     CLASSES,
@@ -21,7 +22,6 @@ from .planted import (
     Langevin,
     Leaf,
     NoisyLeaf,
-    Tied,
     batch,
     everything,
     program_of,

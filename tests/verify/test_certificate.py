@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import locc
 from locc.proof import Certificate, Flow
 from locc.rewrite import Method
+from support import Tied
 
 from .shapes import SHAPES
 
@@ -166,20 +167,10 @@ def test_target_propagation_sends_targets_down() -> None:
 # ---- couplings and warnings -------------------------------------------------------------------
 
 
-class _Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.mid, self.head = nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mid(self.embed(tokens))))
-
-
 def _tied(policy: str) -> Certificate:
     torch.manual_seed(0)
     tokens = torch.randint(0, 7, (3, 4))
-    return locc.compile(_Tied(), "dgl", ["embed", "mid"], tied=policy, example_inputs=tokens).certificate
+    return locc.compile(Tied(), "dgl", ["embed", "mid"], tied=policy, example_inputs=tokens).certificate
 
 
 def test_a_tied_parameter_that_one_module_trains_is_a_coupling() -> None:

@@ -1,6 +1,8 @@
-"""Leaks through what parameters and optimizers hold, in user models and in rewritten graphs."""
+"""Leaks through what parameters and optimizers hold; more are planted by tests/mutants."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,21 +12,32 @@ import locc
 from locc.proof import prove, static
 from locc.runtime import Learner
 
-from .plants import PLANTS, Decaying
+from .leaks import Chain, plain
+from .plants import Decaying
 
 
-@pytest.mark.parametrize("name", PLANTS)
-def test_compile_refuses_a_plant_by_name(name: str) -> None:
-    plant = PLANTS[name]
-    with pytest.raises(plant.error) as caught:
-        plant.compile(True)
-    assert type(caught.value) is plant.error
-    assert plant.text in str(caught.value)
+def viewing(leak: bool) -> Chain:
+    model = Chain(plain)
+    foreign = model.a.linear.weight.detach()
+    model.b.linear.weight = nn.Parameter(foreign.t() if leak else foreign.t().clone())
+    return model
 
 
-@pytest.mark.parametrize("name", PLANTS)
-def test_the_harmless_twin_of_a_plant_passes(name: str) -> None:
-    program = PLANTS[name].compile(False)
+def interleaving(leak: bool) -> Chain:
+    """Two modules whose weights lie in one storage; only where they overlap do they share anything."""
+    model, flat = Chain(plain), torch.randn(33)
+    model.a.linear.weight = nn.Parameter(flat[0:32:2].view(4, 4))
+    model.b.linear.weight = nn.Parameter(flat[2:18].view(4, 4) if leak else flat[1:33:2].view(4, 4))
+    return model
+
+
+@pytest.mark.parametrize("plant", [viewing, interleaving])
+def test_memory_of_two_owners_is_refused_and_a_storage_of_both_is_not(plant: Callable[[bool], Chain]) -> None:
+    x = torch.randn(4, 4)
+    text = r"of 'b' shares memory with parameter 'a\.linear\.weight' of 'a'"
+    with pytest.raises(locc.LocalityError, match=text):
+        locc.compile(plant(True), "dgl", ["a", "b", "c"], example_inputs=x)
+    program = locc.compile(plant(False), "dgl", ["a", "b", "c"], example_inputs=x)
     assert program.certificate.complete
     program.step(torch.randn(6, 4), torch.randint(0, 3, (6,)))
 
