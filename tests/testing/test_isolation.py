@@ -290,15 +290,3 @@ def test_leaves_the_program_as_it_was(method: str, mode: bool) -> None:
     assert_isolated(program, x, y)
     assert everything(program) == before
     assert all(torch.equal(one, other) for one, other in zip((x, y), batch(), strict=True))
-
-
-def test_training_goes_on_as_if_nothing_had_been_asserted() -> None:
-    ends = []
-    for check in (True, False):
-        program = program_of(Residual(), "dtp", splits=["stem", "one", "two"])
-        for number in range(3):
-            program.step(*batch(seed=number))
-            if check:
-                assert_isolated(program, *batch())
-        ends.append(everything(program)["tensors"])
-    assert ends[0] == ends[1]

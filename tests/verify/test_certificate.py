@@ -15,8 +15,6 @@ from locc.proof import Certificate, Flow
 from locc.rewrite import Method
 from support import Tied
 
-from .shapes import SHAPES
-
 
 def _program(method: str | Method, depth: int = 4, **options: object) -> locc.Program:
     torch.manual_seed(0)
@@ -334,10 +332,3 @@ def test_a_program_that_was_not_verified_has_no_certificate_until_it_is() -> Non
     with pytest.raises(locc.RunError, match=r"call locc\.verify"):
         _ = program.certificate
     assert locc.verify(program) is program.certificate
-
-
-def test_phases_that_train_apart_are_proved() -> None:
-    case = SHAPES["chain"]
-    program = locc.compile(case.build(), "dtp", list(case.splits), example_inputs=case.x())
-    assert program.phases
-    assert program.certificate.complete

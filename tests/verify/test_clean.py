@@ -12,7 +12,7 @@ from torch import nn
 import locc
 from locc.reproduce.networks import GPT
 from support import every_method
-from testing.planted import but_for_the_proof, freeze
+from testing.planted import but_for_the_proof
 from zoo.vision import Bottleneck, ResNet
 
 from .leaks import Chain, plain
@@ -60,30 +60,6 @@ def test_verification_leaves_a_live_program_as_it_was(method: str, shape: str) -
     assert locc.verify(program).graph_hash == first.graph_hash
     program.train()
     assert first.complete
-
-
-@pytest.mark.parametrize("shape", ["residual", "convolutional"])
-def test_training_goes_on_as_if_nothing_had_been_verified(shape: str) -> None:
-    case = SHAPES[shape]
-    x, y = case.x(), case.y()
-    runs = []
-    for check in (True, False):
-        torch.manual_seed(3)
-        program = locc.compile(case.build(), "dgl", list(case.splits), example_inputs=x, verify=check, seed=1)
-        for step in range(3):
-            program.step(x, y)
-            if check and step == 1:
-                locc.verify(program, x, y)
-        runs.append(freeze(program.root.state_dict()))
-    assert runs[0] == runs[1]
-
-
-def test_a_compile_that_verifies_draws_no_random_number_of_the_users() -> None:
-    case = SHAPES["residual"]
-    model, x = case.build(), case.x()
-    before = torch.get_rng_state()
-    locc.compile(model, "dgl", list(case.splits), example_inputs=x)
-    assert torch.equal(before, torch.get_rng_state())
 
 
 QUICK = ("bp",)

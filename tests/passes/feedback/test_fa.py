@@ -206,19 +206,6 @@ class Shared(nn.Module):
         return self.out(x)
 
 
-def test_a_layer_called_three_times_has_one_matrix():
-    model = Shared().to(D)
-    twin = copy.deepcopy(model)
-    x, y = torch.randn(5, 4, dtype=D), torch.randint(0, 3, (5,))
-    program = locc.compile(model, "fa", [], example_inputs=x, optimizer=sgd())
-    assert list(feedback_of(program)) == ["aux.feedback_block.matrix", "aux.feedback_out.matrix"]
-    use_weights(program)
-    program.step(x, y)
-    F.cross_entropy(twin(x), y).backward()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q.detach() - 0.1 * q.grad, atol=1e-12, rtol=0)
-
-
 def test_a_parametrized_layer_keeps_its_parametrization():
     model = mlp()
     nn.utils.parametrizations.weight_norm(model[2])
@@ -431,6 +418,7 @@ TAKEN = {
     "a transformer layer": (Encoder, (5, 7, 6), 4),
     "a standardised convolution": (standardised, (5, 2, 4, 4), 4),
     "tied weights": (TiedHead, None, 9),
+    "a layer called three times": (Shared, (5, 4), 3),
 }
 
 

@@ -15,42 +15,6 @@ from locc.ir import TensorSpec
 from locc_passes.synthetic.passes import labels_for
 from support import batch, compiled, mlp, sgd
 
-AFTER = """\
-# 2 modules: relu1, output
-def step(self, input_1, target):
-    # ---- module 0: relu1
-    first = self.first(input_1)  # f32[B,8]
-    relu1 = self.relu1(first)  # f32[B,8]
-    # ---- auxiliary: relu1.synthesiser
-    relu1_at_relu1_synthesiser = stop_gradient(relu1)  # f32[B,8]
-    labels = labels_for(target, relu1_at_relu1_synthesiser, 0, 3)
-    aux_relu1_synthesiser = self.aux.relu1_synthesiser(relu1_at_relu1_synthesiser, labels)  # f32[B,8]
-    # ---- module 0: relu1
-    aux_relu1_synthesiser_at_relu1 = stop_gradient(aux_relu1_synthesiser)  # f32[B,8]
-    synthetic = of_batch(aux_relu1_synthesiser_at_relu1, 0)  # f32[B,8]
-    chain = inner(relu1, synthetic)  # f32[]
-    objective(chain)  # relu1.synthetic
-    # ---- module 1: output
-    relu1_at_output = stop_gradient(relu1)  # f32[B,8]
-    drop = self.drop(relu1_at_output)  # f32[B,8]
-    second = self.second(drop)  # f32[B,8]
-    relu2 = self.relu2(second)  # f32[B,8]
-    third = self.third(relu2)  # f32[B,3]
-    loss = cross_entropy(third, target)  # f32[]
-    objective(loss)  # output.loss
-    grad_relu1_at_output = gradient(loss, relu1_at_output)  # f32[B,8]
-    # ---- auxiliary: relu1.synthesiser
-    grad_relu1_at_output_at_relu1_synthesiser = stop_gradient(grad_relu1_at_output)  # f32[B,8]
-    target_1 = of_sample(grad_relu1_at_output_at_relu1_synthesiser, 0)  # f32[B,8]
-    regression = squared_distance(aux_relu1_synthesiser, target_1, 0)  # f32[]
-    objective(regression)  # relu1.synthesiser.regression
-    return third
-"""
-
-
-def test_the_printed_program() -> None:
-    assert str(compiled(mlp(), "cdni", ["relu1"], width=16).ir) == AFTER
-
 
 class Conditioned(nn.Module):
     """A synthesiser that a test can write down: linear in the value and in the one-hot label."""
