@@ -22,7 +22,7 @@ from mutants.oracle import Move, Truth
 from mutants.order import CycleError
 from mutants.report import Result
 from mutants.scalars import _again, _scaled
-from mutants.sites import arrange, computes, put_after, uncut
+from mutants.sites import LEARNER, arrange, computes, put_after, uncut
 from mutants.subjects import SHAPES, Subject, copied, subject
 from mutants.tensors import _assign, _tied
 from support import every_method
@@ -55,6 +55,27 @@ def test_no_mutant_survives(method: str) -> None:
     assert sum(m.outcome == ACCEPTED for m in mutants) >= 5
     assert [str(m) for m in mutants if m.survives] == []
     assert [str(m) for m in mutants if m.false_alarm] == []
+
+
+UNSEEN_IN_GRAPHS = {"hide another owner's parameter in a layer", *LEARNER}
+LIVE = {
+    "drop a stop_gradient",
+    "stop_gradient -> identity",
+    "straight-through around a stop_gradient",
+    "reroute an edge to a foreign live value",
+    "merge two objectives",
+}
+
+
+def test_the_checks_see_a_leak_independently() -> None:
+    found = subject("dgl", "chain")
+    assert found is not None
+    judge = Judge(found)
+    mutants = [m for name in judge.names(each=1) if (m := judge.judge(*name)) is not None]
+    alone = {m.operator: m.alone for m in mutants if m.truth is Truth.LEAK}
+    assert alone.keys() > LIVE | UNSEEN_IN_GRAPHS
+    assert {kind for kind, seen in alone.items() if "reachability" not in seen} == UNSEEN_IN_GRAPHS
+    assert all(alone[kind] >= {"walk", "sentinel"} for kind in LIVE)
 
 
 def test_every_operator_applies_somewhere() -> None:

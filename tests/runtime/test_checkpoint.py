@@ -138,6 +138,15 @@ def test_schedulers_resume(tmp_path, make):
     assert same(snapshot(whole.model), snapshot(second.model))
 
 
+def test_the_users_random_state_is_resumed(tmp_path):
+    program = build()
+    torch.manual_seed(5)
+    program.save(tmp_path / "state")
+    expected = torch.rand(3)
+    program.load(tmp_path / "state")
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_sequential_resumes_in_its_phase(tmp_path):
     program = build(method="dgl", schedule="sequential")
     program.phase = program.phases[1].name

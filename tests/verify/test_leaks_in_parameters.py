@@ -62,3 +62,22 @@ def test_an_optimizer_that_moves_a_foreign_parameter(width: int) -> None:
     ):
         prove(program.ir, "bp", learners, program.ir.captured.example)
     assert torch.equal(before, model[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("hold", "text"),
+    [
+        (lambda w: w, "parameter 'a.linear.weight' is in two optimizers, those of 'a' and 'b'"),
+        (lambda w: w, "the optimizer of 'b' updates 'a.linear.weight', which module 'a' owns; weight decay"),
+        (
+            lambda w: nn.Parameter(w.detach()[1:]),
+            "of the optimizer of 'b' shares memory with 'a.linear.weigh",
+        ),
+    ],
+)
+def test_two_optimizers_over_one_memory(hold: Callable[[nn.Parameter], nn.Parameter], text: str) -> None:
+    program = locc.compile(Chain(plain), "dgl", ["a", "b", "c"], example_inputs=torch.randn(4, 4))
+    program.optimizers["b"].add_param_group({"params": [hold(program.model.a.linear.weight)]})
+    with pytest.raises(locc.LocalityError) as caught:
+        locc.verify(program)
+    assert any(text in finding.text for finding in caught.value.findings)
