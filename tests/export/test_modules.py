@@ -32,18 +32,6 @@ def compiled(splits: Any = ("1", "3"), method: str = "bp") -> locc.Program:
     return locc.compile(mlp(), method, list(splits), example_inputs=torch.randn(5, 6), verify=False)
 
 
-def of_case(case: Case, cut: int = -1) -> locc.Program:
-    return locc.compile(
-        case.build(),
-        "bp",
-        case.splits[cut],
-        loss=case.loss,
-        example_inputs=case.inputs(),
-        tied="owner",
-        verify=False,
-    )
-
-
 def elements(path: Path) -> int:
     return sum(int(np.prod(t.dims)) for t in onnx.load(str(path)).graph.initializer)
 
@@ -54,7 +42,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_zoo(name: str, tmp_path: Path) -> None:
-    program = of_case(find(name))
+    program = find(name).compile(-1)
     manifest = json.loads(program.export_onnx_modules(tmp_path / "out", **FAST).read_text())
     names = [owner.name for owner in program.ir.modules]
     assert [part["module"] for part in manifest["modules"]] == names
@@ -66,7 +54,7 @@ def test_zoo(name: str, tmp_path: Path) -> None:
     "case", [c for c in CASES if c.name not in ("branch_in_leaf", "mutable_object")], ids=str
 )
 def test_whole_zoo(case: Case, tmp_path: Path) -> None:
-    assert of_case(case).export_onnx_modules(tmp_path / "out").is_file()
+    assert case.compile(-1).export_onnx_modules(tmp_path / "out").is_file()
 
 
 @pytest.mark.parametrize("batch", [1, 5, 19])
@@ -81,7 +69,7 @@ def test_the_chain_computes_what_pytorch_does(tmp_path: Path, batch: int) -> Non
 
 
 def test_by_the_maintained_exporter(tmp_path: Path) -> None:
-    program = of_case(find("custom_function"), 0)
+    program = find("custom_function").compile(0)
     manifest = json.loads(program.export_onnx_modules(tmp_path / "out", exporter="torch.export").read_text())
     assert {part["exporter"] for part in manifest["modules"]} == {"torch.export"}
 
@@ -108,7 +96,7 @@ def test_manifest(tmp_path: Path) -> None:
 
 
 def test_a_skip_goes_straight_to_its_reader(tmp_path: Path) -> None:
-    data = json.loads(of_case(find("unet"), 1).export_onnx_modules(tmp_path / "out", **FAST).read_text())
+    data = json.loads(find("unet").compile(1).export_onnx_modules(tmp_path / "out", **FAST).read_text())
     files = [part["file"] for part in data["modules"]]
     sources = [{item["from"].get("file") for item in part["inputs"]} for part in data["modules"]]
     assert any(len(s) > 1 for s in sources)
@@ -149,7 +137,7 @@ def test_a_folded_network_has_a_file_for_each_turn(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_structured_value_is_taken_out_by_the_module_that_makes_it(tmp_path: Path) -> None:
-    program = of_case(find("lstm_state"), 1)
+    program = find("lstm_state").compile(1)
     last = program.ir.last.name
     parts = [n for n in program.ir.inference.nodes if n.target is operator.getitem]
     assert parts

@@ -7,6 +7,7 @@ from torch import nn
 
 import locc
 from locc.errors import MethodError
+from zoo import find
 
 D = torch.float64
 
@@ -192,18 +193,6 @@ def test_frozen_layers_stay_and_pass_the_error_on():
     frozen[0].requires_grad_(False)
     program = locc.compile(frozen, "fa", [], example_inputs=x)
     assert list(feedback_of(program)) == ["aux.feedback_5.matrix"]  # nothing to train below layer 2
-
-
-class Shared(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inp, self.block, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x):
-        x = self.inp(x)
-        for _ in range(3):
-            x = torch.tanh(self.block(x))
-        return self.out(x)
 
 
 def test_a_parametrized_layer_keeps_its_parametrization():
@@ -418,7 +407,7 @@ TAKEN = {
     "a transformer layer": (Encoder, (5, 7, 6), 4),
     "a standardised convolution": (standardised, (5, 2, 4, 4), 4),
     "tied weights": (TiedHead, None, 9),
-    "a layer called three times": (Shared, (5, 4), 3),
+    "a layer called three times": (find("shared_block").build, (5, 6), 4),
 }
 
 
