@@ -1,4 +1,4 @@
-"""Methods that a third party could write, whose graphs leak, and leaks in parameters and optimizers."""
+"""A method that a third party could write, whose graph leaks, and an optimizer that does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-import locc
 from locc.ir import TrainingGraph
 from locc.rewrite import Method, Pass
 
@@ -100,14 +99,3 @@ class Decaying(torch.optim.SGD):
         super().step(closure)
         with torch.no_grad():
             self.extra.mul_(0.9)
-
-
-def bare_program(method: str = "dgl") -> locc.Program:
-    """Return an unverified program of four plain modules, for a graph or an optimizer to be spoilt."""
-    torch.manual_seed(0)
-    names = ["a", "b", "c", "head"]
-    layers = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)] + [nn.Linear(4, 3)]
-    model = nn.Sequential()
-    for name, layer in zip(names, layers, strict=True):
-        model.add_module(name, layer)
-    return locc.compile(model, method, ["a", "b", "c"], example_inputs=torch.randn(4, 4), verify=False)
