@@ -12,10 +12,10 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 import locc
-from locc import LoccError, MethodError, compiler
+from locc import LoccError, MethodError
 from locc.ir import Inputs
 from locc.testing import FAMILIES, cases, models
-from support import Tied, batch, compiled, mlp, same, sgd, snapshot
+from support import batch, compiled, mlp, same, sgd, snapshot
 
 X, Y = batch()
 
@@ -233,103 +233,6 @@ def test_a_configured_method():
 # ---- a failed call leaves the model as it was --------------------------------------------------
 
 
-class Everything(nn.Module):
-    """A model with buffers, hooks, attributes, modes and frozen parameters to be kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.5))
-        self.more = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-        self.head = nn.Linear(8, 3)
-        self.alias = nn.Linear(8, 3)
-        self.alias.weight = self.head.weight
-        self.body[0].bias.requires_grad_(False)
-        self.more[1].eval()
-        self.counter = 0
-        self.body[0].register_forward_hook(self.count)
-        self.register_buffer("seen", torch.zeros(()), persistent=False)
-
-    def count(self, *_: Any) -> None:
-        pass
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.more(self.body(x))
-        return self.head(h) + self.alias(h * h)
-
-
-def portrait(model: nn.Module) -> dict[str, Any]:
-    """Everything about a model that a compilation might disturb."""
-    return {
-        "ids": {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)},
-        "buffers": {n: id(b) for n, b in model.named_buffers()},
-        "values": {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())},
-        "grad": {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()},
-        "training": {n: m.training for n, m in model.named_modules()},
-        "hooks": {n: (list(m._forward_hooks), list(m._forward_pre_hooks)) for n, m in model.named_modules()},
-        "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
-        "classes": {n: type(m) for n, m in model.named_modules()},
-        "counter": getattr(model, "counter", None),
-        "random": torch.get_rng_state(),
-    }
-
-
-def unchanged(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    values, random = before.pop("values"), before.pop("random")
-    return same(values, after.pop("values")) and torch.equal(random, after.pop("random")) and before == after
-
-
-class Boom(Exception):
-    pass
-
-
-STAGES = ["marker_ancestors", "resolve", "capture", "partition", "apply", "prove", "stages"]
-
-
-@pytest.mark.parametrize("tied", ["owner", "copy"])
-@pytest.mark.parametrize("stage", [*STAGES, "learners", "schedulers"])
-def test_a_failure_in_any_stage_leaves_the_model_as_it_was(monkeypatch, stage, tied):
-    model = Everything()
-    before = portrait(model)
-    original = getattr(compiler, stage, None)
-
-    def fail(*arguments: Any, **options: Any) -> Any:
-        if original is not None:
-            original(*arguments, **options)  # after it has done its work
-        raise Boom
-
-    options: dict[str, Any] = {}
-    if stage == "learners":
-        options["optimizer"] = fail
-    elif stage == "schedulers":
-        options["scheduler"] = fail
-    else:
-        monkeypatch.setattr(compiler, stage, fail)
-        options["schedule"] = "sequential" if stage == "stages" else "lockstep"
-    program = locc.compile(model, "dgl", ["body", "more"], tied=tied, **options)
-    with pytest.raises((Boom, MethodError)):
-        program.complete(X)
-    assert unchanged(before, portrait(model))
-    assert not program.root.aux
-    monkeypatch.undo()
-    locc.compile(model, "dgl", ["body", "more"], tied=tied, example_inputs=X).step(X, Y)
-
-
-def test_a_successful_compilation_changes_no_more_than_a_failed_one():
-    model = Everything()
-    before = portrait(model)
-    locc.compile(model, "dgl", ["body", "more"], example_inputs=X)
-    assert unchanged(before, portrait(model))
-
-
-def test_a_failed_first_step_can_be_tried_again():
-    program = locc.compile(mlp(), "dgl", ["relu1"])
-    with pytest.raises(locc.CaptureError):
-        program.step(torch.zeros(5, 9), Y)
-    with pytest.raises(LoccError):
-        locc.compile(Tied(), "bp", ["mid"]).step(torch.zeros(3, 4, dtype=torch.long), Y)
-    program.step(X, Y)
-
-
 # ---- a model nobody here wrote -----------------------------------------------------------------
 
 
@@ -386,22 +289,6 @@ def test_backpropagation_in_pieces_is_backpropagation(case, accumulate):
         optimizer.step()
         assert abs(report.loss.item() - loss.item()) < 1e-12
     assert gap(model, eager) < 1e-12
-
-
-@settings(max_examples=15)
-@given(cases())
-def test_no_step_leaves_anything_behind(case):
-    program = case.compile()
-    left: dict[str, Any] = {}
-
-    def observe(_: object, values: dict[str, Any]) -> None:
-        left["values"] = values
-
-    program.built.executor.observe = observe
-    report = program.step(*case.batch())
-    assert left["values"] == {}
-    assert all(p.grad is None for p in program.parameters())
-    assert all(v.dim() == 0 and not v.requires_grad for v in report.objectives.values())
 
 
 def test_the_modularity_of_a_method_is_read_off_its_graph():

@@ -171,6 +171,8 @@ def looks(model: nn.Module) -> dict[str, Any]:
         "modules": modules,
         "random": torch.get_rng_state().numpy().tobytes(),
         "python": random.getstate(),
+        "input": X.clone(),
+        "call": nn.Module.__call__,
     }
 
 

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -282,20 +282,3 @@ def placed(model: nn.Module, device: str) -> nn.Module:
         return model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise MisuseError(f"--device {device}: {str(error).splitlines()[0]}") from error
-
-
-def optimizer_of(name: str, lr: float) -> Callable[..., torch.optim.Optimizer]:
-    """Return the factory that --optimizer and --lr describe.
-
-    Raises:
-        MisuseError: the name is unknown.
-    """
-    factories: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adam": lambda parameters: torch.optim.Adam(parameters, lr=lr),
-        "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=lr),
-        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=lr),
-        "momentum": lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-    }
-    if name not in factories:
-        raise MisuseError(f"--optimizer {name}: {nearest(name, factories)}")
-    return factories[name]

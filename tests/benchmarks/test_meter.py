@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from benchmarks.meter import Timing, interleave, peak, peak_memory, ratio
 
@@ -153,36 +152,6 @@ def test_optimizer_temporaries_are_counted_apart() -> None:
     assert measured.gradients == WEIGHT
     assert measured.total < 1.2 * WEIGHT
     assert 3 * WEIGHT <= measured.with_optimizer < 3.2 * WEIGHT  # the square root, and the denominator
-
-
-def test_local_training_needs_one_block() -> None:
-    torch.manual_seed(0)
-    blocks = [nn.Linear(D, D) for _ in range(8)]
-    x = torch.randn(B, D)
-
-    def local() -> None:
-        h = x
-        for block in blocks:
-            h = F.relu(block(h))
-            h.pow(2).mean().backward()
-            block.zero_grad()
-            h = h.detach()
-
-    def end_to_end() -> None:
-        h = x
-        for block in blocks:
-            h = F.relu(block(h))
-        h.pow(2).mean().backward()
-        for block in blocks:
-            block.zero_grad()
-
-    def one_block() -> None:
-        h = F.relu(blocks[0](x))
-        h.pow(2).mean().backward()
-        blocks[0].zero_grad()
-
-    assert peak_memory(local) <= peak_memory(one_block) + ACTIVATION  # and its input
-    assert peak_memory(local) < 0.4 * peak_memory(end_to_end)
 
 
 def test_convolution_with_batch_norm() -> None:

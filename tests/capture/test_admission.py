@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
@@ -139,46 +138,6 @@ def test_export_may_not_drop_a_custom_backward(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pipeline.concrete, "trace", refuse)
     with pytest.raises(CaptureError, match="could not be captured"):
         capture(Root(model), Inputs.of(model, case.inputs()), frozenset({"model"}))
-
-
-@pytest.mark.parametrize("name", ["resnet18", "running_mean", "functional_dropout", "mutable_object"])
-def test_the_model_is_left_bit_for_bit(name: str) -> None:
-    case = find(name)
-    model = case.build()
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 0.5)
-    modules = list(model.modules())
-    modules[-1].eval()
-    modes = [m.training for m in modules]
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    identities = [id(t) for t in (*model.parameters(), *model.buffers())]
-    attributes = [set(m.__dict__) for m in modules]
-    generators = torch.get_rng_state(), random.getstate()
-    x = case.inputs()
-    before = x.clone()
-
-    capture(Root(model), Inputs.of(model, x), case.opened(case.splits[0]))
-
-    assert [m.training for m in modules] == modes
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert [id(t) for t in (*model.parameters(), *model.buffers())] == identities
-    assert all(p.grad is not None and bool((p.grad == 0.5).all()) for p in model.parameters())
-    assert [set(m.__dict__) for m in modules] == attributes
-    assert torch.equal(generators[0], torch.get_rng_state())
-    assert generators[1] == random.getstate()
-    assert torch.equal(x, before)
-    assert nn.Module.__call__.__qualname__.startswith("Module.")
-
-
-def test_a_failed_capture_leaves_the_model_too() -> None:
-    case = find("branch_between")
-    model = case.build().eval()
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(CaptureError):
-        capture(Root(model), Inputs.of(model, case.inputs()), frozenset({"model"}))
-    assert not model.training
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert nn.Module.__call__.__qualname__.startswith("Module.")
 
 
 def test_a_closed_model_is_one_leaf_with_its_structure() -> None:

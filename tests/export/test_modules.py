@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import fx, nn
@@ -21,7 +20,7 @@ from locc.export.stages import stages
 from zoo import CASES, Case, find
 
 QUICK = ("two_inputs", "dict_output", "dataclass_output", "hooks", "custom_function", "lstm_state",
-         "tied_functional", "shared_block")  # fmt: skip
+         "gru_cells", "tied_functional", "shared_block")  # fmt: skip
 FAST = {"exporter": "TorchScript"}
 
 
@@ -31,18 +30,6 @@ def mlp() -> nn.Sequential:
 
 def compiled(splits: Any = ("1", "3"), method: str = "bp") -> locc.Program:
     return locc.compile(mlp(), method, list(splits), example_inputs=torch.randn(5, 6), verify=False)
-
-
-def of_case(case: Case, cut: int = -1) -> locc.Program:
-    return locc.compile(
-        case.build(),
-        "bp",
-        case.splits[cut],
-        loss=case.loss,
-        example_inputs=case.inputs(),
-        tied="owner",
-        verify=False,
-    )
 
 
 def elements(path: Path) -> int:
@@ -55,7 +42,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_zoo(name: str, tmp_path: Path) -> None:
-    program = of_case(find(name))
+    program = find(name).compile(-1)
     manifest = json.loads(program.export_onnx_modules(tmp_path / "out", **FAST).read_text())
     names = [owner.name for owner in program.ir.modules]
     assert [part["module"] for part in manifest["modules"]] == names
@@ -67,7 +54,7 @@ def test_zoo(name: str, tmp_path: Path) -> None:
     "case", [c for c in CASES if c.name not in ("branch_in_leaf", "mutable_object")], ids=str
 )
 def test_whole_zoo(case: Case, tmp_path: Path) -> None:
-    assert of_case(case).export_onnx_modules(tmp_path / "out").is_file()
+    assert case.compile(-1).export_onnx_modules(tmp_path / "out").is_file()
 
 
 @pytest.mark.parametrize("batch", [1, 5, 19])
@@ -82,7 +69,7 @@ def test_the_chain_computes_what_pytorch_does(tmp_path: Path, batch: int) -> Non
 
 
 def test_by_the_maintained_exporter(tmp_path: Path) -> None:
-    program = of_case(find("custom_function"), 0)
+    program = find("custom_function").compile(0)
     manifest = json.loads(program.export_onnx_modules(tmp_path / "out", exporter="torch.export").read_text())
     assert {part["exporter"] for part in manifest["modules"]} == {"torch.export"}
 
@@ -109,17 +96,11 @@ def test_manifest(tmp_path: Path) -> None:
 
 
 def test_a_skip_goes_straight_to_its_reader(tmp_path: Path) -> None:
-    data = json.loads(of_case(find("unet"), 1).export_onnx_modules(tmp_path / "out", **FAST).read_text())
+    data = json.loads(find("unet").compile(1).export_onnx_modules(tmp_path / "out", **FAST).read_text())
     files = [part["file"] for part in data["modules"]]
     sources = [{item["from"].get("file") for item in part["inputs"]} for part in data["modules"]]
     assert any(len(s) > 1 for s in sources)
     assert all(s <= {None, *files[:k]} for k, s in enumerate(sources))
-
-
-def test_modules_that_take_turns_in_time(tmp_path: Path) -> None:
-    program = of_case(find("gru_cells"))
-    manifest = program.export_onnx_modules(tmp_path / "out", **FAST)
-    assert len(json.loads(manifest.read_text())["modules"]) == len(program.ir.modules)
 
 
 def fold(program: locc.Program) -> None:
@@ -156,31 +137,13 @@ def test_a_folded_network_has_a_file_for_each_turn(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_structured_value_is_taken_out_by_the_module_that_makes_it(tmp_path: Path) -> None:
-    program = of_case(find("lstm_state"), 1)
+    program = find("lstm_state").compile(1)
     last = program.ir.last.name
     parts = [n for n in program.ir.inference.nodes if n.target is operator.getitem]
     assert parts
     for node in parts:
         node.meta["owner"] = last
     assert program.export_onnx_modules(tmp_path / "out", **FAST).is_file()
-
-
-def test_al_exports_its_folded_network(tmp_path: Path) -> None:
-    model = nn.Sequential(
-        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
-    )
-    x, y = torch.randn(5, 6), torch.randint(0, 3, (5,))
-    program = locc.compile(model, "al", ["1", "3", "5"], example_inputs=x, verify=False)
-    program.step(x, y)
-    program.eval()
-    assert program.ir.folded
-    with torch.no_grad():
-        expected = program(x)
-    path = program.export_onnx(tmp_path / "m.onnx", **FAST)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    assert difference(session.run(None, {"input": x.numpy()})[0], expected.numpy()) < 1e-5
-    manifest = program.export_onnx_modules(tmp_path / "out", **FAST)
-    assert difference(run_manifest(manifest, {"input": x.numpy()})["output"], expected.numpy()) < 1e-5
 
 
 def test_markers_leave_no_trace(tmp_path: Path) -> None:

@@ -44,18 +44,6 @@ def compiled(
     )
 
 
-def of_case(case: Case, cut: int = 0) -> locc.Program:
-    return locc.compile(
-        case.build(),
-        "bp",
-        case.splits[cut],
-        loss=case.loss,
-        example_inputs=case.inputs(),
-        tied="owner",
-        verify=False,
-    )
-
-
 def run(path: Path, *inputs: Tensor) -> list[np.ndarray[Any, Any]]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     assert session.get_providers() == ["CPUExecutionProvider"]
@@ -89,7 +77,7 @@ def test_computes_the_eval_forward_at_any_batch(tmp_path: Path, exporter: str, b
 
 @pytest.mark.parametrize("name", QUICK)
 def test_zoo(name: str, tmp_path: Path) -> None:
-    path = of_case(find(name)).export_onnx(tmp_path / "model.onnx", exporter="TorchScript")
+    path = find(name).compile().export_onnx(tmp_path / "model.onnx", exporter="TorchScript")
     model = onnx.load(str(path))
     onnx.checker.check_model(model, full_check=True)
     assert all(
@@ -99,7 +87,7 @@ def test_zoo(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MAINTAINED)
 def test_zoo_by_the_maintained_exporter(name: str, tmp_path: Path) -> None:
-    path = of_case(find(name)).export_onnx(tmp_path / "model.onnx", exporter="torch.export")
+    path = find(name).compile().export_onnx(tmp_path / "model.onnx", exporter="torch.export")
     assert exporter_of(path) == "torch.export"
 
 
@@ -108,7 +96,7 @@ def test_zoo_by_the_maintained_exporter(name: str, tmp_path: Path) -> None:
     "case", [c for c in CASES if c.name not in ("branch_in_leaf", "mutable_object")], ids=str
 )
 def test_whole_zoo_by_the_maintained_exporter(case: Case, tmp_path: Path) -> None:
-    assert exporter_of(of_case(case).export_onnx(tmp_path / "model.onnx")) in exporters.EXPORTERS
+    assert exporter_of(case.compile().export_onnx(tmp_path / "model.onnx")) in exporters.EXPORTERS
 
 
 def test_program_stays_as_it_was(tmp_path: Path) -> None:
@@ -127,7 +115,7 @@ def test_program_stays_as_it_was(tmp_path: Path) -> None:
 
 
 def test_buffers_written_in_eval_are_left_alone(tmp_path: Path) -> None:
-    program = of_case(find("no_grad_statistics"))
+    program = find("no_grad_statistics").compile()
     before = {name: b.clone() for name, b in program.named_buffers()}
     program.export_onnx(tmp_path / "model.onnx", exporter="torch.export")
     assert all(torch.equal(b, before[name]) for name, b in program.named_buffers())
@@ -143,7 +131,7 @@ def test_auxiliaries_are_gone(tmp_path: Path) -> None:
 
 
 def test_names_are_the_users(tmp_path: Path) -> None:
-    path = of_case(find("dict_output")).export_onnx(tmp_path / "model.onnx", exporter="TorchScript")
+    path = find("dict_output").compile().export_onnx(tmp_path / "model.onnx", exporter="TorchScript")
     model = onnx.load(str(path))
     assert [i.name for i in model.graph.input] == ["x"]
     assert [o.name for o in model.graph.output] == ["logits", "extra_0"]

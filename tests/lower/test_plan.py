@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -12,35 +10,10 @@ from torch.nn import functional
 import locc
 from benchmarks.meter import peak_memory
 from locc import Program
-from locc.ir import TrainingGraph, carry, stop_gradient
-from locc.ir.view import Phase, Repeat
+from locc.ir import Phase, TrainingGraph
 from locc.lower import Backward, Instruction, Loop, Plan, Segment, Update, lower
-from locc.rewrite import Method, Pass
-from runtime.turns import Probing, norms
+from runtime.turns import InPhases, Probing, Written, norms
 from support import Residual, batch, compiled, every_method, mlp, sgd, usual_case
-
-
-@dataclass(frozen=True)
-class LocalHeads(Pass):
-    """A linear head and the loss for each module but the last, which has the user's loss."""
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        for module in ir.modules[:-1]:
-            (value,) = ir.outputs(module.name)
-            (width,) = value.meta["spec"].features
-            head = nn.Linear(width, 3).to(value.meta["spec"].dtype)
-            logits = ir.call(module.name, ir.add_module(f"{module.name}_head", head), value, role="head")
-            ir.objective(module.name, ir.emit(module.name, functional.cross_entropy, logits, ir.target), "ce")
-        ir.objective(ir.last.name, ir.apply_loss(), "loss")
-
-
-@dataclass(frozen=True)
-class Greedy(Method):
-    family: ClassVar[str] = "test"
-    reference: ClassVar[str] = "none"
-
-    def passes(self) -> Sequence[Pass]:
-        return (LocalHeads(),)
 
 
 def kinds(plan: Plan) -> list[str]:
@@ -66,7 +39,7 @@ def final_values(program: Program, data: Any = None) -> dict[str, Any]:
 
 
 def test_each_module_is_done_before_the_next_one_starts():
-    program = compiled(mlp(), Greedy(), ["relu1", "relu2"])
+    program = compiled(mlp(), InPhases(), ["relu1", "relu2"])
     names = ["relu1", "relu2", "third"]
     assert kinds(program.plan()) == [f"{kind} {name}" for name in names for kind in "fbu"]
 
@@ -112,6 +85,7 @@ def test_a_value_goes_with_its_last_reader_and_nothing_is_left_at_the_end_of_a_s
         plans = [program.plan(phase), *(p.plan for p in program.module_programs.values())]
         assert [wrongly_kept(plan.instructions, set()) for plan in plans] == [set()] * len(plans)
         assert final_values(program, case.batch()) == {}
+        assert all(p.grad is None for p in program.parameters())
 
 
 def test_a_phase_does_not_hold_what_of_the_batch_it_does_not_read():
@@ -136,7 +110,7 @@ def test_the_peak_is_that_of_the_largest_module(count):
     model = nn.Sequential(*(Block() for _ in range(12)), nn.Linear(width, 3))
     splits = [str(i) for i in range(12 // count - 1, 11, 12 // count)]
     x, y = torch.randn(size, width), torch.randint(3, (size,))
-    program = locc.compile(model, Greedy(), splits, example_inputs=x, optimizer=sgd())
+    program = locc.compile(model, InPhases(), splits, example_inputs=x, optimizer=sgd())
     whole = compiled_alone(nn.Sequential(*(Block() for _ in range(12 // count))), x, y)
     program.step(x, y)
     found = peak_memory(lambda: program.step(x, y))
@@ -164,7 +138,7 @@ def compiled_alone(part: nn.Module, x: Tensor, y: Tensor) -> int:
 def test_the_tape_is_kept_only_where_two_passes_share_it():
     plain = compiled(mlp(), "bp", ["relu1", "relu2"]).plan()
     assert not any(i.retain for i in plan_backwards(plain))
-    shared = plan_backwards(compiled(mlp(), Both(), ["relu1"]).plan())
+    shared = plan_backwards(compiled(mlp(), Written(two_objectives), ["relu1"]).plan())
     assert [i.retain for i in shared if i.owner == "relu1"] == [True, False]
 
 
@@ -172,22 +146,11 @@ def plan_backwards(plan: Plan) -> list[Backward]:
     return [i for i in plan.instructions if isinstance(i, Backward)]
 
 
-@dataclass(frozen=True)
-class TwoObjectives(Pass):
-    """Two objectives on one output, and one alone that needs the gradient of another scalar."""
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        for module in ir.modules[:-1]:
-            (value,) = ir.outputs(module.name)
-            for name, function in (("mean", torch.mean), ("sum", torch.sum)):
-                ir.objective(module.name, ir.emit(module.name, function, value, name=name), name)
-        ir.objective(ir.last.name, ir.apply_loss(), "loss")
-
-
-@dataclass(frozen=True)
-class Both(Greedy):
-    def passes(self) -> Sequence[Pass]:
-        return (TwoObjectives(),)
+def two_objectives(ir: TrainingGraph) -> None:
+    """The mean and the sum of one output."""
+    (value,) = ir.outputs(ir.modules[0].name)
+    for name, function in (("mean", torch.mean), ("sum", torch.sum)):
+        ir.objective(ir.modules[0].name, ir.emit(ir.modules[0].name, function, value, name=name), name)
 
 
 def test_several_objectives_of_a_module_add_up():
@@ -197,7 +160,7 @@ def test_several_objectives_of_a_module_add_up():
     before = weight.detach().clone()
     h = model.get_submodule("relu1")(model.get_submodule("first")(x))
     (expected,) = torch.autograd.grad(h.mean() + h.sum(), weight)
-    report = compiled(model, Both(), ["relu1"], optimizer=sgd(0.1)).step(x, y)
+    report = compiled(model, Written(two_objectives), ["relu1"], optimizer=sgd(0.1)).step(x, y)
     assert list(report.objectives) == ["relu1.mean", "relu1.sum", "output.loss"]
     assert torch.allclose(weight, before - 0.1 * expected, rtol=0, atol=1e-12)
 
@@ -206,7 +169,7 @@ def test_several_objectives_of_a_module_add_up():
 
 
 def test_a_stretch_without_an_objective_runs_without_a_tape():
-    program = compiled(mlp(), Greedy(), ["relu1", "relu2"])
+    program = compiled(mlp(), InPhases(), ["relu1", "relu2"])
     plan = lower(program.ir, frozenset({"third"}))
     assert [(i.owner, i.taped) for i in plan.instructions if isinstance(i, Segment)] == [
         ("relu1", False),
@@ -223,7 +186,7 @@ def test_gradient_modes_seen_by_the_modules():
         model.get_submodule(name).register_forward_hook(
             lambda m, a, o, name=name: seen.update({name: torch.is_grad_enabled()})
         )
-    program = compiled(model, Greedy(), ["relu1", "relu2"], schedule="sequential")
+    program = compiled(model, InPhases(), ["relu1", "relu2"], schedule="sequential")
     program.phase = "relu2"
     seen.clear()
     program.step(*batch())
@@ -233,113 +196,13 @@ def test_gradient_modes_seen_by_the_modules():
 # ---- phases ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TakeTurns(LocalHeads):
-    def rewrite(self, ir: TrainingGraph) -> None:
-        super().rewrite(ir)
-        first, *rest = (m.name for m in ir.modules)
-        ir.phases = (Phase("bottom", (first,), epochs=2, warmup=True), Phase("top", tuple(rest)))
-
-
-@dataclass(frozen=True)
-class Turns(Greedy):
-    def passes(self) -> Sequence[Pass]:
-        return (TakeTurns(),)
-
-
 def test_a_phase_drops_what_it_does_not_need():
-    program = compiled(mlp(), Turns(), ["relu1", "relu2"])
-    assert kinds(program.plan("bottom")) == ["f relu1", "b relu1", "u relu1"]
-    assert program.plan("top").trains == ("relu2", "third")
+    turns = InPhases((Phase("bottom", ("a",)), Phase("top", ("b", "c"))))
+    program = compiled(norms(), turns, ["a", "b"])
+    assert kinds(program.plan("bottom")) == ["f a", "b a", "u a"]
+    assert program.plan("top").trains == ("b", "c")
     assert "aux" not in " ".join(
-        line for i in program.plan("top").instructions if i.owner == "relu1" for line in i.text
+        line for i in program.plan("top").instructions if i.owner == "a" for line in i.text
     )
     with pytest.raises(locc.RunError, match="there is no phase 'tip'; nearest: 'top'"):
         program.plan("tip")
-
-
-def test_fit_runs_the_phases_in_turn():
-    program = compiled(mlp(), Turns(), ["relu1", "relu2"])
-    history = program.fit([batch()] * 2, epochs=2, progress=False)
-    assert [(e.number, e.phase) for e in history.epochs] == [
-        (0, "bottom"),
-        (0, "bottom"),
-        (1, "top"),
-        (2, "top"),
-    ]
-    assert program.phase is None
-    assert [e.phase for e in program.fit([batch()], progress=False).epochs] == ["top"]
-
-
-# ---- repeated regions --------------------------------------------------------------------------
-
-
-def descend(code: Tensor, slope: Tensor) -> Tensor:
-    return code - 0.1 * slope
-
-
-@dataclass(frozen=True)
-class Codes(Pass):
-    """The last module moves its input down its own loss a few times, and learns on what comes out."""
-
-    times: int = 3
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        last = ir.last.name
-        (boundary,) = ir.boundaries(consumer=last)
-        before = set(ir.graph.nodes)
-        code = ir.emit(last, carry, boundary.entry, role="code", name="code")
-        leaf = ir.emit(last, stop_gradient, code, role="leaf", name="leaf")
-        (output,) = ir.replay(last, {boundary.entry: leaf}, [ir.output], role="replay")
-        energy = ir.emit(last, functional.cross_entropy, output, ir.target, name="energy")
-        moved = ir.emit(last, descend, code, ir.gradient(energy, leaf), name="moved")
-        for node in ir.graph.nodes:
-            if node not in before and node.op != "get_attr":
-                node.meta["repeat"] = "codes"
-        ir.repeats["codes"] = Repeat("codes", self.times, ((code, moved),))
-        (final,) = ir.replay(
-            last, {boundary.entry: ir.stop_gradient(last, moved, role="final")}, [ir.output], role="late"
-        )
-        ir.objective(last, ir.emit(last, functional.cross_entropy, final, ir.target, name="late_loss"), "ce")
-        for module in ir.modules[:-1]:
-            (value,) = ir.outputs(module.name)
-            error = ir.emit(
-                module.name, functional.mse_loss, value, ir.stop_gradient(module.name, moved), name="error"
-            )
-            ir.objective(module.name, error, "code")
-
-
-@dataclass(frozen=True)
-class Coding(Greedy):
-    times: int = 3
-
-    def passes(self) -> Sequence[Pass]:
-        return (Codes(self.times),)
-
-
-@pytest.mark.parametrize("times", [1, 2, 5])
-def test_a_repeated_region_carries_its_value_round(times):
-    model = mlp().double()
-    x, y = batch(dtype=torch.float64)
-    h = model[:2](x).detach()
-    code = h.clone()
-    for _ in range(times):
-        leaf = code.requires_grad_()
-        (slope,) = torch.autograd.grad(functional.cross_entropy(model[2:](leaf), y), leaf)
-        code = (leaf - 0.1 * slope).detach()
-    expected = {
-        "output.ce": functional.cross_entropy(model[2:](code), y),
-        "relu1.code": functional.mse_loss(h, code),
-    }
-    program = compiled(model, Coding(times), ["relu1"])
-    assert sum(isinstance(i, Loop) for i in program.plan().instructions) == 1
-    report = program.step(x, y)
-    for name, value in expected.items():
-        assert float(report.objectives[name]) == pytest.approx(float(value), abs=1e-12)
-
-
-def test_a_repeated_region_leaves_nothing_behind_and_the_network_learns():
-    program = compiled(mlp(), Coding(), ["relu1"], optimizer=sgd(0.1))
-    assert final_values(program) == {}
-    losses = [float(program.step(*batch()).objectives["output.ce"]) for _ in range(30)]
-    assert losses[-1] < losses[0]

@@ -21,7 +21,7 @@ from locc.errors import LoccError
 from locc.ir import Repeat, TensorSpec, TrainingGraph, carry
 from locc.ir.memory import memories
 from locc.ir.view import node_tensors
-from locc.lower import Instruction, ModuleProgram, Plan, Send, program_of
+from locc.lower import Instruction, ModuleProgram, Send, program_of
 from locc.runtime.backends import BACKENDS, Eager
 from locc.runtime.machine import Machine
 from locc.testing import assert_side_by_side
@@ -30,63 +30,6 @@ from support import Tied, batch, compiled, mlp, sgd
 
 # ---- text ----------------------------------------------------------------------------------------
 
-BP = """\
-# module 'first'
-# receives input_1 from data: f32[B,4]
-# receives grad_first_at_second from second: f32[B,8]
-# sends first to second: f32[B,8]
-def step(self, input_1):
-    first = self.first(input_1)  # f32[B,8]
-    del input_1
-    send(first, to=['second'])
-    grad_first_at_second = receive('grad_first_at_second', source='second')
-    grad_first_at_second_at_first = stop_gradient(grad_first_at_second)  # f32[B,8]
-    chain_1 = inner(first, grad_first_at_second_at_first)  # f32[]
-    del first, grad_first_at_second
-    backward(chain_1)  # first.chain
-    del chain_1
-    update('first')
-
-# module 'second'
-# receives first from first: f32[B,8]
-# receives grad_second_at_third from third: f32[B,8]
-# sends second to third: f32[B,8]
-# sends grad_first_at_second to first: f32[B,8]
-def step(self):
-    first = receive('first', source='first')
-    first_at_second = stop_gradient(first)  # f32[B,8]
-    relu1 = self.relu1(first_at_second)  # f32[B,8]
-    drop = self.drop(relu1)  # f32[B,8]
-    second = self.second(drop)  # f32[B,8]
-    del first
-    send(second, to=['third'])
-    grad_second_at_third = receive('grad_second_at_third', source='third')
-    grad_second_at_third_at_second = stop_gradient(grad_second_at_third)  # f32[B,8]
-    chain = inner(second, grad_second_at_third_at_second)  # f32[]
-    del second, grad_second_at_third
-    grad_first_at_second, = backward(chain, first_at_second)  # second.chain
-    del first_at_second, chain
-    send(grad_first_at_second, to=['first'])
-    del grad_first_at_second
-    update('second')
-
-# module 'third'
-# receives target from data
-# receives second from second: f32[B,8]
-# sends grad_second_at_third to second: f32[B,8]
-def step(self, target):
-    second = receive('second', source='second')
-    second_at_third = stop_gradient(second)  # f32[B,8]
-    relu2 = self.relu2(second_at_third)  # f32[B,8]
-    third = self.third(relu2)  # f32[B,3]
-    loss = cross_entropy(third, target)  # f32[]
-    del second, target
-    grad_second_at_third, = backward(loss, second_at_third)  # third.loss
-    del second_at_third, loss
-    send(grad_second_at_third, to=['second'])
-    del grad_second_at_third
-    update('third')
-"""
 
 DTP = """\
 # module 'second' with 'second.inverse'
@@ -141,11 +84,6 @@ def step(self):
     send(difference, to=['first'])
     del difference
 """
-
-
-def test_the_programs_of_backpropagation_print_as_python():
-    programs = compiled(mlp(), "bp", ["first", "second"], verify=False).module_programs
-    assert "\n".join(map(str, programs.values())) == BP
 
 
 def test_the_program_of_a_module_and_its_inverse_prints_as_python():
@@ -371,22 +309,6 @@ def test_an_instruction_of_an_unknown_kind_is_an_error():
             LoccError, match="the plan holds a Broadcast, which is no instruction; known: Segment,"
         ):
             use()
-
-
-def without(plan: Plan, kind: type, value: str) -> Plan:
-    kept = [i for i in plan.instructions if not (isinstance(i, kind) and i.value == value)]
-    return replace(plan, instructions=kept)
-
-
-@pytest.mark.timeout(20)
-def test_a_program_that_waits_in_vain_fails_with_a_sentence():
-    program = program_named("bp")
-    programs = program.module_programs
-    silent = replace(programs["relu2"], plan=without(programs["relu2"].plan, Send, "relu2"))
-    with pytest.raises(
-        AssertionError, match=r"the program of module '.*' fails: 'relu2' of 'relu2' never came"
-    ):
-        assert_side_by_side(program, batches("bp"), programs={**programs, "relu2": silent})
 
 
 def test_a_value_that_is_sent_to_nobody_is_found():

@@ -12,16 +12,24 @@ from nn.specs import BOUNDARIES, B, spec, value
 
 D = torch.float64
 PAIRS = list(itertools.product(BOUNDARIES, BOUNDARIES))
+BRIDGES = (aux.build_bridge, aux.build_label_encoder, aux.build_label_decoder)
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_an_inverse_leads_from_any_layout_to_any(a, b):
+def test_from_any_layout_to_any(a, b):
+    """Inverses in [-1, 1]; bridges, label networks and decoders in the unit interval."""
     (s, hint), (t, other) = BOUNDARIES[a], BOUNDARIES[b]
-    g = aux.build_inverse(s, t, from_layout=hint, to_layout=other)
+    ends = {"from_layout": hint, "to_layout": other}
+    inside = [build(s, t, **ends) for build in BRIDGES]
+    inside.append(aux.build_decoder(s, t, layout=hint, image_layout=other))
     for batch in (2, 5):
-        y = g(value(s, batch))
+        y = aux.build_inverse(s, t, **ends)(value(s, batch))
         assert y.shape == t.concrete(batch)
         assert 0 < y.abs().max() <= 1
+        for net in inside:
+            y = net(value(s, batch))
+            assert y.shape == t.concrete(batch)
+            assert 0 < y.min() <= y.max() < 1
 
 
 def unit(matrix):
@@ -131,16 +139,6 @@ def test_token_labels_enter_at_their_position(time_first):
     torch.testing.assert_close(net(h, other), net(h, hot), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_bridges_lead_anywhere(a, b):
-    (s, hint), (t, other) = BOUNDARIES[a], BOUNDARIES[b]
-    for build in (aux.build_bridge, aux.build_label_encoder, aux.build_label_decoder):
-        net = build(s, t, from_layout=hint, to_layout=other)
-        y = net(value(s, 2))
-        assert y.shape == t.concrete(2)
-        assert 0 < y.min() <= y.max() < 1
-
-
 def test_the_bridge_is_two_dense_layers():
     net, s = aux.build_bridge(spec(B, 8, 4, 4), spec(B, 10)), value(spec(B, 8, 4, 4))
     first, second = net.net[0].linear, net.net[2].linear
@@ -196,16 +194,6 @@ def test_a_code_of_the_sample_reaches_every_position_of_a_map_from_every_other()
     x = value(spec(B, 6, 8), 1).requires_grad_()
     (grad,) = torch.autograd.grad(tokens(x)[0, 2].sum(), x)
     assert grad.abs().sum(2).nonzero().tolist() == [[0, 2]]
-
-
-@pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_decoders_give_the_input_in_the_unit_interval(a, b):
-    (s, hint), (t, other) = BOUNDARIES[a], BOUNDARIES[b]
-    net = aux.build_decoder(s, t, layout=hint, image_layout=other)
-    for batch in (2, 5):
-        y = net(value(s, batch))
-        assert y.shape == t.concrete(batch)
-        assert 0 < y.min() <= y.max() < 1
 
 
 def test_the_infopro_decoder_is_that_of_the_paper():

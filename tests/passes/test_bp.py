@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import locc
+import support
 from locc import Program
 from locc.losses import Loss
 from zoo import CASES, Case
@@ -178,3 +179,20 @@ def test_bp_equals_backward_through_changes_in_place(splits: tuple[str, ...]) ->
     case = Case("in_place", InPlace, lambda: x, lambda _: y, "cross_entropy", ())
     model = exact_model(case)
     compare(case, model, copy.deepcopy(model), compiled(case, model, splits, x), x, y)
+
+
+ALONE = ("cdni", "ddtp-linear", "ddtp-rhl", "dfa", "dni", "dtp", "dtp-drl", "tp")
+
+
+@pytest.mark.parametrize("method", ALONE)
+def test_one_module_under_another_method_is_backpropagation(method: str) -> None:
+    """Bit for bit; of proxy methods the conformance tests say so."""
+    model, (x, y) = support.mlp(), support.batch()
+    twin = copy.deepcopy(model)
+    one, two = (
+        support.compiled(m, name, optimizer=support.sgd()) for m, name in ((model, method), (twin, "bp"))
+    )
+    for _ in range(3):
+        one.step(x, y)
+        two.step(x, y)
+    assert support.same(model.state_dict(), twin.state_dict())

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -160,49 +159,6 @@ def test_evaluation_is_the_mean_over_samples_in_eval_mode():
 
 
 # ---- interrupted -------------------------------------------------------------------------------
-
-
-def test_ctrl_c_from_the_loader_returns_the_history():
-    def interrupted() -> Iterator[Any]:
-        yield X, Y
-        raise KeyboardInterrupt
-
-    class Loader:
-        passes = 0
-
-        def __iter__(self) -> Iterator[Any]:
-            self.passes += 1
-            return interrupted() if self.passes == 2 else iter([(X, Y)])
-
-    program = compiled(mlp(), "bp", ["relu1"])
-    history = program.fit(Loader(), epochs=5, progress=False)
-    assert history.interrupted
-    assert len(history.epochs) == 1
-    assert program.steps == 2
-    with pytest.raises(LoccError, match=r"a fit of 5 epochs was cut in epoch 2.*epochs=5 to end it"):
-        program.fit([(X, Y)], progress=False)
-    assert not program.fit([(X, Y)], progress=False, resume=False).interrupted
-
-
-@pytest.mark.parametrize("atomic", [False, True])
-def test_ctrl_c_within_a_step_leaves_a_usable_program(atomic):
-    stop: list[int] = []
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        if stop:
-            raise KeyboardInterrupt
-        return nn.functional.cross_entropy(output, target)
-
-    program = compiled(mlp(), "bp", ["relu1"], loss=loss, atomic=atomic)
-    program.step(X, Y)
-    before = snapshot(program.model)
-    stop.append(1)
-    assert program.fit([(X, Y)], progress=False).interrupted
-    assert program.steps == 1
-    assert all(p.grad is None for p in program.parameters())
-    assert same(before, snapshot(program.model))
-    stop.clear()
-    assert not program.fit([(X, Y)], progress=False).interrupted
 
 
 # ---- learning rates ----------------------------------------------------------------------------

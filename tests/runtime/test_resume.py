@@ -351,19 +351,6 @@ def test_ctrl_c_waits_for_the_end_of_a_pass_as_for_a_step(tmp_path):
         assert same(everything(each), end_of(data, 2, scheduler=lambda o: Pressed(o, 0.5)))
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step():
-    data, program = batches(3), plain(atomic=True)
-    presses = [ctrl_c, ctrl_c_twice]
-    program.model.first.register_forward_pre_hook(
-        lambda *_: presses.pop()() if program.steps == 1 and presses else None
-    )
-    for steps in (1, 2):
-        assert program.fit(data, progress=False).interrupted
-        assert program.steps == steps
-    program.fit(data, progress=False)
-    assert same(everything(program), end_of(data, 1, atomic=True))
-
-
 def test_a_loader_may_save_the_program_that_it_trains(tmp_path):
     data, program = batches(4), plain()
 

@@ -118,45 +118,6 @@ def test_a_program_is_saved_and_not_pickled():
 # ---- parameters --------------------------------------------------------------------------------
 
 
-def test_frozen_parameters_stay():
-    model = Residual().double()
-    model.blocks[1][0].bias.requires_grad_(False)
-    model.inp.weight.requires_grad_(False)
-    eager = copy.deepcopy(model)
-    program = compiled(model, "bp", ["blocks.*"], optimizer=lambda ps: torch.optim.AdamW(ps, lr=0.1))
-    optimizer = torch.optim.AdamW([p for p in eager.parameters() if p.requires_grad], lr=0.1)
-    x, y = batch(dtype=F64)
-    for _ in range(2):
-        program.step(x, y)
-        optimizer.zero_grad()
-        functional.cross_entropy(eager(x), y).backward()
-        optimizer.step()
-    assert eager_gap(program, eager) < 1e-12
-    assert not model.inp.weight.requires_grad
-
-
-def test_no_gradient_outlives_a_step():
-    program = compiled(Residual(), "dgl", ["blocks.*"])
-    program.step(*batch())
-    assert all(p.grad is None for p in program.parameters())
-
-
-def test_accumulation_equals_one_large_batch():
-    """Four steps of two samples are one step on the mean gradient of eight."""
-    model = Residual().double()
-    eager = copy.deepcopy(model)
-    program = compiled(model, "bp", ["blocks.0"], optimizer=sgd(), accumulate=4)
-    x, y = batch(8, F64)
-    before = snapshot(model)
-    for i in range(4):
-        assert same(before, snapshot(model))
-        program.step(x[2 * i : 2 * i + 2], y[2 * i : 2 * i + 2])
-    functional.cross_entropy(eager(x), y).backward()
-    sgd()(eager.parameters()).step()
-    assert eager_gap(program, eager) < 1e-12
-    assert all(p.grad is None for p in program.parameters())
-
-
 def test_clipping_is_per_module_and_on_the_mean_gradient():
     model = mlp().double()
     eager = copy.deepcopy(model)
@@ -425,17 +386,6 @@ def broken(atomic: bool, **options: Any) -> tuple[Program, tuple[Any, Tensor], t
     return program, (good, y), (bad, y)
 
 
-def test_without_atomic_the_earlier_module_has_moved():
-    program, good, bad = broken(False)
-    program.step(*good)
-    before = snapshot(program.model)
-    with pytest.raises(RunError, match=r"of module 'b'"):
-        program.step(*bad)
-    after = snapshot(program.model)
-    assert torch.equal(before["b.weight"], after["b.weight"])
-    assert not torch.equal(before["a.0.weight"], after["a.0.weight"])
-
-
 @pytest.mark.parametrize("earlier", [0, 1, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_atomic_undoes_the_whole_step_bit_for_bit(earlier, accumulate):
@@ -490,42 +440,6 @@ def test_a_first_step_without_example_inputs_completes_the_program():
 # ---- sequential --------------------------------------------------------------------------------
 
 
-def test_sequential_trains_one_module_at_a_time_and_freezes_it():
-    torch.manual_seed(0)
-    model = nn.Sequential()
-    for i in range(2):
-        model.add_module(
-            f"b{i}", nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.ReLU())
-        )
-    model.add_module("out", nn.Linear(4, 3))
-    program = compiled(model, "dgl", ["b0", "b1"], schedule="sequential")
-    assert [p.name for p in program.phases] == ["b0", "b1", "out"]
-    for phase in program.phases:
-        program.phase = phase.name
-        before = snapshot(model)
-        modes: dict[str, bool] = {}
-        handles = [
-            m.register_forward_hook(lambda m, a, o, name=name, modes=modes: modes.update({name: m.training}))
-            for name, m in model.named_children()
-        ]
-        program.step(*batch())
-        for handle in handles:
-            handle.remove()
-        after = snapshot(model)
-        changed = {k.split(".")[0] for k in after if not torch.equal(before[k], after[k])}
-        assert changed == {phase.name}
-        position = ["b0", "b1", "out"].index(phase.name)
-        assert modes == {name: i == position for i, name in enumerate(["b0", "b1", "out"]) if i <= position}
-        assert all(m.training for m in model.modules())
-
-
-def test_sequential_fit_goes_through_the_modules():
-    program = compiled(mlp(), "dgl", ["relu1", "relu2"], schedule="sequential")
-    history = program.fit([batch()] * 2, epochs=2, progress=False)
-    assert [e.phase for e in history.epochs] == ["relu1", "relu1", "relu2", "relu2", "third", "third"]
-    assert all(len(e.objectives) == 1 for e in history.epochs)
-
-
 def test_sequential_is_refused_where_a_module_needs_a_later_one():
     with pytest.raises(
         locc.MethodError, match=r"but method 'bp' needs 'output' to train 'first'; use schedule='lockstep'"
@@ -557,18 +471,3 @@ def test_a_model_that_needs_its_full_batch_is_compiled_on_it():
     x, y = batch(12)
     report = locc.compile(Pairs(), "dgl", ["a"]).step(x, y)
     assert torch.isfinite(report.loss)
-
-
-def test_sequential_refuses_dropout_that_eval_mode_would_not_silence():
-    class Functional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
-
-        def forward(self, x):
-            x = self.a(functional.dropout(x, 0.5))
-            return self.b(x)
-
-    with pytest.raises(locc.MethodError, match="freezes module 'a' in eval mode, but its forward draws"):
-        compiled(Functional(), "dgl", ["a"], schedule="sequential")
-    compiled(mlp(dropout=0.5), "dgl", ["second"], schedule="sequential")

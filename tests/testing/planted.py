@@ -66,11 +66,6 @@ class Chain(nn.Module):
         return self.head(self.c(self.b(self.a(x))))
 
 
-def elu_chain() -> nn.Module:
-    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ELU()) for _ in range(3)]
-    return nn.Sequential(*blocks, nn.Linear(WIDTH, CLASSES))
-
-
 class Residual(nn.Module):
     """BatchNorm, dropout, an in-place addition and a skip over two modules."""
 
@@ -87,24 +82,6 @@ class Residual(nn.Module):
         y = self.one(x)
         y += x
         return self.head(self.two(y) + first)
-
-
-class Squares(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 3, padding=1), nn.ReLU())
-        self.two = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.two(self.one(x)))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
-    "residual": (Residual, ["stem", "one", "two"]),
-    "squares": (Squares, ["one", "two"]),
-    "chain": (elu_chain, ["0", "1", "2"]),
-}
 
 
 class Sharing(nn.Module):
@@ -137,19 +114,6 @@ class Sharing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.two(self.one(x)))
-
-
-class Tied(nn.Module):
-    """The head's weight is that of the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.mid = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mid(self.embed(tokens))))
 
 
 class Langevin(torch.optim.SGD):
@@ -190,14 +154,6 @@ def program_of(model: nn.Module, method: str = "dgl", **options: Any) -> locc.Pr
     return locc.compile(model, method, **options)
 
 
-SMALL = {"width": 8}
-
-
-def options_of(method: str) -> dict[str, Any]:
-    """Small auxiliaries, where the method lets them be small."""
-    return {k: v for k, v in SMALL.items() if k in locc.methods()[method].options}
-
-
 def freeze(value: Any) -> Any:
     """A value that is equal for equal bits."""
     if isinstance(value, Tensor):
@@ -234,3 +190,8 @@ def everything(program: locc.Program) -> Any:
             "numpy": (name, keys.tobytes(), rest),
         }
     )
+
+
+def but_for_the_proof(program: locc.Program) -> Any:
+    """The same without the certificate, which a proof makes anew."""
+    return everything(program) | {"certificate": None}

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import locc.testing
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -68,8 +66,3 @@ def test_the_rule_catches_a_stray_import(tmp_path: Path) -> None:
 def test_one_file_of_the_kit_needs_it(package: str, home: str) -> None:
     files = (ROOT / "locc").rglob("*.py")
     assert {f.name for f in files if any(n.split(".")[0] == package for n in imported(f))} == {home}
-
-
-def test_everything_public_is_there() -> None:
-    for name in locc.testing.__all__:
-        assert getattr(locc.testing, name) is not None

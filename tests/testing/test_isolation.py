@@ -13,46 +13,20 @@ from torch import Tensor, nn
 import locc
 from locc.testing import isolation, perturb
 from locc.testing.isolation import assert_isolated
-from support import every_method
+from support import Tied, every_method, usual_case
 
 from .planted import (
     CLASSES,
-    MODELS,
     Chain,
     Langevin,
     Leaf,
     NoisyLeaf,
     Residual,
     Sharing,
-    Tied,
     batch,
     everything,
-    options_of,
     program_of,
 )
-
-
-def admitted(method: str, count: int = 2) -> list[locc.Program]:
-    """Programs of a method on the first of the models that it admits."""
-    found: list[locc.Program] = []
-    for build, splits in MODELS.values():
-        try:
-            if len(found) < count:
-                found.append(program_of(build(), method, splits=splits, **options_of(method)))
-        except locc.MethodError as refusal:
-            if "undefined on this model" not in str(refusal):
-                raise
-    assert found
-    return found
-
-
-@pytest.mark.parametrize("method", every_method())
-def test_every_method_is_isolated(method: str) -> None:
-    for program in admitted(method):
-        for phase in (None, *(p.name for p in program.phases)):
-            program.phase = phase
-            assert_isolated(program, *batch())
-            program.step(*batch(seed=8))  # and later in training
 
 
 @pytest.mark.parametrize("method", ["dgl", "dtp"])
@@ -66,7 +40,7 @@ def test_every_method_is_isolated(method: str) -> None:
     ids=["accumulate and clip", "autocast", "momentum"],
 )
 def test_under_every_setting(method: str, options: dict[str, Any]) -> None:
-    program = program_of(Residual(), method, splits=["stem", "one", "two"], **options_of(method), **options)
+    program = program_of(Residual(), method, splits=["stem", "one", "two"], **options)
     program.step(*batch())
     assert_isolated(program, *batch(seed=8))
 
@@ -266,12 +240,13 @@ def test_every_disturbance_reaches_what_a_certificate_hides(
 @pytest.mark.parametrize("method", every_method())
 def test_a_certificate_without_flows_holds_for_no_method(method: str) -> None:
     """What every method's flows declare does happen: the comparison is not of equals by themselves."""
-    (program,) = admitted(method, 1)
+    case = usual_case(method)
+    program = case.compile()
     if not program.ir.objectives():
         pytest.skip("it has no objective to disturb: what trains is set by formulas")
     altered(program, lambda f: True)
     with pytest.raises(AssertionError, match=r"is not isolated from objective"):
-        assert_isolated(program, *batch())
+        assert_isolated(program, *case.batch())
 
 
 def test_a_program_whose_objectives_are_not_finite_is_not_called_isolated() -> None:
@@ -315,15 +290,3 @@ def test_leaves_the_program_as_it_was(method: str, mode: bool) -> None:
     assert_isolated(program, x, y)
     assert everything(program) == before
     assert all(torch.equal(one, other) for one, other in zip((x, y), batch(), strict=True))
-
-
-def test_training_goes_on_as_if_nothing_had_been_asserted() -> None:
-    ends = []
-    for check in (True, False):
-        program = program_of(Residual(), "dtp", splits=["stem", "one", "two"])
-        for number in range(3):
-            program.step(*batch(seed=number))
-            if check:
-                assert_isolated(program, *batch())
-        ends.append(everything(program)["tensors"])
-    assert ends[0] == ends[1]

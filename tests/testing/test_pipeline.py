@@ -13,50 +13,19 @@ from torch import Tensor, nn
 import locc
 from locc.testing import pipeline
 from locc.testing.pipeline import assert_pipeline_exact
-from support import every_method
+from support import Tied
 
 from .planted import (
     CLASSES,
-    MODELS,
     WIDTH,
     Chain,
     Langevin,
     Leaf,
     NoisyLeaf,
-    Tied,
     batch,
     everything,
-    options_of,
     program_of,
 )
-
-
-@pytest.mark.parametrize("method", every_method())
-def test_holds_exactly_where_the_certificate_says_so(method: str) -> None:
-    tried = 0
-    for build, splits in MODELS.values():
-        try:
-            program = program_of(build(), method, splits=splits, **options_of(method))
-        except locc.MethodError:
-            continue
-        tried += 1
-        certificate = program.certificate
-        if certificate.pipeline_exact:
-            assert_pipeline_exact(program)
-            assert_pipeline_exact(program, [batch(seed=i) for i in range(5)])
-        else:
-            with pytest.raises(AssertionError, match="is not pipeline-exact: ") as found:
-                assert_pipeline_exact(program)
-            assert certificate.pipeline_reason in str(found.value)
-    assert tried
-
-
-def test_some_method_is_pipeline_exact_and_some_is_not() -> None:
-    exact = {
-        program_of(Chain(), method, verify=True).certificate.pipeline_exact
-        for method in ("dgl", "predsim", "bp")
-    }
-    assert exact == {True, False}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 
 import locc
 import support
-from locc.testing import CONFORMANCE_MODELS, assert_conforms, assert_lowered, assert_side_by_side
+from locc.testing import CONFORMANCE_MODELS, assert_conforms
 
 RATE, SIZE, STRIDE = 0.3, 3, 2
 
@@ -81,10 +81,3 @@ def test_values_that_skip_a_module_are_refused() -> None:
 
 def test_it_is_local_and_conforms() -> None:
     assert_conforms(Buffered, {"norm": CONFORMANCE_MODELS["norm"]})
-
-
-def test_its_plan_and_its_module_programs_mean_the_same() -> None:
-    x, y = support.batch(dtype=torch.float64)
-    program = support.compiled(support.mlp(dropout=0.3).double(), Buffered(), ["relu1", "relu2"])
-    assert_lowered(program, x, y, steps=6)
-    assert_side_by_side(program, [(x + i, y) for i in range(6)])

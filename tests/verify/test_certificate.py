@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import locc
-from locc.ir import TrainingGraph, inner
 from locc.proof import Certificate, Flow
-from locc.rewrite import Method, Pass
-
-from .shapes import SHAPES
+from locc.rewrite import Method
+from support import Tied
 
 
 def _program(method: str | Method, depth: int = 4, **options: object) -> locc.Program:
@@ -166,75 +162,13 @@ def test_target_propagation_sends_targets_down() -> None:
 # ---- the verdict follows the graph ------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Loss(Pass):
-    """The loss at the output, and optionally its gradient handed down a chain under some disguise."""
-
-    disguise: str = "plain"
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        ir.objective(ir.last.name, ir.apply_loss(), "loss")
-        for module in reversed(ir.modules[:-1]):
-            (value,) = ir.outputs(module.name)
-            entry = next(b.entry for b in ir.boundaries(producer=module.name))
-            scalar = ir.objectives(entry.meta["owner"])[0].args[0]
-            assert isinstance(scalar, fx.Node)
-            arriving = ir.stop_gradient(module.name, ir.gradient(scalar, entry))
-            ir.objective(module.name, self._use(ir, module.name, value, arriving), "local")
-
-    def _use(self, ir: TrainingGraph, owner: str, value: fx.Node, gradient: fx.Node) -> fx.Node:
-        spec = gradient.meta["spec"]
-        if self.disguise == "scaled":
-            gradient = ir.emit(owner, torch.mul, gradient, -0.5, spec=spec)
-        elif self.disguise == "own function":
-            return ir.emit(owner, _weird_inner, value, gradient)
-        return ir.emit(owner, inner, value, gradient)
-
-
-def _weird_inner(h: Tensor, g: Tensor) -> Tensor:
-    return torch.einsum("bi,bi->", h, g) / 3.0
-
-
-@dataclass(frozen=True)
-class _Disguised(Method):
-    """Says nothing of what it does."""
-
-    family: ClassVar[str] = "proxy"
-    reference: ClassVar[str] = "none"
-    disguise: str = "plain"
-
-    def passes(self) -> Sequence[Pass]:
-        return (_Loss(self.disguise),)
-
-    def requires(self, ir: TrainingGraph) -> Iterator[str]:
-        yield from ()
-
-
-@pytest.mark.parametrize("disguise", ["plain", "scaled", "own function"])
-def test_backpropagation_under_another_name_is_still_not_modular(disguise: str) -> None:
-    certificate = _program(_Disguised(disguise)).certificate
-    assert certificate.verdict == "not modular"
-    assert certificate.owner("0").gradient_hops == 3
-    assert certificate.method == "_Disguised"
-
-
 # ---- couplings and warnings -------------------------------------------------------------------
-
-
-class _Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.mid, self.head = nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mid(self.embed(tokens))))
 
 
 def _tied(policy: str) -> Certificate:
     torch.manual_seed(0)
     tokens = torch.randint(0, 7, (3, 4))
-    return locc.compile(_Tied(), "dgl", ["embed", "mid"], tied=policy, example_inputs=tokens).certificate
+    return locc.compile(Tied(), "dgl", ["embed", "mid"], tied=policy, example_inputs=tokens).certificate
 
 
 def test_a_tied_parameter_that_one_module_trains_is_a_coupling() -> None:
@@ -398,10 +332,3 @@ def test_a_program_that_was_not_verified_has_no_certificate_until_it_is() -> Non
     with pytest.raises(locc.RunError, match=r"call locc\.verify"):
         _ = program.certificate
     assert locc.verify(program) is program.certificate
-
-
-def test_phases_that_train_apart_are_proved() -> None:
-    case = SHAPES["chain"]
-    program = locc.compile(case.build(), "dtp", list(case.splits), example_inputs=case.x())
-    assert program.phases
-    assert program.certificate.complete

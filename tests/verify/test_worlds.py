@@ -14,10 +14,10 @@ from locc.proof.experiment.batch import small_batch
 from locc.proof.experiment.dispatch import Kernels
 from locc.proof.experiment.shapes import RealTensorError, Shapes
 from locc.proof.experiment.worlds import Meta
+from testing.planted import but_for_the_proof
 
 from .leaks import LEAKS, Chain, plain
 from .shapes import SHAPES
-from .test_clean import _everything
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -71,9 +71,9 @@ def test_a_held_reference_to_a_real_parameter_is_not_written_to() -> None:
 def test_both_worlds_prove_the_same(method: str) -> None:
     case = SHAPES["chain"]
     program = locc.compile(case.build(), method, list(case.splits), example_inputs=case.x(), verify=False)
-    before = _everything(program)
+    before = but_for_the_proof(program)
     shapes, real = locc.verify(program, real=False), locc.verify(program, real=True)
-    assert _everything(program) == before
+    assert but_for_the_proof(program) == before
     assert "fake tensors (meta), 2 steps" in shapes.checks[-1].detail
     assert "real tensors, 2 steps" in real.checks[-1].detail
     assert (shapes.owners, shapes.flows, shapes.couplings) == (real.owners, real.flows, real.couplings)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import locc
+
 BATCH = 4
 
 
@@ -33,6 +35,13 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+    def compile(self, cut: int = 0) -> locc.Program:
+        """Compile the case for backpropagation, unproved, at one of its ways to cut."""
+        x, splits = self.inputs(), self.splits[cut]
+        return locc.compile(
+            self.build(), "bp", splits, loss=self.loss, example_inputs=x, tied="owner", verify=False
+        )
 
     def opened(self, splits: tuple[str, ...]) -> frozenset[str]:
         """Return the paths under a Root that `splits` need to be open: their strict ancestors."""

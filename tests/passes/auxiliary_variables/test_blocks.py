@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import locc
-from examples.digits import digits, loaders
 from locc.errors import MethodError
 from locc_passes.auxiliary_variables.formulas import fitted_input, fitted_weight
 from locc_passes.auxiliary_variables.products import Bend, product_of
@@ -356,21 +355,6 @@ def test_rho_of_dladmm_grows_where_the_cost_keeps_rising():
         assert float(rho) == pytest.approx(wanted)
     program.step(*batch(seed=1))
     assert float(rho) == 0.004
-
-
-@pytest.mark.parametrize(
-    ("method", "epochs", "full", "least"),
-    [("bcd3", 20, True, 0.8), ("bcd2", 5, True, 0.75), ("admm", 1, False, 0.93), ("dladmm", 2, False, 0.85)],
-)
-def test_it_learns_digits(method, epochs, full, least):
-    torch.manual_seed(0)
-    data, (train, validation) = digits(), loaders()
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10)
-    )
-    program = locc.compile(model, method, ["2", "4"], example_inputs=data.train_x[:4], verify=False)
-    program.fit([(data.train_x, data.train_y)] if full else train, epochs=epochs, progress=False)
-    assert program.evaluate(validation).accuracy > least
 
 
 @pytest.mark.parametrize("groups", [1, 2])

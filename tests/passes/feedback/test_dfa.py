@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import locc
-from examples.digits import digits, loaders
-from golden import stages
+from examples.digits import digits
 from locc.errors import MethodError
+from support import sgd
 
 D = torch.float64
 
@@ -21,10 +21,6 @@ def mlp():
 
 def batch(size=5):
     return torch.randn(size, 6, dtype=D), torch.randint(0, 4, (size,))
-
-
-def sgd(lr=0.1, **options):
-    return lambda params: torch.optim.SGD(params, lr=lr, **options)
 
 
 AFTER = """\
@@ -58,11 +54,8 @@ def step(self, input_1, target):
 """
 
 
-def test_the_training_graph(tmp_path, monkeypatch):
-    found = stages(tmp_path, monkeypatch, mlp(), "dfa", ["1", "4"], example_inputs=batch()[0])
-    before = [*AFTER.splitlines()[:13], "    return layer_5"]
-    assert found["partition"].splitlines() == before
-    assert found["lent_gradients"] == AFTER
+def test_the_training_graph():
+    assert str(locc.compile(mlp(), "dfa", ["1", "4"], example_inputs=batch()[0]).ir) == AFTER
 
 
 def test_against_the_rule_by_hand():
@@ -109,36 +102,6 @@ def test_with_one_hidden_layer_it_is_feedback_alignment():
         torch.testing.assert_close(p, q, atol=1e-12, rtol=0)
 
 
-def test_one_module_is_backpropagation():
-    model, (x, y) = mlp(), batch()
-    twin = copy.deepcopy(model)
-    locc.compile(model, "dfa", [], example_inputs=x, optimizer=sgd()).step(x, y)
-    locc.compile(twin, "bp", [], example_inputs=x, optimizer=sgd()).step(x, y)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
-
-
-def test_the_matrices_are_fixed_checkpointed_and_in_no_optimizer(tmp_path):
-    x, y = batch()
-    one, two = (
-        locc.compile(mlp(), "dfa", ["1", "4"], example_inputs=x, optimizer=sgd(weight_decay=0.1), seed=s)
-        for s in (1, 2)
-    )
-    before = {n: b.clone() for n, b in one.root.named_buffers() if n.startswith("aux.")}
-    for _ in range(4):
-        one.step(x, y)
-    for name, matrix in before.items():
-        assert torch.equal(one.root.get_buffer(name), matrix)
-        assert not torch.equal(two.root.get_buffer(name), matrix)
-    held = {id(p) for o in one.optimizers.values() for g in o.param_groups for p in g["params"]}
-    assert held == {id(p) for p in one.model.parameters()}
-    one.save(tmp_path / "a.st")
-    two.load(tmp_path / "a.st")
-    one.step(x, y)
-    two.step(x, y)
-    for p, q in zip(one.root.state_dict().values(), two.root.state_dict().values(), strict=True):
-        assert torch.equal(p, q)
-
-
 class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
@@ -168,27 +131,6 @@ def test_tokens_receive_their_own_errors():
     )
 
 
-class Skip(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c, self.out = (nn.Linear(6, 6) for _ in range(4))
-
-    def forward(self, x):
-        h = torch.tanh(self.a(x))
-        return self.out(torch.tanh(self.c(torch.tanh(self.b(h)))) + h)
-
-
-def test_every_parameter_learns_with_a_skip():
-    x, y = torch.randn(5, 6), torch.randint(0, 6, (5,))
-    model = Skip()
-    before = copy.deepcopy(model)
-    program = locc.compile(model, "dfa", ["a", "b", "c"], example_inputs=x)
-    report = program.step(x, y)
-    assert set(report.objectives) == {"a.feedback", "b.feedback", "c.feedback", "out.loss"}
-    for p, q in zip(model.parameters(), before.parameters(), strict=True):
-        assert not torch.equal(p, q)
-
-
 def test_convolutions_have_a_full_matrix():
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 10))
     program = locc.compile(model, "dfa", ["1"], example_inputs=digits().train_x[:4])
@@ -207,30 +149,6 @@ class Ids(nn.Module):
 def test_a_module_without_an_activation_to_teach_is_refused():
     with pytest.raises(MethodError, match="'ids' sends no floating-point value"):
         locc.compile(Ids(), "dfa", example_inputs=torch.randn(5, 6))
-
-
-def test_zero_weights_learn_digits():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-    model = nn.Sequential(nn.Flatten(), *model)
-    program = locc.compile(
-        model, "dfa", ["2", "4"], example_inputs=digits().train_x[:4], zero_init=True, optimizer=locc.Recipe()
-    )
-    assert all(p.abs().max() == 0 for p in model.parameters())
-    train, validation = loaders()
-    program.fit(train, epochs=12, progress=False)
-    assert program.evaluate(validation).accuracy > 0.88
-
-
-def test_it_learns_digits():
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
-    )
-    train, validation = loaders()
-    program = locc.compile(
-        model, "dfa", ["2", "4"], example_inputs=digits().train_x[:4], optimizer=locc.Recipe()
-    )
-    program.fit(train, epochs=12, progress=False)
-    assert program.evaluate(validation).accuracy > 0.88
 
 
 def test_a_borrowed_parameter_gets_its_readers_gradient():

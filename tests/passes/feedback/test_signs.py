@@ -15,6 +15,7 @@ from torch import nn
 import locc
 from locc_passes.feedback import signs
 from support import sgd
+from zoo import find
 
 D = torch.float64
 METHODS = ("ss-usf", "ss-brsf", "ss-frsf")
@@ -100,20 +101,8 @@ def test_the_scales():
     assert float(normal.square().mean().sqrt()) == pytest.approx(0.5, abs=0.01)
 
 
-class Shared(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inp, self.block, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x):
-        x = self.inp(x)
-        for _ in range(3):
-            x = torch.tanh(self.block(x))
-        return self.out(x)
-
-
 def test_calls_of_one_weight_share_what_is_drawn():
-    program = locc.compile(Shared(), "ss-brsf", [], example_inputs=torch.randn(5, 4))
+    program = locc.compile(find("shared_block").build(), "ss-brsf", [], example_inputs=torch.randn(5, 6))
     drawn = [n for n in program.ir.graph.nodes if n.target is signs.sizes]
     assert sorted(len(n.users) for n in drawn) == [1, 3]
 

@@ -204,16 +204,3 @@ def test_gim_reads_no_label_before_the_last_module() -> None:
     assert not torch.equal(results[0]["probe.weight"], results[1]["probe.weight"])
     with pytest.raises(MethodError, match="no positions"):
         compiled(mlp(), "gim", ["first"], example_inputs=batch()[0])
-
-
-def test_fixed_heads_stay_and_are_saved() -> None:
-    x, y = batch()
-    program = compiled(mlp(), "fixed-aux", ["first", "second"], example_inputs=x)
-    before = snapshot(program.root)
-    fixed = [k for k in before if "_head_" in k]
-    for _ in range(3):
-        program.step(x, y)
-    after = snapshot(program.root)
-    assert len(fixed) == 2
-    assert all(torch.equal(before[k], after[k]) for k in fixed)
-    assert not any("_head_" in n for n, _ in program.root.named_parameters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,68 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import locc
-from examples.digits import digits, loaders
-from examples.models import SmallCNN
 from locc.errors import MethodError
 from locc.ir import TensorSpec
 from locc_passes.synthetic.passes import labels_for
-from support import batch, compiled, mlp, same, sgd, snapshot
-
-SPLITS = ["relu1", "relu2"]
-
-BEFORE = """\
-# 2 modules: relu1, output
-def step(self, input_1, target):
-    # ---- module 0: relu1
-    first = self.first(input_1)  # f32[B,8]
-    relu1 = self.relu1(first)  # f32[B,8]
-    # ---- module 1: output
-    relu1_at_output = stop_gradient(relu1)  # f32[B,8]
-    drop = self.drop(relu1_at_output)  # f32[B,8]
-    second = self.second(drop)  # f32[B,8]
-    relu2 = self.relu2(second)  # f32[B,8]
-    third = self.third(relu2)  # f32[B,3]
-    return third
-"""
-
-AFTER = """\
-# 2 modules: relu1, output
-def step(self, input_1, target):
-    # ---- module 0: relu1
-    first = self.first(input_1)  # f32[B,8]
-    relu1 = self.relu1(first)  # f32[B,8]
-    # ---- auxiliary: relu1.synthesiser
-    relu1_at_relu1_synthesiser = stop_gradient(relu1)  # f32[B,8]
-    labels = labels_for(target, relu1_at_relu1_synthesiser, 0, 3)
-    aux_relu1_synthesiser = self.aux.relu1_synthesiser(relu1_at_relu1_synthesiser, labels)  # f32[B,8]
-    # ---- module 0: relu1
-    aux_relu1_synthesiser_at_relu1 = stop_gradient(aux_relu1_synthesiser)  # f32[B,8]
-    synthetic = of_batch(aux_relu1_synthesiser_at_relu1, 0)  # f32[B,8]
-    chain = inner(relu1, synthetic)  # f32[]
-    objective(chain)  # relu1.synthetic
-    # ---- module 1: output
-    relu1_at_output = stop_gradient(relu1)  # f32[B,8]
-    drop = self.drop(relu1_at_output)  # f32[B,8]
-    second = self.second(drop)  # f32[B,8]
-    relu2 = self.relu2(second)  # f32[B,8]
-    third = self.third(relu2)  # f32[B,3]
-    loss = cross_entropy(third, target)  # f32[]
-    objective(loss)  # output.loss
-    grad_relu1_at_output = gradient(loss, relu1_at_output)  # f32[B,8]
-    # ---- auxiliary: relu1.synthesiser
-    grad_relu1_at_output_at_relu1_synthesiser = stop_gradient(grad_relu1_at_output)  # f32[B,8]
-    target_1 = of_sample(grad_relu1_at_output_at_relu1_synthesiser, 0)  # f32[B,8]
-    regression = squared_distance(aux_relu1_synthesiser, target_1, 0)  # f32[]
-    objective(regression)  # relu1.synthesiser.regression
-    return third
-"""
-
-
-def test_the_printed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCC_DUMP", str(tmp_path))
-    program = compiled(mlp(), "cdni", ["relu1"], width=16)
-    assert (tmp_path / "000_partition.py").read_text() == BEFORE
-    assert str(program.ir) == AFTER
+from support import batch, compiled, mlp, sgd
 
 
 class Conditioned(nn.Module):
@@ -150,16 +91,6 @@ def test_labels_of_tokens_reach_their_own_position() -> None:
     assert changed.tolist() == [False, False, False, True, False, False, False]
 
 
-def test_every_parameter_trains_at_token_level() -> None:
-    tokens = torch.randint(11, (8, 7))
-    program = locc.compile(Tokens(), "cdni", ["embed", "mid"], example_inputs=tokens, width=16)
-    before = snapshot(program.root)
-    for _ in range(4):
-        program.step(tokens, tokens)
-    after = snapshot(program.root)
-    assert [k for k in before if torch.equal(before[k], after[k])] == []
-
-
 @pytest.mark.parametrize(
     ("target", "value", "classes", "expected"),
     [
@@ -192,60 +123,6 @@ def test_labels_are_brought_to_the_rows_of_the_value(
 def test_targets_that_are_no_labels_are_refused(target: Any, words: str) -> None:
     with pytest.raises(MethodError, match=words):
         labels_for(target, torch.zeros(4, 9), 0, 5)
-
-
-def test_inference_reads_no_label() -> None:
-    x, y = batch()
-    model = mlp()
-    program = compiled(model, "cdni", SPLITS, width=16)
-    program.step(x, y)
-    program.eval()
-    assert torch.equal(program(x), model(x))
-    assert not any("target" in n.name or "aux" in str(n.target) for n in program.ir.inference.nodes)
-
-
-def test_the_first_hidden_update_is_zero() -> None:
-    x, y = batch()
-    model = mlp()
-    program = compiled(model, "cdni", SPLITS, width=16)
-    before = snapshot(model)
-    program.step(x, y)
-    after = snapshot(model)
-    still = ["first.weight", "first.bias", "second.weight", "second.bias"]
-    assert [k for k in before if torch.equal(before[k], after[k])] == still
-
-
-def test_save_and_load_resume_bit_for_bit(tmp_path: Path) -> None:
-    x, y = batch()
-    program = compiled(mlp(), "cdni", SPLITS, width=16)
-    program.step(x, y)
-    program.save(tmp_path / "state.safetensors")
-    program.step(x, y)
-    wanted = snapshot(program.root)
-    program.load(tmp_path / "state.safetensors")
-    program.step(x, y)
-    assert same(wanted, snapshot(program.root))
-
-
-@pytest.mark.slow
-def test_it_learns_digits() -> None:
-    """Four epochs of Adam(1e-3); a head on untrained layers reaches less."""
-    torch.set_num_threads(1)  # as fast on tensors this small
-    training, validation = loaders(64)
-    stages = ["layer1", "layer2", "layer3"]
-    accuracies = []
-    for frozen in (False, True):
-        torch.manual_seed(0)
-        example = digits().train_x[:64]
-        program = compiled(
-            SmallCNN(8), "cdni", stages, example_inputs=example, width=16, seed=0, optimizer=locc.Recipe()
-        )
-        for name in stages if frozen else []:
-            program.optimizers[name].param_groups[0]["lr"] = 0.0
-        program.fit(training, epochs=4, progress=False)
-        accuracies.append(program.evaluate(validation).accuracy or 0.0)
-    assert accuracies[0] > 0.85
-    assert accuracies[0] > accuracies[1] + 0.05
 
 
 class Shortening(nn.Module):

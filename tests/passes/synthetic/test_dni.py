@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import locc
-from examples.digits import digits, loaders
-from examples.models import SmallCNN
 from locc import Program
 from locc.errors import MethodError
 from locc.ir import TensorSpec
 from locc.testing import assert_lowered, assert_side_by_side
-from support import Residual, Tied, batch, compiled, mlp, same, sgd, snapshot
+from support import Residual, Tied, batch, compiled, mlp, sgd, snapshot
 
 SPLITS = ["relu1", "relu2"]
 
@@ -30,22 +27,6 @@ def linear(value: TensorSpec, output: TensorSpec) -> nn.Module:
 
 # ---- the program -------------------------------------------------------------------------------
 
-BEFORE = """\
-# 3 modules: relu1, relu2, third
-def step(self, input_1, target):
-    # ---- module 0: relu1
-    first = self.first(input_1)  # f32[B,8]
-    relu1 = self.relu1(first)  # f32[B,8]
-    # ---- module 1: relu2
-    relu1_at_relu2 = stop_gradient(relu1)  # f32[B,8]
-    drop = self.drop(relu1_at_relu2)  # f32[B,8]
-    second = self.second(drop)  # f32[B,8]
-    relu2 = self.relu2(second)  # f32[B,8]
-    # ---- module 2: third
-    relu2_at_third = stop_gradient(relu2)  # f32[B,8]
-    third = self.third(relu2_at_third)  # f32[B,3]
-    return third
-"""
 
 AFTER = """\
 # 3 modules: relu1, relu2, third
@@ -95,11 +76,8 @@ def step(self, input_1, target):
 """
 
 
-def test_the_printed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCC_DUMP", str(tmp_path))
-    program = compiled(mlp(), "dni", SPLITS, lr_scale=0.1)
-    assert (tmp_path / "000_partition.py").read_text() == BEFORE
-    assert str(program.ir) == AFTER
+def test_the_printed_program() -> None:
+    assert str(compiled(mlp(), "dni", SPLITS, lr_scale=0.1).ir) == AFTER
 
 
 def test_a_module_updates_before_the_next_one_runs() -> None:
@@ -111,14 +89,6 @@ def test_a_module_updates_before_the_next_one_runs() -> None:
         for m in ("relu2", "third")
     ]
     assert all(update < start for update, start in zip(updates, starts, strict=True))
-
-
-def test_one_evaluation_of_a_synthesiser_trains_module_and_synthesiser() -> None:
-    program = compiled(mlp(), "dni", SPLITS, width=16)
-    calls: list[Any] = []
-    program.root.aux["relu1_synthesiser"].register_forward_hook(lambda *a: calls.append(a))
-    program.step(*batch())
-    assert len(calls) == 1
 
 
 # ---- oracles -----------------------------------------------------------------------------------
@@ -255,7 +225,7 @@ def test_an_oracle_makes_it_backpropagation(reduction: str) -> None:
         report = program.step(x, y)
         bp.step(x, y)
         for name, value in report.objectives.items():
-            if "regression" in name and reduction == "mean":
+            if "regression" in name:
                 assert float(value) < 1e-20
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             assert torch.allclose(p, q, rtol=0, atol=1e-12), name
@@ -318,112 +288,7 @@ def test_the_first_hidden_update_is_zero_and_the_second_is_not() -> None:
     assert not torch.equal(after["second.weight"], model.second.weight)
 
 
-def test_every_parameter_trains() -> None:
-    x, y = batch(16)
-    program = compiled(mlp(), "dni", SPLITS, example_inputs=x, width=16, optimizer=locc.Recipe())
-    before = snapshot(program.root)
-    for _ in range(6):
-        program.step(x, y)
-    after = snapshot(program.root)
-    assert [k for k in before if torch.equal(before[k], after[k])] == []
-
-
-# ---- scale -------------------------------------------------------------------------------------
-
-
-def gradients_of_a_step(
-    size: int, reduction: str, loss: Any, data: tuple[Tensor, Tensor]
-) -> dict[str, Tensor]:
-    """How far SGD(1) moves every parameter, auxiliaries included, on the same samples `size` times over."""
-    torch.manual_seed(0)
-    x, y = data
-    program = compiled(
-        mlp().double(),
-        "dni",
-        SPLITS,
-        optimizer=sgd(1.0),
-        factory=linear,
-        loss=loss,
-        reduction=reduction,
-        seed=0,
-    )
-    before = snapshot(program.root)
-    program.step(x.repeat(size, 1), y.repeat(size))
-    return {k: v - before[k] for k, v in snapshot(program.root).items()}
-
-
-def test_predictions_are_of_one_sample_so_the_batch_size_may_change() -> None:
-    data = batch(dtype=torch.float64)
-    once = gradients_of_a_step(1, "mean", "cross_entropy", data)
-    thrice = gradients_of_a_step(3, "mean", "cross_entropy", data)
-    assert all(torch.allclose(once[k], thrice[k], rtol=0, atol=1e-12) for k in once)
-    assert all(bool(v.any()) for v in once.values())
-
-
-def total(output: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(output, target, reduction="sum")
-
-
-def test_a_summed_loss_says_so() -> None:
-    data = batch(dtype=torch.float64)
-    once = gradients_of_a_step(1, "sum", total, data)
-    thrice = gradients_of_a_step(3, "sum", total, data)
-    for name, value in once.items():
-        # A module's gradient is a sum over samples, a synthesiser's regression a mean.
-        times = 1 if name.startswith("aux") else 3
-        assert torch.allclose(times * value, thrice[name], rtol=0, atol=1e-12), name
-    mean = gradients_of_a_step(1, "mean", "cross_entropy", data)
-    for name, value in once.items():
-        if name.startswith("aux"):
-            assert torch.allclose(value, mean[name], rtol=0, atol=1e-12), name
-
-
 # ---- pitfalls ----------------------------------------------------------------------------------
-
-
-def test_a_regression_does_not_reach_the_module() -> None:
-    """s reads sg h: with a synthesiser stuck at zero, hidden modules never move."""
-
-    class Stuck(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.zeros(()))
-
-        def forward(self, h: Tensor) -> Tensor:
-            return h * self.scale - h * self.scale.detach()
-
-    model = mlp()
-    program = compiled(model, "dni", SPLITS, factory=lambda value, output: Stuck(), optimizer=sgd(0.1))
-    before = snapshot(model)
-    for _ in range(3):
-        program.step(*batch())
-    assert torch.equal(before["second.weight"], model.second.weight)
-    assert program.root.aux["relu2_synthesiser"].scale.any()
-
-
-def test_inference_bypasses_the_interfaces() -> None:
-    x, y = batch()
-    model = mlp()
-    program = compiled(model, "dni", SPLITS)
-    program.step(x, y)
-    program.eval()
-    with torch.no_grad():
-        for p in program.root.aux.parameters():
-            p.fill_(float("nan"))
-    assert torch.equal(program(x), model(x))
-    assert bool(torch.isfinite(program(x)).all())
-    assert not any("target" in n.name or "aux" in str(n.target) for n in program.ir.inference.nodes)
-
-
-def test_one_module_is_bp() -> None:
-    x, y = batch()
-    a = mlp()
-    b = copy.deepcopy(a)
-    one, two = compiled(a, "dni", optimizer=locc.Recipe()), compiled(b, "bp")
-    for _ in range(3):
-        one.step(x, y)
-        two.step(x, y)
-    assert same(snapshot(a), snapshot(b))
 
 
 def test_a_lent_parameter_gets_the_borrowers_gradient() -> None:
@@ -440,21 +305,6 @@ def test_a_lent_parameter_gets_the_borrowers_gradient() -> None:
     assert grad is not None
     # The synthetic part of the first step is zero.
     assert torch.allclose(before.embed.weight - model.embed.weight, grad, atol=1e-6)
-
-
-def test_save_and_load_resume_bit_for_bit(tmp_path: Path) -> None:
-    x, y = batch()
-    program = compiled(mlp(dropout=0.2), "dni", SPLITS)
-    for _ in range(3):
-        program.step(x, y)
-    program.save(tmp_path / "state.safetensors")
-    for _ in range(3):
-        program.step(x, y)
-    wanted = snapshot(program.root)
-    program.load(tmp_path / "state.safetensors")
-    for _ in range(3):
-        program.step(x, y)
-    assert same(wanted, snapshot(program.root))
 
 
 # ---- refusals ----------------------------------------------------------------------------------
@@ -478,41 +328,3 @@ def test_save_and_load_resume_bit_for_bit(tmp_path: Path) -> None:
 def test_unusable_options_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(MethodError, match=words):
         compiled(mlp(), "dni", SPLITS, **options)
-
-
-# ---- learning ----------------------------------------------------------------------------------
-
-
-def test_images_and_sequences_train() -> None:
-    x, y = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
-    program = compiled(SmallCNN(4), "dni", ["layer1", "layer2", "layer3"], example_inputs=x, width=8)
-    before = snapshot(program.root)
-    for _ in range(5):
-        program.step(x, y)
-    after = snapshot(program.root)
-    # a bias before BatchNorm moves by rounding errors, or not at all
-    unmoved = {k for k in before if torch.equal(before[k], after[k])}
-    assert {
-        k for k in unmoved if not k.endswith(("synthesiser.first.bias", "synthesiser.hidden.2.bias"))
-    } == set()
-
-
-@pytest.mark.slow
-def test_it_learns_digits() -> None:
-    """Four epochs of Adam(1e-3); a head on untrained layers reaches less."""
-    torch.set_num_threads(1)  # as fast on tensors this small
-    training, validation = loaders(64)
-    stages = ["layer1", "layer2", "layer3"]
-    accuracies = []
-    for frozen in (False, True):
-        torch.manual_seed(0)
-        example = digits().train_x[:64]
-        program = compiled(
-            SmallCNN(8), "dni", stages, example_inputs=example, width=16, seed=0, optimizer=locc.Recipe()
-        )
-        for name in stages if frozen else []:
-            program.optimizers[name].param_groups[0]["lr"] = 0.0
-        program.fit(training, epochs=4, progress=False)
-        accuracies.append(program.evaluate(validation).accuracy or 0.0)
-    assert accuracies[0] > 0.85
-    assert accuracies[0] > accuracies[1] + 0.05

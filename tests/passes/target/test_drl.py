@@ -276,16 +276,6 @@ def test_the_optimum_is_the_damped_pseudo_inverse(
     assert torch.allclose(q, best, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_one_module_is_bp(method: str) -> None:
-    x, y = torch.randn(5, 4), torch.randint(3, (5,))
-    models = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    for model, name in zip(models, (method, "bp"), strict=True):
-        compiled(model, name, example_inputs=x, optimizer=sgd()).step(x, y)
-    assert same(snapshot(models[0]), snapshot(models[1]))
-
-
 def test_phases_train_the_feedback_alone_before_and_between() -> None:
     x, y = torch.randn(5, 4), torch.randint(3, (5,))
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import locc
-from examples.digits import loaders
 from examples.models import SmallCNN
 from locc.errors import MethodError
 from locc.ir import TensorSpec
 from locc.rewrite import noise
 from locc_passes.target.initial import orthogonal_init
-from support import Residual, Tied, batch, compiled, mlp, same, sgd, snapshot
+from support import Residual, Tied, batch, compiled, mlp, sgd
 
 ETA = 0.3277
 SIGMA = 0.3598
@@ -64,22 +62,6 @@ def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- the program -------------------------------------------------------------------------------
 
-BEFORE = """\
-# 3 modules: relu1, relu2, third
-def step(self, input_1, target):
-    # ---- module 0: relu1
-    first = self.first(input_1)  # f32[B,8]
-    relu1 = self.relu1(first)  # f32[B,8]
-    # ---- module 1: relu2
-    relu1_at_relu2 = stop_gradient(relu1)  # f32[B,8]
-    drop = self.drop(relu1_at_relu2)  # f32[B,8]
-    second = self.second(drop)  # f32[B,8]
-    relu2 = self.relu2(second)  # f32[B,8]
-    # ---- module 2: third
-    relu2_at_third = stop_gradient(relu2)  # f32[B,8]
-    third = self.third(relu2_at_third)  # f32[B,3]
-    return third
-"""
 
 AFTER = """\
 # 3 modules: relu1, relu2, third
@@ -134,11 +116,8 @@ def step(self, input_1, target):
 """
 
 
-def test_the_printed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCC_DUMP", str(tmp_path))
-    program = compiled(mlp(), "dtp", ["relu1", "relu2"], lr_scale=0.5)
-    assert (tmp_path / "000_partition.py").read_text() == BEFORE
-    assert str(program.ir) == AFTER
+def test_the_printed_program() -> None:
+    assert str(compiled(mlp(), "dtp", ["relu1", "relu2"], lr_scale=0.5).ir) == AFTER
 
 
 def test_first_and_last_module_have_no_inverse() -> None:
@@ -366,61 +345,6 @@ def test_exact_inverses_make_dtp_and_tp_equal() -> None:
     assert not torch.allclose(a[0], c[0], atol=1e-3)
 
 
-def test_one_module_is_bp() -> None:
-    x, y = batch(dtype=torch.float64)
-    a, b = mlp().double(), mlp().double()
-    b.load_state_dict(a.state_dict())
-    one, two = compiled(a, "dtp"), compiled(b, "bp")
-    for _ in range(3):
-        one.step(x, y)
-        two.step(x, y)
-    assert same(snapshot(a), snapshot(b))
-
-
-def test_each_phase_trains_its_own_side_in_turn() -> None:
-    model = tanh_net()
-    x, y = data()
-    program = compiled(model, "dtp", ["f1", "f2", "f3"], example_inputs=x)
-    aux = program.root.aux
-    seen = []
-    plain = program.step
-
-    def watch(*batch: Any) -> Any:
-        before = snapshot(model), snapshot(aux)
-        report = plain(*batch)
-        seen.append((program.phase, same(before[0], snapshot(model)), same(before[1], snapshot(aux))))
-        return report
-
-    object.__setattr__(program, "step", watch)
-    history = program.fit([(x, y)] * 2, epochs=2, progress=False)
-    one = [("inverses", True, False)] * 2 + [("forward", False, True)] * 2
-    assert seen == one * 2
-    assert [e.phase for e in history.epochs] == ["inverses", "forward"] * 2
-
-
-def test_batch_order_trains_both_in_every_batch() -> None:
-    x, y = data()
-    model = tanh_net()
-    program = compiled(model, "dtp", ["f1", "f2", "f3"], example_inputs=x, order="batch")
-    assert program.phases == ()
-    before = snapshot(program.root)
-    history = program.fit([(x, y)], epochs=1, progress=False)
-    after = snapshot(program.root)
-    assert len(history.epochs) == 1
-    assert all(not torch.equal(before[k], after[k]) for k in before)
-
-
-def test_every_parameter_trains() -> None:
-    """The released code of the paper leaves two tensors out of its updates."""
-    x, y = data()
-    program = compiled(tanh_net(), "dtp", ["f1", "f2", "f3"], example_inputs=x)
-    before = snapshot(program.root)
-    program.fit([(x, y)], epochs=1, progress=False)
-    after = snapshot(program.root)
-    assert len(before) == 8 + 4
-    assert [k for k in before if torch.equal(before[k], after[k])] == []
-
-
 def test_noise_is_fresh_has_scale_sigma_and_leaves_batch_norm_alone() -> None:
     draws = []
     h = torch.zeros(200, 50)
@@ -443,17 +367,6 @@ def test_noise_is_fresh_has_scale_sigma_and_leaves_batch_norm_alone() -> None:
     twin(x)
     for name, buffer in twin.named_buffers():
         assert torch.allclose(dict(model.named_buffers())[name], buffer, atol=1e-6), name
-
-
-def test_the_target_uses_the_gradient_of_the_mean_loss() -> None:
-    """Twice the batch, the same samples: half the distance per sample, and a quarter of it squared."""
-    x, y = data()
-    reports = []
-    for repeat in (1, 2):
-        torch.manual_seed(0)
-        program = compiled(tanh_net(), "dtp", ["f1", "f2", "f3"], example_inputs=x)
-        reports.append(program.step(x.repeat(repeat, 1), y.repeat(repeat)).objectives["f3.target"])
-    assert abs(float(reports[0] / reports[1]) - 4) < 1e-9
 
 
 def test_values_of_ended_range_get_inverses_of_that_range() -> None:
@@ -520,48 +433,6 @@ def test_unusable_options_are_refused(options: dict[str, Any], words: str) -> No
         compiled(mlp(), "dtp", ["relu1", "relu2"], **options)
 
 
-class Hashing(nn.Module):
-    """Its first module sends nothing but integers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(4, 6), nn.Embedding(6, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(self.b(self.pick(x)))
-
-    def pick(self, x: Tensor) -> Tensor:
-        return self.a(x).argmax(1)
-
-
-def test_a_module_to_which_nothing_comes_back_is_refused() -> None:
-    model = Hashing()
-    before = snapshot(model)
-    with pytest.raises(MethodError, match="module 'a' sends no floating-point value"):
-        locc.compile(Codes(model), "dtp", ["a"], example_inputs=torch.randn(5, 4))
-    assert same(before, snapshot(model))
-
-
-class Codes(nn.Module):
-    """The split `a` ends in the integers."""
-
-    def __init__(self, inner: Hashing) -> None:
-        super().__init__()
-        self.a, self.rest = Pick(inner.a), nn.Sequential(inner.b, inner.c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rest(self.a(x))
-
-
-class Pick(nn.Module):
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).argmax(1)
-
-
 def test_an_inverse_that_does_not_fit_is_refused() -> None:
     with pytest.raises(MethodError, match=r"inverse of module 'relu2' for f32\[B,8\] gives shape"):
         compiled(mlp(), "dtp", ["relu1", "relu2"], factory=lambda output, read: nn.Linear(8, 9))
@@ -582,29 +453,6 @@ def test_an_inverse_that_cannot_be_built_names_its_module() -> None:
 
 
 # ---- models ------------------------------------------------------------------------------------
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.first, self.second = nn.GRU(6, 8, batch_first=True), nn.GRU(8, 6, batch_first=True)
-        self.head = nn.Linear(6, 11)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x, _ = self.first(self.embed(tokens))
-        x, _ = self.second(x)
-        return self.head(x)
-
-
-def test_sequences_train_every_parameter() -> None:
-    tokens = torch.randint(11, (4, 7))
-    model = Recurrent()
-    program = locc.compile(model, "dtp", ["embed", "first", "second"], example_inputs=tokens)
-    before = snapshot(program.root)
-    program.fit([(tokens, tokens)], epochs=1, progress=False)
-    after = snapshot(program.root)
-    assert [k for k in before if torch.equal(before[k], after[k])] == []
 
 
 def test_a_lent_parameter_also_gets_the_borrowers_gradient() -> None:
@@ -630,43 +478,3 @@ def test_a_lent_parameter_also_gets_the_borrowers_gradient() -> None:
     grad = before.embed.weight.grad
     assert grad is not None
     assert torch.allclose(before.embed.weight - model.embed.weight, grad, atol=1e-6)
-
-
-def test_inference_is_the_model_and_reads_no_target() -> None:
-    x, y = data()
-    model = tanh_net()
-    program = compiled(model, "dtp", ["f1", "f2", "f3"], example_inputs=x)
-    program.step(x, y)
-    program.eval()
-    assert torch.equal(program(x), model(x))
-    assert not any("target" in n.name or "aux" in str(n.target) for n in program.ir.inference.nodes)
-
-
-def test_save_and_load_resume_bit_for_bit(tmp_path: Path) -> None:
-    x, y = data()
-    program = compiled(tanh_net(), "dtp", ["f1", "f2", "f3"], example_inputs=x)
-    program.fit([(x, y)] * 2, epochs=1, progress=False)
-    program.save(tmp_path / "state.safetensors")
-    program.fit([(x, y)] * 2, epochs=2, progress=False)
-    wanted = snapshot(program.root)
-    program.load(tmp_path / "state.safetensors")
-    program.fit([(x, y)] * 2, epochs=2, progress=False)
-    assert same(wanted, snapshot(program.root))
-
-
-@pytest.mark.slow
-def test_a_convolutional_network_learns_digits() -> None:
-    """Six epochs of Adam(1e-3) with the default options; random features under a trained head reach less."""
-    torch.set_num_threads(1)  # as fast on tensors this small
-    accuracies = []
-    for frozen in (False, True):
-        torch.manual_seed(0)
-        training, validation = loaders(64)
-        stages = ["layer1", "layer2", "layer3"]
-        program = compiled(SmallCNN(8), "dtp", stages, example_inputs=torch.randn(64, 1, 8, 8), seed=0)
-        for name in stages if frozen else []:
-            program.optimizers[name].param_groups[0]["lr"] = 0.0
-        program.fit(training, epochs=6, progress=False)
-        accuracies.append(program.evaluate(validation).accuracy or 0.0)
-    assert accuracies[0] > 0.93
-    assert accuracies[0] > accuracies[1] + 0.05

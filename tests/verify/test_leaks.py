@@ -1,6 +1,11 @@
-"""Leaks planted in user models: each is caught by name before training, by the check that should see it."""
+"""Planted leaks: each is caught by name before training, by the check that should see it.
+
+In the user's model, or by a pass: in an auxiliary network, or in the function of a node.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,12 +14,16 @@ import locc
 from locc.proof import sentinel, static, storage, walk
 from locc.proof.experiment.batch import small_batch
 from locc.proof.findings import SENTINEL, WALK
+from locc.rewrite import Method
 
 from . import leaks
 from .leaks import HARMLESS, LEAKS, Act, Chain, Planted
+from .plants import ThirdParty
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CAPTURED = [name for name in LEAKS if name != "checkpoint_reentrant"]  # that one, capture refuses already
+PLACES = ("model", "network", "function")
+CAPTURED = [(n, p) for p in PLACES for n in LEAKS if (n, p) != ("checkpoint_reentrant", "model")]
+"""The one left out, capture refuses already."""
 
 
 def _model(act: Act, own: bool = False) -> Chain:
@@ -22,22 +31,28 @@ def _model(act: Act, own: bool = False) -> Chain:
     return Chain(act, own)
 
 
-def _compile(model: Chain, **options: object) -> locc.Program:
+def _compile(model: Chain, method: str | Method = "dgl", **options: object) -> locc.Program:
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
-    return locc.compile(model, "dgl", ["a", "b", "c"], example_inputs=x, **options)  # type: ignore[arg-type]
+    return locc.compile(model, method, ["a", "b", "c"], example_inputs=x, **options)  # type: ignore[arg-type]
 
 
-def _text(name: str) -> str:
-    return LEAKS[name].text.format(shared="a.shared")
+def _planted(act: Act, own: bool, place: str) -> tuple[Chain, Callable[[], locc.Program]]:
+    """Return a model, and what compiles it; a method's pass plants the act where the model does not."""
+    model = _model(act, own) if place == "model" else _model(leaks.plain)
+    return model, lambda: _compile(model, "dgl" if place == "model" else ThirdParty(act, own, place))
 
 
-@pytest.mark.parametrize("name", CAPTURED)
-def test_compile_refuses_a_leak_by_name_and_leaves_the_model_alone(name: str) -> None:
-    model = _model(LEAKS[name].act)
+def _text(name: str, place: str = "model") -> str:
+    return LEAKS[name].text.format(shared="a.shared" if place == "model" else "aux.a_tap.shared")
+
+
+@pytest.mark.parametrize(("name", "place"), CAPTURED)
+def test_compile_refuses_a_leak_by_name_and_leaves_the_model_alone(name: str, place: str) -> None:
+    model, build = _planted(LEAKS[name].act, False, place)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(locc.LocalityError, match="method 'dgl' is not local") as caught:
-        _compile(model)
-    assert _text(name) in str(caught.value)
+    with pytest.raises(locc.LocalityError, match=r"method '(dgl|ThirdParty)' is not local") as caught:
+        build()
+    assert _text(name, place) in str(caught.value)
     assert {finding.check for finding in caught.value.findings} == {LEAKS[name].check}
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
@@ -74,8 +89,8 @@ def test_the_sentinel_alone_sees_every_leak_and_the_graph_none(name: str) -> Non
     assert all(f.check == SENTINEL for f in found.findings)
 
 
-def _passes_and_trains(model: Chain) -> None:
-    program = _compile(model)
+def _passes_and_trains(build: Callable[[], locc.Program]) -> None:
+    program = build()
     assert program.certificate.complete
     assert program.certificate.verdict == "strictly modular"
     x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
@@ -83,15 +98,26 @@ def _passes_and_trains(model: Chain) -> None:
     program.step(x, y)
 
 
-@pytest.mark.parametrize("name", CAPTURED)
-def test_the_harmless_twin_of_each_leak_passes(name: str) -> None:
+@pytest.mark.parametrize(("name", "place"), CAPTURED)
+def test_the_harmless_twin_of_each_leak_passes(name: str, place: str) -> None:
     leak = LEAKS[name]
-    _passes_and_trains(_model(leak.harmless, own=leak.twin is leaks.OWN))
+    _passes_and_trains(_planted(leak.harmless, leak.twin is leaks.OWN, place)[1])
 
 
+@pytest.mark.parametrize("place", ["model", "network"])
 @pytest.mark.parametrize("act", HARMLESS)
-def test_a_harmless_look_alike_passes(act: Act) -> None:
-    _passes_and_trains(_model(act))
+def test_a_harmless_look_alike_passes(act: Act, place: str) -> None:
+    _passes_and_trains(_planted(act, False, place)[1])
+
+
+def test_the_path_runs_from_the_objective_to_the_parameter() -> None:
+    ir = _compile(_model(leaks.plain), verify=False).ir
+    entry = ir.boundaries(consumer="b")[0].entry
+    entry.replace_all_uses_with(entry.all_input_nodes[0])
+    ir.graph.erase_node(entry)
+    finding = next(f for f in static.check(ir) if f.tensor == "a.linear.weight")
+    assert finding.path[0].startswith(ir.objectives("b")[0].name)
+    assert finding.path[-1].startswith("a of 'a'")
 
 
 def test_the_path_names_the_line_of_the_users_code() -> None:
