@@ -18,6 +18,7 @@ from locc.lazy import lazily
 from locc.version import __version__
 
 if TYPE_CHECKING:
+    from locc.budget import fit
     from locc.catalogue import methods
     from locc.compiler import compile
     from locc.examination import Examination, examine
@@ -42,6 +43,7 @@ else:
             "StepReport": "locc.runtime",
             "compile": "locc.compiler",
             "examine": "locc.examination",
+            "fit": "locc.budget",
             "method": "locc.registry",
             "methods": "locc.catalogue",
             "split": "locc.markers",
@@ -71,6 +73,7 @@ __all__ = [
     "__version__",
     "compile",
     "examine",
+    "fit",
     "method",
     "methods",
     "split",

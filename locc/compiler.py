@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from locc import registry
+from locc.budget import Fit, Load, fewest
 from locc.capture import Dynamic, capture, marker_ancestors
-from locc.errors import CaptureError, LoccError, LoccWarning, MethodError, RunError
+from locc.errors import CaptureError, LoccError, LoccWarning, MethodError, RunError, SplitError
+from locc.fitting import loads
 from locc.ir import Inputs, Root, TrainingGraph
 from locc.ir.captured import Captured
 from locc.losses import MODEL, Loss, own_loss
 from locc.lower import stages
-from locc.partition import Cut, TiedPolicy, opened_by, partition, resolve
+from locc.partition import Cut, TiedPolicy, opened_by, partition, places, resolve
 from locc.program import Program
 from locc.proof import prove
 from locc.proof.experiment.batch import accepts, made_up, small_batch
@@ -38,7 +40,7 @@ from locc.runtime.compiled import Codes
 from locc.runtime.fingerprint import fingerprint
 from locc.runtime.offload import Offload
 from locc.runtime.replay import Replay
-from locc.snapshot import undone_on_failure
+from locc.snapshot import preserved, undone_on_failure
 from locc.tasks import tasks_of
 
 FEW = 3
@@ -46,7 +48,7 @@ FEW = 3
 
 _HOME = os.path.dirname(__file__) + os.sep
 
-Splits = int | str | Sequence[str]
+Splits = int | str | Sequence[str] | Fit
 
 _log = logging.getLogger("locc")
 _told: WeakValueDictionary[tuple[int, str], nn.Module] = WeakValueDictionary()
@@ -111,8 +113,9 @@ def compile(
         method: the id of a registered method (`locc.methods()`), or a configured one (`locc.method`).
         splits: submodules after which to cut, by name or glob (a container ends with its last child; a glob
             leaves out cuts beside which nothing could train); or K for K modules of balanced cost (counted
-            operations and parameters), cut where the fewest parameters are shared. Markers (`locc.split`)
-            in the forward are used as well.
+            operations and parameters), cut where the fewest parameters are shared; or `locc.fit(memory=
+            "2GiB", batch=64)` for the fewest modules that keep to a budget. Markers (`locc.split`) in the
+            forward are used as well.
         loss: "cross_entropy", "mse", "bce", "l1"; "model" for the loss that the model's own forward returns
             (Hugging Face, with `labels` among the inputs); or a callable(output, target) that returns a 0-d
             tensor. Local heads train on the part of it that reads the predictions.
@@ -384,6 +387,14 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
     refuse_early(request.method, request.name, request.root.model)
+    if isinstance(request.splits, Fit):
+        request = replace(request, splits=fitting(request, request.splits, inputs))
+    captured, cuts = captured_with(request, inputs)
+    return parted(request, captured, cuts, inputs, policy)
+
+
+def captured_with(request: Request, inputs: Inputs) -> tuple[Captured, list[Cut]]:
+    """Capture the model, on a few samples if that will do, and resolve the splits."""
     few = inputs.head(FEW)
     try:
         captured, cuts = captured_on(request, few, inputs)
@@ -393,6 +404,13 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
             raise
         captured, cuts = captured_on(request, inputs, inputs)
     captured.example = inputs
+    return captured, cuts
+
+
+def parted(
+    request: Request, captured: Captured, cuts: Sequence[Cut], inputs: Inputs, policy: TiedPolicy
+) -> TrainingGraph:
+    """Cut a captured model into modules."""
     ir = partition(captured, cuts, request.loss, policy)
     if request.loss.name == MODEL:
         own_loss(ir.output_structure())
@@ -405,6 +423,38 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     return ir
 
 
+def fitting(request: Request, wanted: Fit, inputs: Inputs) -> list[str]:
+    """Return the fewest splits that keep to a budget of memory.
+
+    The model is captured once, open at all places where a cut may fall. Each cut is rewritten by the method
+    and run on shapes; the model is then as before.
+
+    Raises:
+        LoccError: no cut keeps to it, nothing can be cut, or a step does not run on shapes alone.
+    """
+    schedule, name = request.settings.schedule, str(wanted)
+    if schedule not in ("lockstep", "sequential"):
+        raise SplitError(
+            f"{name} counts what is alive while one batch goes through, and schedule='{schedule}' keeps "
+            "several between its modules; use schedule='lockstep' or 'sequential', or name the splits"
+        )
+    blocks = places(request.root.model, inputs, name)
+    each = [block.path for block in blocks[:-1]]
+    with torch.random.fork_rng():
+        captured, found = captured_with(replace(request, splits=each), inputs)
+        by_path = {cut.name: cut for cut in found}
+
+        def weigh(ends: Sequence[int]) -> list[Load]:
+            with preserved(request.root, values=False), attempting():
+                cuts = [by_path[each[i]] for i in ends]
+                policy = TiedPolicy(request.tied, request.method.ties)
+                ir = parted(request, replace(captured, notes=[]), cuts, inputs, policy)
+                apply(request.method, request.name, ir)
+                return loads(ir, request.name, request.settings, inputs, wanted)
+
+        return fewest(wanted, blocks, weigh)
+
+
 def captured_on(request: Request, samples: Inputs, inputs: Inputs) -> tuple[Captured, list[Cut]]:
     """Capture on some samples of the inputs, and resolve the splits.
 
@@ -412,6 +462,7 @@ def captured_on(request: Request, samples: Inputs, inputs: Inputs) -> tuple[Capt
     few samples will do for most models.
     """
     root = request.root
+    assert not isinstance(request.splits, Fit)
     marked, markers = marker_ancestors(root, samples)
     cuts = resolve(root, request.splits, markers, inputs)
     named = [cut.name for cut in cuts if not cut.marker]

@@ -176,7 +176,7 @@ def examine(
     try:
         chosen, result.method = _method(method, method_options)
         policy = TiedPolicy(tied, chosen.ties)
-        settings = Settings(schedule=schedule)
+        settings = Settings(optimizer=chosen.recipe, schedule=schedule)
         request = Request(
             Root(model), chosen, result.method, splits, Loss(loss), tied, settings, False, dynamic, prediction
         )

@@ -144,14 +144,15 @@ def _weigh(
     """Estimate the memory of a step on the example inputs; return its operations for each sample."""
     with seen.timed():
         try:
-            seen.memory, operations = estimate(ir, optimizers, batch, plans)
+            found = estimate(ir, optimizers, batch, plans)
         except Exception as error:
             seen.warnings.append(
                 "peak memory could not be estimated, since a step does not run on shapes alone: "
                 f"{reason(error)}"
             )
             return 0.0
-    return operations / max(batch.size, 1)
+    seen.memory = found.memory
+    return found.operations / max(batch.size, 1)
 
 
 def _parameters(ir: TrainingGraph) -> int:

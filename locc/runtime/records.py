@@ -23,8 +23,8 @@ LIMIT = "2GiB"
 Bytes = NDArray[np.uint8]
 
 
-def size_of(text: int | str) -> int:
-    """Return a number of bytes, written as one or as "500MB", "2GiB".
+def size_of(text: int | str, option: str = "features_limit") -> int:
+    """Return a number of bytes, written as one or as "500MB", "2GiB"; `option` is what it is the value of.
 
     Raises:
         LoccError: it is neither, or not above 0.
@@ -35,7 +35,7 @@ def size_of(text: int | str) -> int:
         number, prefix, binary = found.groups()
         size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index((prefix or " ").upper())))
     if size < 1:
-        raise LoccError(f"features_limit={text!r}: give a number of bytes above 0, or one such as '{LIMIT}'")
+        raise LoccError(f"{option}={text!r}: give a number of bytes above 0, or one such as '{LIMIT}'")
     return size
 
 
