@@ -16,6 +16,7 @@ import argparse
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,25 @@ from benchmarks.meter import Timing
 WIDTH, DEPTH, SHARE, BATCHES = 768, 24, 8, 8
 
 
-def compiled(depth: int = DEPTH, **options: Any) -> locc.Program:
-    """Compile equal linear layers with `dgl` and Adam, each a module."""
+def network(depth: int = DEPTH) -> nn.Sequential:
+    """Build equal linear layers."""
     torch.manual_seed(0)
     blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(depth))
+    return nn.Sequential(*blocks, nn.Linear(WIDTH, 10))
+
+
+def compiled(depth: int = DEPTH, offload: str | None = None, **options: Any) -> locc.Program:
+    """Compile them with `dgl` and Adam, each a module."""
+    with nullcontext() if offload is None else locc.deferred(offload):
+        model = network(depth)
     return locc.compile(
-        nn.Sequential(*blocks, nn.Linear(WIDTH, 10)),
+        model,
         "dgl",
         [str(i) for i in range(depth)],
         example_inputs=batch(0)[0],
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-4, fused=True),
         seed=1,
+        offload=offload,
         **options,
     )
 
@@ -56,16 +65,16 @@ def used(key: str) -> int:
 
 
 def limited(place: str | None, file: str, resume: bool) -> None:
-    """Train two steps in little memory."""
-    compiled(1).step(*batch(0))
-    before, all_before = used("VmData"), used("VmRSS")
-    program = compiled(offload=place)
-    parameters = sum(p.nbytes for p in program.root.parameters())
-    print(f"compiling took {(used('VmHWM') - all_before) / parameters:.1f} times the parameters", flush=True)
-    size = 3 * parameters  # Adam has two numbers for each
+    """Build, compile and train two steps in little memory."""
+    compiled(1, place).step(*batch(0))
+    before = used("VmData")
+    with torch.device("meta"):
+        size = 3 * sum(p.nbytes for p in network().parameters())  # Adam has two numbers for each
     limit = before + size // SHARE
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     print(f"parameters and optimizer state: {size >> 20} MiB; limit: {size // SHARE >> 20} MiB", flush=True)
+    program = compiled(offload=place)
+    print(f"compiled; used: {used('VmData') - before >> 20} MiB", flush=True)
     if resume:
         program.load(file)
     for seed in range(program.steps, program.steps + 2):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from locc.catalogue import methods
     from locc.compiler import compile
     from locc.examination import Examination, examine
+    from locc.files import deferred
     from locc.markers import split
     from locc.program import Program
     from locc.proof import Certificate, verify
@@ -42,6 +43,7 @@ else:
             "Recipe": "locc.recipes",
             "StepReport": "locc.runtime",
             "compile": "locc.compiler",
+            "deferred": "locc.files",
             "examine": "locc.examination",
             "fit": "locc.budget",
             "method": "locc.registry",
@@ -72,6 +74,7 @@ __all__ = [
     "StepReport",
     "__version__",
     "compile",
+    "deferred",
     "examine",
     "fit",
     "method",

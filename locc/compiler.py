@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from locc import registry
+from locc import files, registry
 from locc.budget import Fit, Load, fewest
 from locc.capture import Dynamic, capture, marker_ancestors
 from locc.errors import CaptureError, LoccError, LoccWarning, MethodError, RunError, SplitError
@@ -268,7 +268,14 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
     inputs = _on_device(inputs, program.device)
-    with torch.random.fork_rng(), undone_on_failure(request.root), attempting():
+    place = request.settings.offload
+    held = [*request.root.named_parameters(), *request.root.named_buffers()]
+    with (
+        torch.random.fork_rng(),
+        files.keeping(place, held),
+        undone_on_failure(request.root),
+        attempting(),
+    ):
         torch.manual_seed(seed)
         ir = rewrite(request, inputs, TiedPolicy(request.tied, request.method.ties))
         program.root.aux.to(program.device)
@@ -283,7 +290,10 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         advice = tuple(request.method.advise(ir, rates))
         certificate = None
         if request.verify:
-            certificate = prove(ir, request.name, learners, inputs, training=training, advice=advice)
+            real = None if place is None else False  # real tensors would take what training does
+            certificate = prove(
+                ir, request.name, learners, inputs, real=real, training=training, advice=advice
+            )
         if request.settings.replay is not None:
             request.settings.replay.check([module.name for module in ir.modules])
         if request.settings.schedule in ("wave", "pipelined", "replay"):
@@ -291,7 +301,6 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         if request.settings.update == "in_backward":
             within.check(ir, phases, request.name)
         schedulers = request.settings.schedulers(learners)
-        place = request.settings.offload
         offload = None if place is None else Offload(place, ir, learners)
         _tell(request.name, training, advice)
     with torch.no_grad():

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from locc.errors import LoccError, nearest
+from locc.errors import LoccError
 
-MEMORY, DISK = "memory", "disk"
+MEMORY = "memory"
 LIMIT = "2GiB"
 """How many bytes are kept, unless given."""
 
@@ -37,19 +37,6 @@ def size_of(text: int | str, option: str = "features_limit") -> int:
     if size < 1:
         raise LoccError(f"{option}={text!r}: give a number of bytes above 0, or one such as '{LIMIT}'")
     return size
-
-
-def check_place(option: str, place: object, known: Sequence[str]) -> None:
-    """Refuse, as the value of an option, what is neither one of the known places nor a folder.
-
-    Raises:
-        LoccError: it is neither.
-    """
-    if place not in known and not (isinstance(place, (str, Path)) and Path(place).is_dir()):
-        raise LoccError(
-            f"{option}={place!r} is neither {' nor '.join(map(repr, known))} nor an existing folder; "
-            + nearest(str(place), known)
-        )
 
 
 class Records(Protocol):

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 import locc
 from benchmarks import offload as larger
-from locc import LoccError, Program
-from locc.runtime import offload
+from locc import LoccError, Program, files
 from support import everything, same, snapshot
 
 WIDTH = 40
@@ -154,7 +153,7 @@ def test_the_module_that_is_next_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
         if advice == mmap.MADV_WILLNEED:
             said.append(next(names[id(t)] for t in tensors if id(t) in names))
 
-    monkeypatch.setattr(offload, "_advise", note)
+    monkeypatch.setattr(files, "advise", note)
     steps(made, slice(1))
     # forward 0, 1, 2 and back 1, 0, where the next step begins as well: 0 is there, and 1 comes
     assert said == ["2", "1", "0", "1"]
@@ -256,7 +255,7 @@ class Odd(nn.Sequential):
         ({"offload": "/nowhere"}, "offload='/nowhere' is neither 'disk' nor an existing folder"),
         (
             {"offload": "/proc"},
-            "offload='/proc' needs files of 27200 bytes more, and there is no room or no file",
+            "offload='/proc' needs files of 17600 bytes more, and there is no room or no file",
         ),
         ({"atomic": True}, "atomic=True keeps a copy of everything there"),
         ({"schedule": "pipelined"}, "schedule='pipelined' is for several"),
