@@ -1,10 +1,11 @@
 """Training that does not fit in memory: `compile(..., offload="disk")`.
 
-`python -m benchmarks.offload limited disk FILE` trains under a limit of an eighth of what parameters and
-optimizer state take, and saves to FILE; with `--resume` it goes on from there; `limited memory FILE` does
+`python -m benchmarks.offload limited disk FOLDER` builds, compiles and trains a model, evaluates it, and
+saves and exports it to FOLDER, under a limit of an eighth of what parameters and optimizer state take. With
+`--resume` it goes on from there, with a model that is built on the meta device; `limited memory FOLDER` does
 without `offload=`. The limit is on what RLIMIT_DATA counts, memory that no file backs, beyond what the
-process has after it has trained something small; it is set when compiling is over. RLIMIT_DATA counts freed
-memory that the C library keeps, too: run it with MALLOC_MMAP_THRESHOLD_=65536, which gives that back.
+process has after it has done the same with something small. RLIMIT_DATA counts freed memory that the C
+library keeps, too: run it with MALLOC_MMAP_THRESHOLD_=65536, which gives that back.
 
 `python -m benchmarks.offload times` measures what it costs where there is memory enough: eight batches with
 `offload=` against as many without, in turn.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import locc
 from benchmarks.meter import Timing
 
-WIDTH, DEPTH, SHARE, BATCHES = 768, 24, 8, 8
+WIDTH, DEPTH, SHARE, BATCHES = 1536, 24, 8, 8
 
 
 def network(depth: int = DEPTH) -> nn.Sequential:
@@ -36,9 +37,12 @@ def network(depth: int = DEPTH) -> nn.Sequential:
     return nn.Sequential(*blocks, nn.Linear(WIDTH, 10))
 
 
-def compiled(depth: int = DEPTH, offload: str | None = None, **options: Any) -> locc.Program:
+def compiled(
+    depth: int = DEPTH, offload: str | None = None, meta: bool = False, **options: Any
+) -> locc.Program:
     """Compile them with `dgl` and Adam, each a module."""
-    with nullcontext() if offload is None else locc.deferred(offload):
+    in_files = nullcontext() if offload is None else locc.deferred(offload)
+    with torch.device("meta") if meta else in_files:
         model = network(depth)
     return locc.compile(
         model,
@@ -46,7 +50,7 @@ def compiled(depth: int = DEPTH, offload: str | None = None, **options: Any) -> 
         [str(i) for i in range(depth)],
         example_inputs=batch(0)[0],
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-4, fused=True),
-        seed=1,
+        seed=0,
         offload=offload,
         **options,
     )
@@ -64,23 +68,30 @@ def used(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def limited(place: str | None, file: str, resume: bool) -> None:
+def limited(place: str | None, folder: Path, resume: bool) -> None:
     """Build, compile and train two steps in little memory."""
-    compiled(1, place).step(*batch(0))
+    _all_of_it(compiled(1, place, resume), folder / "small", False)
     before = used("VmData")
     with torch.device("meta"):
         size = 3 * sum(p.nbytes for p in network().parameters())  # Adam has two numbers for each
     limit = before + size // SHARE
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     print(f"parameters and optimizer state: {size >> 20} MiB; limit: {size // SHARE >> 20} MiB", flush=True)
-    program = compiled(offload=place)
+    program = compiled(offload=place, meta=resume)
     print(f"compiled; used: {used('VmData') - before >> 20} MiB", flush=True)
-    if resume:
-        program.load(file)
-    for seed in range(program.steps, program.steps + 2):
-        print(f"loss {float(program.step(*batch(seed)).loss)}", flush=True)
-    program.save(file)
+    print("\n".join(_all_of_it(program, folder / "large", resume)))
     print(f"used: {used('VmData') - before >> 20} MiB", flush=True)
+
+
+def _all_of_it(program: locc.Program, folder: Path, resume: bool) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume:
+        program.load(folder / "state")
+    said = [f"loss {float(program.step(*batch(program.steps)).loss)}" for _ in range(2)]
+    program.save(folder / "state")
+    said.append(f"evaluated: {program.evaluate([batch(-1)])}")
+    program.export_onnx_modules(folder / "modules")
+    return said
 
 
 def times(rounds: int) -> None:
@@ -110,14 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     one = kinds.add_parser("limited")
     one.add_argument("place", help="memory, disk or a folder")
-    one.add_argument("file")
+    one.add_argument("folder", type=Path)
     one.add_argument("--resume", action="store_true")
     kinds.add_parser("times").add_argument("--rounds", type=int, default=7)
     given = parser.parse_args(arguments)
     if given.kind == "times":
         times(given.rounds)
         return
-    limited(None if given.place == "memory" else given.place, given.file, given.resume)
+    limited(None if given.place == "memory" else given.place, given.folder, given.resume)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from locc import files, registry
 from locc.budget import Fit, Load, fewest
 from locc.capture import Dynamic, capture, marker_ancestors
 from locc.errors import CaptureError, LoccError, LoccWarning, MethodError, RunError, SplitError
+from locc.filling import filled
 from locc.fitting import loads
 from locc.ir import Inputs, Root, TrainingGraph
 from locc.ir.captured import Captured
@@ -69,6 +70,7 @@ class Request:
     dynamic: Dynamic = None
     prediction: str | int | None = None
     cache: bool = False
+    weights: str | Path | None = None
 
 
 def compile(
@@ -104,6 +106,7 @@ def compile(
     update: str = "after_backward",
     verify: bool = True,
     cache: bool = False,
+    weights: str | Path | None = None,
     **method_options: Any,
 ) -> Program:
     """Compile a model for local learning.
@@ -177,6 +180,8 @@ def compile(
             parameters between its backward pass and its update.
         verify: prove locality before returning.
         cache: keep what capturing this model has shown, and use it the next time; see below.
+        weights: a safetensors file, or a folder of them, with values for a model on the `meta` device; see
+            below.
         **method_options: hyper-parameters of the method.
 
     With `features=` a stage of a sequential training computes once what the modules at rest (in eval mode)
@@ -192,10 +197,15 @@ def compile(
     CPU. A module's files are let go when the next one's turn comes, and those of the next one are asked for;
     gradients are in memory during a module's turn alone. The system reads and writes them, and keeps in
     memory what fits. With "wave" that is paid once for all batches of a wave; a step of `bp` pays it twice.
-    Checkpoints, `evaluate`, `predict` and export read the files as they go. In memory are all tensors under
-    a page, what passes between modules, and while compiling (the first step, without `example_inputs`) the
-    model as it was built, its gradients and copies of it. `locc.verify`, `program.diagnose` and
-    `program.forecast` keep a copy of the model while they run.
+    Checkpoints, `evaluate`, `predict` and `export_onnx_modules` read the files as they go. In memory are all
+    tensors under a page, what passes between modules, and one module's gradients; while compiling (the first
+    step, without `example_inputs`) copies of tensors and their gradients are in files, too.
+    `program.diagnose`, `program.forecast` and `export_onnx` keep a copy of the model while they run.
+
+    A model that does not fit in memory is built within `locc.deferred()`, where its tensors are in files from
+    the beginning; or on the `meta` device. Then compiling gives it memory (files, with `offload=`) module by
+    module, submodules first: with the values in `weights`, or as each module's own `reset_parameters()` draws
+    them, which for PyTorch's modules are those that `seed` gives where the model is built.
 
     With `cache=True` a file is kept in the folder `$LOCC_CACHE` (by default `locc` in the user's folder of
     caches: `~/.cache/locc` on Linux). It is found by the source of locc and of the model's classes, the
@@ -250,6 +260,7 @@ def compile(
         dynamic,
         prediction,
         cache,
+        weights,
     )
     TiedPolicy(tied)
     program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
@@ -267,15 +278,15 @@ def _replay(schedule: str, **given: Any) -> Replay | None:
 def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
-    inputs = _on_device(inputs, program.device)
     place = request.settings.offload
-    held = [*request.root.named_parameters(), *request.root.named_buffers()]
     with (
         torch.random.fork_rng(),
-        files.keeping(place, held),
         undone_on_failure(request.root),
         attempting(),
+        filled(request.root.model, request.weights, place, seed),
+        files.keeping(place, _tensors(request.root)),
     ):
+        inputs = _on_device(inputs, program.device)
         torch.manual_seed(seed)
         ir = rewrite(request, inputs, TiedPolicy(request.tied, request.method.ties))
         program.root.aux.to(program.device)
@@ -328,6 +339,10 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
 
     given = fingerprint(request.loss.given)
     return Built(ir, certificate, learners, schedulers, executor, phases, unreadable, given, training, advice)
+
+
+def _tensors(root: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*root.named_parameters(), *root.named_buffers()]
 
 
 def _note(model: nn.Module, notes: Sequence[str]) -> None:

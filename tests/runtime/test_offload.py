@@ -198,16 +198,19 @@ def test_eight_times_the_memory_there_is(tmp_path: Path) -> None:
         words = (sys.executable, "-m", "benchmarks.offload", "limited", *words)
         return subprocess.run(words, cwd=HOME, env=environment, capture_output=True, text=True, check=False)
 
-    file = str(tmp_path / "state")
-    first, then = run("disk", file), run("disk", file, "--resume")
+    first, then = run("disk", str(tmp_path)), run("disk", str(tmp_path), "--resume")
     assert (first.returncode, then.returncode) == (0, 0), first.stderr + then.stderr
     plain = larger.compiled(verify=False)
-    expected = [f"loss {float(plain.step(*larger.batch(seed)).loss)}" for seed in range(4)]
-    assert re.findall(r"^loss .*", first.stdout + then.stdout, re.MULTILINE) == expected
-    without = run("memory", file)
+    expected = []
+    for _ in range(2):
+        expected += [f"loss {float(plain.step(*larger.batch(plain.steps)).loss)}" for _ in range(2)]
+        expected.append(f"evaluated: {plain.evaluate([larger.batch(-1)])}")
+    assert re.findall(r"^(?:loss|evaluated:) .*", first.stdout + then.stdout, re.MULTILINE) == expected
+    assert len(list((tmp_path / "large" / "modules").glob("*.onnx"))) == larger.DEPTH + 1
+    without = run("memory", str(tmp_path))
     assert without.returncode == 1
     assert "can't allocate memory" in without.stderr
-    assert "loss" not in without.stdout
+    assert "compiled" not in without.stdout
 
 
 # ---- refusals ----------------------------------------------------------------------------------
