@@ -26,9 +26,10 @@ def fit(memory: int | str, batch: int) -> Fit:
     """Ask, as `splits` of `compile`, for the fewest modules that keep to a budget.
 
     Within it stay parameters and buffers (auxiliary networks included), optimizer state, activations and
-    gradients, all as they are estimated for `Certificate.memory`; not what operators and optimizers allocate
-    and free inside one call, nor PyTorch itself. With `offload=`, parameters and state are those of one
-    module at a time. Cuts fall between the blocks that `splits=K` would cut between.
+    gradients, as estimated for `Certificate.memory`, the last two with 2 % more, by which the estimate may
+    be wrong; not what operators and optimizers allocate and free inside one call, nor PyTorch itself. With
+    `offload=`, parameters and state are those of one module at a time. Cuts fall between the blocks that
+    `splits=K` would cut between.
 
     Args:
         memory: in bytes, or as "500MB", "2GiB".

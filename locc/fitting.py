@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -16,6 +17,9 @@ from locc.proof.experiment.batch import small_batch, whole_batch
 from locc.proof.experiment.worlds import reason
 from locc.proof.memory import Estimate, estimate
 from locc.runtime import Settings
+
+_MARGIN = 1.02
+"""Of what a step is estimated to take, a real one takes so much at most (`tests/verify/test_memory.py`)."""
 
 
 def loads(ir: TrainingGraph, name: str, settings: Settings, inputs: Inputs, wanted: Fit) -> list[Load]:
@@ -34,6 +38,7 @@ def loads(ir: TrainingGraph, name: str, settings: Settings, inputs: Inputs, want
         if waits:
             tensors = (t for node in ir.nodes(owner) for _, t in node_tensors(ir.root, node))
             parameters, optimizer = _bytes(tensors), found.states.get(owner, 0)
+        step = math.ceil(step * _MARGIN)
         if settings.accumulate > 1:  # gradients wait for the next step
             step += _bytes(p for o in of for p in ir.parameters(o).values() if p.requires_grad)
         copies = 2 if settings.atomic else 1
