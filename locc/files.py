@@ -188,7 +188,9 @@ def why_not(tensor: Tensor) -> str | None:
         return f"a {type(tensor).__name__}"
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         return f"no plain tensor ({tensor.layout}, {tensor.dtype})"
-    return None if tensor.device.type == "cpu" else f"on {tensor.device}"
+    if tensor.device.type != "cpu":
+        return f"on {tensor.device}"
+    return None if tensor.untyped_storage().device.type == "cpu" else "fake"  # while a model is traced
 
 
 def check(path: str, tensor: Tensor) -> None:

@@ -163,6 +163,32 @@ def test_weights_that_fill_nothing_are_refused(weights: str, says: str, tmp_path
         locc.compile(Rotary(), example_inputs=X, weights=tmp_path / weights)
 
 
+class Counting(nn.Module):
+    """Replaces a buffer where tracing looks into it, on tensors that are only shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(40, 40), nn.Linear(40, 3)
+        self.register_buffer("seen", torch.zeros(40, 40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 100:
+            raise ValueError
+        self.seen = self.seen + x.detach().mean()
+        return self.out(self.inner(x[:, 0]) @ self.seen)
+
+
+def test_what_is_only_a_shape_is_in_no_file() -> None:
+    made, plain = (
+        locc.compile(built(make=Counting), "dgl", ["inner"], example_inputs=X, seed=0, offload=place)
+        for place in ("disk", None)
+    )
+    for program in (made, plain):
+        program.step(X, Y)
+    assert plain.ir.captured.origin != "fx"
+    assert same(everything(plain), everything(made))
+
+
 def test_a_model_that_cannot_be_compiled_is_back_in_memory() -> None:
     model = built()
     before = snapshot(model)
