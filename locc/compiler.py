@@ -522,7 +522,7 @@ def _method(method: str | Method, given: dict[str, Any]) -> tuple[Method, str]:
     chosen = registry.load(method)
     own = [name for name in inspect.signature(compile).parameters if name != "method_options"]
     for option in given:
-        close = difflib.get_close_matches(option, own, 1)
+        close = difflib.get_close_matches(option, own, 1, cutoff=0.7)
         if option not in options(chosen) and close:
             raise MethodError(
                 f"compile has no argument '{option}', nor has method '{method}'; nearest: '{close[0]}'"

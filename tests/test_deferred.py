@@ -87,6 +87,8 @@ def test_a_parameter_that_shares_its_memory_goes_on_to() -> None:
 @pytest.mark.parametrize("offload", [None, "disk"])
 def test_a_model_on_the_meta_device_is_initialised_as_where_it_is_built(offload: str | None) -> None:
     model = built(META)
+    assert locc.examine(model, "dgl", ["inp", "norm"], example_inputs=X, tied="owner").ok
+    assert all(t.is_meta for t in model.state_dict().values())
     made, plain = trained(model, offload=offload), trained(built())
     assert same(everything(plain), everything(made))
     assert model.again.weight is model.inp.weight
