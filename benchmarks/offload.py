@@ -28,27 +28,33 @@ import locc
 from benchmarks.meter import Timing
 
 WIDTH, DEPTH, SHARE, BATCHES = 1536, 24, 8, 8
+TIMED = 768
+"""The width of what is timed: all of it is in memory, many times."""
 
 
-def network(depth: int = DEPTH) -> nn.Sequential:
+def network(depth: int = DEPTH, width: int = WIDTH) -> nn.Sequential:
     """Build equal linear layers."""
     torch.manual_seed(0)
-    blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(depth))
-    return nn.Sequential(*blocks, nn.Linear(WIDTH, 10))
+    blocks = (nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth))
+    return nn.Sequential(*blocks, nn.Linear(width, 10))
 
 
 def compiled(
-    depth: int = DEPTH, offload: str | None = None, meta: bool = False, **options: Any
+    depth: int = DEPTH,
+    offload: str | None = None,
+    meta: bool = False,
+    width: int = WIDTH,
+    **options: Any,
 ) -> locc.Program:
     """Compile them with `dgl` and Adam, each a module."""
     in_files = nullcontext() if offload is None else locc.deferred(offload)
     with torch.device("meta") if meta else in_files:
-        model = network(depth)
+        model = network(depth, width)
     return locc.compile(
         model,
         "dgl",
         [str(i) for i in range(depth)],
-        example_inputs=batch(0)[0],
+        example_inputs=batch(0, width)[0],
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-4, fused=True),
         seed=0,
         offload=offload,
@@ -56,10 +62,10 @@ def compiled(
     )
 
 
-def batch(seed: int) -> tuple[Tensor, Tensor]:
+def batch(seed: int, width: int = WIDTH) -> tuple[Tensor, Tensor]:
     """Return inputs and targets."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, WIDTH, generator=generator), torch.randint(10, (8,), generator=generator)
+    return torch.randn(8, width, generator=generator), torch.randint(10, (8,), generator=generator)
 
 
 def used(key: str) -> int:
@@ -96,7 +102,7 @@ def _all_of_it(program: locc.Program, folder: Path, resume: bool) -> list[str]:
 
 def times(rounds: int) -> None:
     """Print the ratios of times within a round."""
-    batches = [batch(seed) for seed in range(BATCHES)]
+    batches = [batch(seed, TIMED) for seed in range(BATCHES)]
 
     def seconds(program: locc.Program) -> float:
         start = time.perf_counter()
@@ -108,7 +114,9 @@ def times(rounds: int) -> None:
         return time.perf_counter() - start
 
     for schedule in ("lockstep", "wave"):
-        pair = [compiled(schedule=schedule, offload=place, verify=False) for place in ("disk", None)]
+        pair = [
+            compiled(schedule=schedule, offload=place, verify=False, width=TIMED) for place in ("disk", None)
+        ]
         for program in pair:
             seconds(program)
         found = Timing.of([seconds(pair[0]) / seconds(pair[1]) for _ in range(rounds)])
