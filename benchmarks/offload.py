@@ -1,10 +1,11 @@
 """Training that does not fit in memory: `compile(..., offload="disk")`.
 
-`python -m benchmarks.offload limited disk FILE` trains under a limit of an eighth of what parameters and
-optimizer state take, and saves to FILE; with `--resume` it goes on from there; `limited memory FILE` does
+`python -m benchmarks.offload limited disk FOLDER` builds, compiles and trains a model, evaluates it, and
+saves and exports it to FOLDER, under a limit of an eighth of what parameters and optimizer state take. With
+`--resume` it goes on from there, with a model that is built on the meta device; `limited memory FOLDER` does
 without `offload=`. The limit is on what RLIMIT_DATA counts, memory that no file backs, beyond what the
-process has after it has trained something small; it is set when compiling is over. RLIMIT_DATA counts freed
-memory that the C library keeps, too: run it with MALLOC_MMAP_THRESHOLD_=65536, which gives that back.
+process has after it has done the same with something small. RLIMIT_DATA counts freed memory that the C
+library keeps, too: run it with MALLOC_MMAP_THRESHOLD_=65536, which gives that back.
 
 `python -m benchmarks.offload times` measures what it costs where there is memory enough: eight batches with
 `offload=` against as many without, in turn.
@@ -16,6 +17,7 @@ import argparse
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +27,45 @@ from torch import Tensor, nn
 import locc
 from benchmarks.meter import Timing
 
-WIDTH, DEPTH, SHARE, BATCHES = 768, 24, 8, 8
+WIDTH, DEPTH, SHARE, BATCHES = 1536, 24, 8, 8
+TIMED = 768
+"""The width of what is timed: all of it is in memory, many times."""
 
 
-def compiled(depth: int = DEPTH, **options: Any) -> locc.Program:
-    """Compile equal linear layers with `dgl` and Adam, each a module."""
+def network(depth: int = DEPTH, width: int = WIDTH) -> nn.Sequential:
+    """Build equal linear layers."""
     torch.manual_seed(0)
-    blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(depth))
+    blocks = (nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth))
+    return nn.Sequential(*blocks, nn.Linear(width, 10))
+
+
+def compiled(
+    depth: int = DEPTH,
+    offload: str | None = None,
+    meta: bool = False,
+    width: int = WIDTH,
+    **options: Any,
+) -> locc.Program:
+    """Compile them with `dgl` and Adam, each a module."""
+    in_files = nullcontext() if offload is None else locc.deferred(offload)
+    with torch.device("meta") if meta else in_files:
+        model = network(depth, width)
     return locc.compile(
-        nn.Sequential(*blocks, nn.Linear(WIDTH, 10)),
+        model,
         "dgl",
         [str(i) for i in range(depth)],
-        example_inputs=batch(0)[0],
+        example_inputs=batch(0, width)[0],
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-4, fused=True),
-        seed=1,
+        seed=0,
+        offload=offload,
         **options,
     )
 
 
-def batch(seed: int) -> tuple[Tensor, Tensor]:
+def batch(seed: int, width: int = WIDTH) -> tuple[Tensor, Tensor]:
     """Return inputs and targets."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, WIDTH, generator=generator), torch.randint(10, (8,), generator=generator)
+    return torch.randn(8, width, generator=generator), torch.randint(10, (8,), generator=generator)
 
 
 def used(key: str) -> int:
@@ -55,28 +74,35 @@ def used(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def limited(place: str | None, file: str, resume: bool) -> None:
-    """Train two steps in little memory."""
-    compiled(1).step(*batch(0))
-    before, all_before = used("VmData"), used("VmRSS")
-    program = compiled(offload=place)
-    parameters = sum(p.nbytes for p in program.root.parameters())
-    print(f"compiling took {(used('VmHWM') - all_before) / parameters:.1f} times the parameters", flush=True)
-    size = 3 * parameters  # Adam has two numbers for each
+def limited(place: str | None, folder: Path, resume: bool) -> None:
+    """Build, compile and train two steps in little memory."""
+    _all_of_it(compiled(1, place, resume), folder / "small", False)
+    before = used("VmData")
+    with torch.device("meta"):
+        size = 3 * sum(p.nbytes for p in network().parameters())  # Adam has two numbers for each
     limit = before + size // SHARE
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     print(f"parameters and optimizer state: {size >> 20} MiB; limit: {size // SHARE >> 20} MiB", flush=True)
-    if resume:
-        program.load(file)
-    for seed in range(program.steps, program.steps + 2):
-        print(f"loss {float(program.step(*batch(seed)).loss)}", flush=True)
-    program.save(file)
+    program = compiled(offload=place, meta=resume)
+    print(f"compiled; used: {used('VmData') - before >> 20} MiB", flush=True)
+    print("\n".join(_all_of_it(program, folder / "large", resume)))
     print(f"used: {used('VmData') - before >> 20} MiB", flush=True)
+
+
+def _all_of_it(program: locc.Program, folder: Path, resume: bool) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume:
+        program.load(folder / "state")
+    said = [f"loss {float(program.step(*batch(program.steps)).loss)}" for _ in range(2)]
+    program.save(folder / "state")
+    said.append(f"evaluated: {program.evaluate([batch(-1)])}")
+    program.export_onnx_modules(folder / "modules")
+    return said
 
 
 def times(rounds: int) -> None:
     """Print the ratios of times within a round."""
-    batches = [batch(seed) for seed in range(BATCHES)]
+    batches = [batch(seed, TIMED) for seed in range(BATCHES)]
 
     def seconds(program: locc.Program) -> float:
         start = time.perf_counter()
@@ -88,7 +114,9 @@ def times(rounds: int) -> None:
         return time.perf_counter() - start
 
     for schedule in ("lockstep", "wave"):
-        pair = [compiled(schedule=schedule, offload=place, verify=False) for place in ("disk", None)]
+        pair = [
+            compiled(schedule=schedule, offload=place, verify=False, width=TIMED) for place in ("disk", None)
+        ]
         for program in pair:
             seconds(program)
         found = Timing.of([seconds(pair[0]) / seconds(pair[1]) for _ in range(rounds)])
@@ -101,14 +129,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     one = kinds.add_parser("limited")
     one.add_argument("place", help="memory, disk or a folder")
-    one.add_argument("file")
+    one.add_argument("folder", type=Path)
     one.add_argument("--resume", action="store_true")
     kinds.add_parser("times").add_argument("--rounds", type=int, default=7)
     given = parser.parse_args(arguments)
     if given.kind == "times":
         times(given.rounds)
         return
-    limited(None if given.place == "memory" else given.place, given.file, given.resume)
+    limited(None if given.place == "memory" else given.place, given.folder, given.resume)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ from locc.lazy import lazily
 from locc.version import __version__
 
 if TYPE_CHECKING:
+    from locc.budget import fit
     from locc.catalogue import methods
     from locc.compiler import compile
     from locc.examination import Examination, examine
+    from locc.files import deferred
     from locc.markers import split
     from locc.program import Program
     from locc.proof import Certificate, verify
@@ -41,7 +43,9 @@ else:
             "Recipe": "locc.recipes",
             "StepReport": "locc.runtime",
             "compile": "locc.compiler",
+            "deferred": "locc.files",
             "examine": "locc.examination",
+            "fit": "locc.budget",
             "method": "locc.registry",
             "methods": "locc.catalogue",
             "split": "locc.markers",
@@ -70,7 +74,9 @@ __all__ = [
     "StepReport",
     "__version__",
     "compile",
+    "deferred",
     "examine",
+    "fit",
     "method",
     "methods",
     "split",

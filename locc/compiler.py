@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,14 +16,17 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from locc import registry
+from locc import files, registry
+from locc.budget import Fit, Load, fewest
 from locc.capture import Dynamic, capture, marker_ancestors
-from locc.errors import CaptureError, LoccError, LoccWarning, MethodError, RunError
+from locc.errors import CaptureError, LoccError, LoccWarning, MethodError, RunError, SplitError
+from locc.filling import filled
+from locc.fitting import loads
 from locc.ir import Inputs, Root, TrainingGraph
 from locc.ir.captured import Captured
 from locc.losses import MODEL, Loss, own_loss
 from locc.lower import stages
-from locc.partition import Cut, TiedPolicy, opened_by, partition, resolve
+from locc.partition import Cut, TiedPolicy, opened_by, partition, places, resolve
 from locc.program import Program
 from locc.proof import prove
 from locc.proof.experiment.batch import accepts, made_up, small_batch
@@ -39,7 +42,7 @@ from locc.runtime.compiled import Codes
 from locc.runtime.fingerprint import fingerprint
 from locc.runtime.offload import Offload
 from locc.runtime.replay import Replay
-from locc.snapshot import undone_on_failure
+from locc.snapshot import preserved, undone_on_failure
 from locc.tasks import tasks_of
 
 FEW = 3
@@ -47,7 +50,7 @@ FEW = 3
 
 _HOME = os.path.dirname(__file__) + os.sep
 
-Splits = int | str | Sequence[str]
+Splits = int | str | Sequence[str] | Fit
 
 _log = logging.getLogger("locc")
 _told: WeakValueDictionary[tuple[int, str], nn.Module] = WeakValueDictionary()
@@ -68,6 +71,7 @@ class Request:
     dynamic: Dynamic = None
     prediction: str | int | None = None
     cache: bool = False
+    weights: str | Path | None = None
 
 
 def compile(
@@ -104,6 +108,7 @@ def compile(
     update: str = "after_backward",
     verify: bool = True,
     cache: bool = False,
+    weights: str | Path | None = None,
     **method_options: Any,
 ) -> Program:
     """Compile a model for local learning.
@@ -113,8 +118,9 @@ def compile(
         method: the id of a registered method (`locc.methods()`), or a configured one (`locc.method`).
         splits: submodules after which to cut, by name or glob (a container ends with its last child; a glob
             leaves out cuts beside which nothing could train); or K for K modules of balanced cost (counted
-            operations and parameters), cut where the fewest parameters are shared. Markers (`locc.split`)
-            in the forward are used as well.
+            operations and parameters), cut where the fewest parameters are shared; or `locc.fit(memory=
+            "2GiB", batch=64)` for the fewest modules that keep to a budget. Markers (`locc.split`) in the
+            forward are used as well.
         loss: "cross_entropy", "mse", "bce", "l1"; "model" for the loss that the model's own forward returns
             (Hugging Face, with `labels` among the inputs); or a callable(output, target) that returns a 0-d
             tensor. Local heads train on the part of it that reads the predictions.
@@ -180,6 +186,8 @@ def compile(
             parameters between its backward pass and its update.
         verify: prove locality before returning.
         cache: keep what capturing this model has shown, and use it the next time; see below.
+        weights: a safetensors file, or a folder of them, with values for a model on the `meta` device; see
+            below.
         **method_options: hyper-parameters of the method.
 
     With `features=` a stage of a sequential training computes once what the modules at rest (in eval mode)
@@ -195,10 +203,15 @@ def compile(
     CPU. A module's files are let go when the next one's turn comes, and those of the next one are asked for;
     gradients are in memory during a module's turn alone. The system reads and writes them, and keeps in
     memory what fits. With "wave" that is paid once for all batches of a wave; a step of `bp` pays it twice.
-    Checkpoints, `evaluate`, `predict` and export read the files as they go. In memory are all tensors under
-    a page, what passes between modules, and while compiling (the first step, without `example_inputs`) the
-    model as it was built, its gradients and copies of it. `locc.verify`, `program.diagnose` and
-    `program.forecast` keep a copy of the model while they run.
+    Checkpoints, `evaluate`, `predict` and `export_onnx_modules` read the files as they go. In memory are all
+    tensors under a page, what passes between modules, and one module's gradients; while compiling (the first
+    step, without `example_inputs`) copies of tensors and their gradients are in files, too.
+    `program.diagnose`, `program.forecast` and `export_onnx` keep a copy of the model while they run.
+
+    A model that does not fit in memory is built within `locc.deferred()`, where its tensors are in files from
+    the beginning; or on the `meta` device. Then compiling gives it memory (files, with `offload=`) module by
+    module, submodules first: with the values in `weights`, or as each module's own `reset_parameters()` draws
+    them, which for PyTorch's modules are those that `seed` gives where the model is built.
 
     With `cache=True` a file is kept in the folder `$LOCC_CACHE` (by default `locc` in the user's folder of
     caches: `~/.cache/locc` on Linux). It is found by the source of locc and of the model's classes, the
@@ -254,6 +267,7 @@ def compile(
         dynamic,
         prediction,
         cache,
+        weights,
     )
     TiedPolicy(tied)
     program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
@@ -271,8 +285,15 @@ def _replay(schedule: str, **given: Any) -> Replay | None:
 def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
-    inputs = _on_device(inputs, program.device)
-    with torch.random.fork_rng(), undone_on_failure(request.root), attempting():
+    place = request.settings.offload
+    with (
+        torch.random.fork_rng(),
+        undone_on_failure(request.root),
+        attempting(),
+        filled(request.root.model, request.weights, place, seed),
+        files.keeping(place, _tensors(request.root)),
+    ):
+        inputs = _on_device(inputs, program.device)
         torch.manual_seed(seed)
         ir = rewrite(request, inputs, TiedPolicy(request.tied, request.method.ties))
         program.root.aux.to(program.device)
@@ -287,7 +308,10 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         advice = tuple(request.method.advise(ir, rates))
         certificate = None
         if request.verify:
-            certificate = prove(ir, request.name, learners, inputs, training=training, advice=advice)
+            real = None if place is None else False  # real tensors would take what training does
+            certificate = prove(
+                ir, request.name, learners, inputs, real=real, training=training, advice=advice
+            )
         if request.settings.replay is not None:
             request.settings.replay.check([module.name for module in ir.modules])
         if request.settings.schedule in ("wave", "pipelined", "replay"):
@@ -297,7 +321,6 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         if (request.settings.replicas or 1) > 1:
             replication.check(ir, phases, request.name)
         schedulers = request.settings.schedulers(learners)
-        place = request.settings.offload
         offload = None if place is None else Offload(place, ir, learners)
         _tell(request.name, training, advice)
     with torch.no_grad():
@@ -325,6 +348,10 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
 
     given = fingerprint(request.loss.given)
     return Built(ir, certificate, learners, schedulers, executor, phases, unreadable, given, training, advice)
+
+
+def _tensors(root: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*root.named_parameters(), *root.named_buffers()]
 
 
 def _note(model: nn.Module, notes: Sequence[str]) -> None:
@@ -393,6 +420,14 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
     refuse_early(request.method, request.name, request.root.model)
+    if isinstance(request.splits, Fit):
+        request = replace(request, splits=fitting(request, request.splits, inputs))
+    captured, cuts = captured_with(request, inputs)
+    return parted(request, captured, cuts, inputs, policy)
+
+
+def captured_with(request: Request, inputs: Inputs) -> tuple[Captured, list[Cut]]:
+    """Capture the model, on a few samples if that will do, and resolve the splits."""
     few = inputs.head(FEW)
     try:
         captured, cuts = captured_on(request, few, inputs)
@@ -402,6 +437,13 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
             raise
         captured, cuts = captured_on(request, inputs, inputs)
     captured.example = inputs
+    return captured, cuts
+
+
+def parted(
+    request: Request, captured: Captured, cuts: Sequence[Cut], inputs: Inputs, policy: TiedPolicy
+) -> TrainingGraph:
+    """Cut a captured model into modules."""
     ir = partition(captured, cuts, request.loss, policy)
     if request.loss.name == MODEL:
         own_loss(ir.output_structure())
@@ -414,6 +456,38 @@ def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     return ir
 
 
+def fitting(request: Request, wanted: Fit, inputs: Inputs) -> list[str]:
+    """Return the fewest splits that keep to a budget of memory.
+
+    The model is captured once, open at all places where a cut may fall. Each cut is rewritten by the method
+    and run on shapes; the model is then as before.
+
+    Raises:
+        LoccError: no cut keeps to it, nothing can be cut, or a step does not run on shapes alone.
+    """
+    schedule, name = request.settings.schedule, str(wanted)
+    if schedule not in ("lockstep", "sequential"):
+        raise SplitError(
+            f"{name} counts what is alive while one batch goes through, and schedule='{schedule}' keeps "
+            "several between its modules; use schedule='lockstep' or 'sequential', or name the splits"
+        )
+    blocks = places(request.root.model, inputs, name)
+    each = [block.path for block in blocks[:-1]]
+    with torch.random.fork_rng():
+        captured, found = captured_with(replace(request, splits=each), inputs)
+        by_path = {cut.name: cut for cut in found}
+
+        def weigh(ends: Sequence[int]) -> list[Load]:
+            with preserved(request.root, values=False), attempting():
+                cuts = [by_path[each[i]] for i in ends]
+                policy = TiedPolicy(request.tied, request.method.ties)
+                ir = parted(request, replace(captured, notes=[]), cuts, inputs, policy)
+                apply(request.method, request.name, ir)
+                return loads(ir, request.name, request.settings, inputs, wanted)
+
+        return fewest(wanted, blocks, weigh)
+
+
 def captured_on(request: Request, samples: Inputs, inputs: Inputs) -> tuple[Captured, list[Cut]]:
     """Capture on some samples of the inputs, and resolve the splits.
 
@@ -421,6 +495,7 @@ def captured_on(request: Request, samples: Inputs, inputs: Inputs) -> tuple[Capt
     few samples will do for most models.
     """
     root = request.root
+    assert not isinstance(request.splits, Fit)
     marked, markers = marker_ancestors(root, samples)
     cuts = resolve(root, request.splits, markers, inputs)
     named = [cut.name for cut in cuts if not cut.marker]
@@ -456,7 +531,7 @@ def _method(method: str | Method, given: dict[str, Any]) -> tuple[Method, str]:
     chosen = registry.load(method)
     own = [name for name in inspect.signature(compile).parameters if name != "method_options"]
     for option in given:
-        close = difflib.get_close_matches(option, own, 1)
+        close = difflib.get_close_matches(option, own, 1, cutoff=0.7)
         if option not in options(chosen) and close:
             raise MethodError(
                 f"compile has no argument '{option}', nor has method '{method}'; nearest: '{close[0]}'"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from locc.capture import Dynamic
 from locc.compiler import Request, Splits, _method, _on_device, check_target, cut
 from locc.errors import LoccError
+from locc.filling import filled
 from locc.ir import Coupling, Inputs, Root, TensorSpec, TrainingGraph
 from locc.ir.captured import strip
 from locc.losses import Loss
@@ -21,6 +22,7 @@ from locc.partition import TiedPolicy
 from locc.quiet import attempting
 from locc.rewrite import Method, apply
 from locc.runtime import Settings
+from locc.snapshot import preserved
 
 
 @dataclass(frozen=True)
@@ -176,14 +178,19 @@ def examine(
     try:
         chosen, result.method = _method(method, method_options)
         policy = TiedPolicy(tied, chosen.ties)
-        settings = Settings(schedule=schedule)
+        settings = Settings(optimizer=chosen.recipe, schedule=schedule)
         request = Request(
             Root(model), chosen, result.method, splits, Loss(loss), tied, settings, False, dynamic, prediction
         )
         if example_inputs is None:
             return result
-        inputs = _on_device(Inputs.of(model, example_inputs), _device(model))
-        with torch.random.fork_rng(), attempting():
+        with (
+            torch.random.fork_rng(),
+            attempting(),
+            preserved(model, values=False),
+            filled(model, None, None, torch.initial_seed()),
+        ):
+            inputs = _on_device(Inputs.of(model, example_inputs), _device(model))
             stage = "partition"
             ir = cut(request, inputs, policy)
             _describe_partition(result, ir)

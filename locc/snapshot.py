@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
+from locc import files
+
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOLDING = (list, dict, set, deque, tuple)
 _PLAIN = {bool, int, float, str, type(None)}
@@ -135,7 +137,7 @@ def _generators() -> Callable[[], None]:
 
 
 def _tensor(tensor: Tensor, values: bool) -> Callable[[], None]:
-    saved = tensor.detach().clone() if values else None
+    saved = files.copy(tensor) if values else None
     gradient, requires_grad, taped = (
         tensor.grad if tensor.is_leaf else None,
         tensor.requires_grad,
@@ -241,7 +243,7 @@ def _optimizer(optimizer: optim.Optimizer, values: bool) -> Callable[[], None]:
     groups = [dict(group) for group in optimizer.param_groups]
     state = {key: dict(value) for key, value in optimizer.state.items()}
     tensors = [
-        (value, value.detach().clone())
+        (value, files.copy(value))
         for entries in (*state.values(), *groups)
         for value in entries.values()
         if isinstance(value, Tensor) and (values or value.dim() == 0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from locc import files
 from locc.capture.batch import Call
 from locc.capture.calls import Calls, intercepting
 from locc.capture.patches import functions_patched
@@ -150,7 +151,7 @@ class Eager:
                     self._backward(run, leaves)
                 if run.loss is not None:
                     run.loss = run.loss.detach()
-            run.buffers = {name: b.detach().clone() for name, b in self.root.named_buffers()}
+            run.buffers = {name: files.copy(b) for name, b in self.root.named_buffers()}
         return run
 
     def remembers(self, training: bool, point: Point) -> bool:
@@ -175,7 +176,11 @@ class Eager:
         wanted |= {f"input '{n}'": t for n, t in zip(self.call.names, leaves, strict=True) if t.requires_grad}
         if not wanted:
             return
+        # each leaves memory as soon as it is there, where the model does not fit in it
+        away = [t.register_hook(files.put_away) for t in wanted.values()] if files.active() else []
         found = torch.autograd.grad(run.loss, list(wanted.values()), allow_unused=True)
+        for hook in away:
+            hook.remove()
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         run.gradients = dict(zip(wanted, dense, strict=True))
 

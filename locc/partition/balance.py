@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,20 +45,58 @@ def balanced_cuts(model: nn.Module, inputs: Inputs, count: int) -> list[str]:
     """
     if count == 1:
         return []
-    units = _profile(model, inputs, count)
-    chosen = _expand(units, count)
-    groups = [u for u in chosen if u.calls == 1]
-    weights = [u.cost for u in groups]
-    trains = [any(p.requires_grad for p in u.module.parameters()) for u in groups]
+    found = _places(model, inputs, f"splits={count}", count, count)
+    trains = [place.trains for place in found]
     if sum(trains) < count:
         raise SplitError(
             f"splits={count}: the model has only {sum(trains)} submodules with parameters that are called "
             "once and could become a module; give fewer, or names"
         )
+    sums = list(itertools.accumulate((place.cost for place in found), initial=0.0))
+    cuts = best_cuts(lambda start, end: sums[end] - sums[start], trains, [p.faults for p in found], count)
+    return [found[i].path for i in cuts[-1] or ()]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A submodule after which a cut may fall.
+
+    Attributes:
+        path: its name.
+        cost: as in `balanced_cuts`.
+        trains: whether it has a parameter to train.
+        faults: what speaks against a cut there: parameters that it would part, values without a row for each
+            sample.
+    """
+
+    path: str
+    cost: float
+    trains: bool
+    faults: int
+
+
+def places(model: nn.Module, inputs: Inputs, asked: str) -> list[Place]:
+    """Return, in the order of the forward, the blocks of a model; there are two at least where it has two.
+
+    Raises:
+        SplitError: the model cannot be called.
+    """
+    return _places(model, inputs, asked, 2, float("inf"))
+
+
+def _places(model: nn.Module, inputs: Inputs, asked: str, least: int, share: float) -> list[Place]:
+    units = _profile(model, inputs, asked)
+    groups = [u for u in _expand(units, least, share) if u.calls == 1]
     faults, samples = _parted(units, groups), _rows(inputs)
-    for i, unit in enumerate(groups):
-        faults[i] += unit.rows not in (None, samples)
-    return [groups[i].path for i in _partition(weights, trains, faults, count)]
+    return [
+        Place(
+            unit.path,
+            unit.cost,
+            any(p.requires_grad for p in unit.module.parameters()),
+            parted + (unit.rows not in (None, samples)),
+        )
+        for unit, parted in zip(groups, faults, strict=True)
+    ]
 
 
 class _Operations(TorchDispatchMode):
@@ -75,14 +114,14 @@ class _Operations(TorchDispatchMode):
         return result
 
 
-def _profile(model: nn.Module, inputs: Inputs, count: int) -> dict[str, _Unit]:
+def _profile(model: nn.Module, inputs: Inputs, asked: str) -> dict[str, _Unit]:
     try:
         units = {name: _Unit(name, module, 0.0) for name, module in model.named_modules()}
         with preserved(model):
             _measure(model, inputs, {unit.module: unit for unit in units.values()})
     except Exception as error:
         raise SplitError(
-            f"splits={count}: the cost of the submodules cannot be measured, which takes one call of the "
+            f"{asked}: the cost of the submodules cannot be measured, which takes one call of the "
             f"model: {type(error).__name__}: {error}; name the splits instead"
         ) from error
     for unit in units.values():
@@ -133,15 +172,15 @@ def _parted(units: dict[str, _Unit], groups: list[_Unit]) -> list[int]:
     return [sum(min(spans)[1] <= end < max(spans)[0] for spans in shared) for end in ends]
 
 
-def _expand(units: dict[str, _Unit], count: int) -> list[_Unit]:
-    """Open the root, then the largest unit, until there are enough of small enough cost."""
+def _expand(units: dict[str, _Unit], least: int, share: float) -> list[_Unit]:
+    """Open the root, then the largest unit: chains above a `share`-th of all, others for `least` units."""
     total = units[""].cost
     chosen = _direct(units, "")
     while True:
         parametric = sum(1 for u in chosen if u.cost and any(True for _ in u.module.parameters()))
         large = [u for u in chosen if u.children and u.calls == 1]
-        chains = [u for u in large if _is_chain(u.module) and u.cost * count > total]
-        candidates = chains or (large if parametric < count else [])
+        chains = [u for u in large if _is_chain(u.module) and u.cost * share > total]
+        candidates = chains or (large if parametric < least else [])
         if not candidates:
             return sorted(chosen, key=lambda u: u.spans[-1])
         largest = max(candidates, key=lambda u: u.cost)
@@ -167,25 +206,43 @@ def _is_chain(module: nn.Module) -> bool:
     return False
 
 
-def _partition(weights: list[float], trains: list[bool], faults: list[int], count: int) -> list[int]:
-    """Return the last index of each group but the last: the fewest faults, then the least largest weight."""
-    size = len(weights)
-    sums = [0.0]
-    for weight in weights:
-        sums.append(sums[-1] + weight)
-    best = [[(float("inf"), float("inf"))] * (size + 1) for _ in range(count + 1)]
-    cut = [[0] * (size + 1) for _ in range(count + 1)]
+def best_cuts(
+    cost: Callable[[int, int], float], trains: list[bool], faults: list[int], most: int
+) -> list[list[int] | None]:
+    """Return, for 1 to `most` groups of places, the last place of each but the last.
+
+    With the fewest faults, then the least largest cost; None where so many could not train.
+
+    Args:
+        cost: of the group of the places from `start` to before `end`.
+        trains: whether something trains, by place; a group needs one.
+        faults: of a cut, by place.
+        most: number of groups.
+    """
+    size, training = len(trains), [0, *itertools.accumulate(trains)]
+    costs = {
+        (start, end): cost(start, end)
+        for start in range(size)
+        for end in range(start + 1, size + 1)
+        if training[start] < training[end]
+    }
+    best = [[(float("inf"), float("inf"))] * (size + 1) for _ in range(most + 1)]
+    cut = [[0] * (size + 1) for _ in range(most + 1)]
     best[0][0] = (0, 0.0)
-    for k in range(1, count + 1):
+    for k in range(1, most + 1):
         for end in range(k, size + 1):
             for start in range(k - 1, end):
-                if not any(trains[start:end]):
+                if (start, end) not in costs:
                     continue
                 faulty, worst = best[k - 1][start]
-                found = faulty + (faults[end - 1] if end < size else 0), max(worst, sums[end] - sums[start])
+                found = faulty + (faults[end - 1] if end < size else 0), max(worst, costs[start, end])
                 if found < best[k][end]:
                     best[k][end], cut[k][end] = found, start
-    ends, end = [], size
+    return [_ends(cut, k, size) if best[k][size][0] < float("inf") else None for k in range(1, most + 1)]
+
+
+def _ends(cut: list[list[int]], count: int, end: int) -> list[int]:
+    ends = []
     for k in range(count, 0, -1):
         end = cut[k][end]
         ends.append(end - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, optim
@@ -19,16 +20,28 @@ from locc.proof.experiment.worlds import Meta
 from locc.snapshot import preserved
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a step needs.
+
+    Attributes:
+        memory: in bytes.
+        operations: of floating-point numbers (a repeated region counts `ROUNDS` times).
+        states: bytes of each owner's optimizer.
+    """
+
+    memory: Memory
+    operations: int
+    states: dict[str, int]
+
+
 def estimate(
     ir: TrainingGraph,
     optimizers: Mapping[str, optim.Optimizer],
     batch: Batch,
     plans: list[Plan] | None = None,
-) -> tuple[Memory, int]:
+) -> Estimate:
     """Run one step on shapes, freeing what the runtime frees, and count what is alive.
-
-    Returns:
-        The estimate, and the floating-point operations of the step (a repeated region counts `ROUNDS` times).
 
     Raises:
         Exception: whatever a model raises that does not run on shapes alone.
@@ -51,9 +64,11 @@ def estimate(
             finally:
                 meter.forget()
             operations = max(operations, meter.operations)
-        state = sum(_bytes(held) for optimizer in optimizers.values() for held in optimizer.state.values())
+        states = {owner: sum(map(_bytes, held.state.values())) for owner, held in optimizers.items()}
     at = max(owners, key=lambda owner: owners[owner], default="")
-    return Memory(batch.size, parameters, state, owners.get(at, 0), at, tuple(owners.items())), operations
+    total = sum(states.values())
+    memory = Memory(batch.size, parameters, total, owners.get(at, 0), at, tuple(owners.items()))
+    return Estimate(memory, operations, states)
 
 
 def _held(ir: TrainingGraph) -> list[Tensor]:

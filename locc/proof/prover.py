@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import optim
 
+from locc import files
 from locc.errors import LoccError
 from locc.facts import Certificate
 from locc.ir import Inputs, TrainingGraph
@@ -84,7 +85,7 @@ def verify(program: Compiled, x: Any = None, y: Any = None, *, real: bool | None
         y: its target; made up without one.
         real: True has the sentinel train two steps on real tensors whatever they cost, False on shapes
             alone where the program runs so. The default is True up to 16 million parameters and ten
-            billion operations in a small step, and False beyond.
+            billion operations in a small step, and False beyond and with `offload=`.
 
     Returns:
         The certificate, which `program.certificate` returns from then on.
@@ -100,8 +101,10 @@ def verify(program: Compiled, x: Any = None, y: Any = None, *, real: bool | None
     inputs = Inputs.of(program.model, x) if x is not None else ir.captured.example
     if inputs is None:
         raise LoccError("the program keeps no example inputs; call locc.verify(program, x) with a batch")
-    built = program.built
-    proved = prove(ir, program.method, built.learners, inputs, y, real, built.training, built.advice)
+    built, place = program.built, program.settings.offload
+    real = False if real is None and place is not None else real
+    with files.keeping(place):
+        proved = prove(ir, program.method, built.learners, inputs, y, real, built.training, built.advice)
     built.certificate = proved
     return proved
 
@@ -144,14 +147,15 @@ def _weigh(
     """Estimate the memory of a step on the example inputs; return its operations for each sample."""
     with seen.timed():
         try:
-            seen.memory, operations = estimate(ir, optimizers, batch, plans)
+            found = estimate(ir, optimizers, batch, plans)
         except Exception as error:
             seen.warnings.append(
                 "peak memory could not be estimated, since a step does not run on shapes alone: "
                 f"{reason(error)}"
             )
             return 0.0
-    return operations / max(batch.size, 1)
+    seen.memory = found.memory
+    return found.operations / max(batch.size, 1)
 
 
 def _parameters(ir: TrainingGraph) -> int:

@@ -14,17 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from locc.errors import LoccError, nearest
+from locc.errors import LoccError
 
-MEMORY, DISK = "memory", "disk"
+MEMORY = "memory"
 LIMIT = "2GiB"
 """How many bytes are kept, unless given."""
 
 Bytes = NDArray[np.uint8]
 
 
-def size_of(text: int | str) -> int:
-    """Return a number of bytes, written as one or as "500MB", "2GiB".
+def size_of(text: int | str, option: str = "features_limit") -> int:
+    """Return a number of bytes, written as one or as "500MB", "2GiB"; `option` is what it is the value of.
 
     Raises:
         LoccError: it is neither, or not above 0.
@@ -35,21 +35,8 @@ def size_of(text: int | str) -> int:
         number, prefix, binary = found.groups()
         size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index((prefix or " ").upper())))
     if size < 1:
-        raise LoccError(f"features_limit={text!r}: give a number of bytes above 0, or one such as '{LIMIT}'")
+        raise LoccError(f"{option}={text!r}: give a number of bytes above 0, or one such as '{LIMIT}'")
     return size
-
-
-def check_place(option: str, place: object, known: Sequence[str]) -> None:
-    """Refuse, as the value of an option, what is neither one of the known places nor a folder.
-
-    Raises:
-        LoccError: it is neither.
-    """
-    if place not in known and not (isinstance(place, (str, Path)) and Path(place).is_dir()):
-        raise LoccError(
-            f"{option}={place!r} is neither {' nor '.join(map(repr, known))} nor an existing folder; "
-            + nearest(str(place), known)
-        )
 
 
 class Records(Protocol):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from locc.errors import LoccError, MethodError, nearest
+from locc.files import DISK, check_place
 from locc.ir import Owner, Phase, TrainingGraph
 from locc.ir.captured import strip
 from locc.lower import runs_frozen
@@ -19,7 +20,7 @@ from locc.optimizers import keep_norms
 from locc.recipes import Recipe
 from locc.runtime.backends import BACKENDS
 from locc.runtime.learner import Learner
-from locc.runtime.records import DISK, LIMIT, MEMORY, check_place, size_of
+from locc.runtime.records import LIMIT, MEMORY, size_of
 from locc.runtime.replay import Replay
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

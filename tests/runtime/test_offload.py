@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 import locc
 from benchmarks import offload as larger
-from locc import LoccError, Program
-from locc.runtime import offload
+from locc import LoccError, Program, files
 from support import everything, same, snapshot
 
 WIDTH = 40
@@ -154,7 +153,7 @@ def test_the_module_that_is_next_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
         if advice == mmap.MADV_WILLNEED:
             said.append(next(names[id(t)] for t in tensors if id(t) in names))
 
-    monkeypatch.setattr(offload, "_advise", note)
+    monkeypatch.setattr(files, "advise", note)
     steps(made, slice(1))
     # forward 0, 1, 2 and back 1, 0, where the next step begins as well: 0 is there, and 1 comes
     assert said == ["2", "1", "0", "1"]
@@ -199,16 +198,19 @@ def test_eight_times_the_memory_there_is(tmp_path: Path) -> None:
         words = (sys.executable, "-m", "benchmarks.offload", "limited", *words)
         return subprocess.run(words, cwd=HOME, env=environment, capture_output=True, text=True, check=False)
 
-    file = str(tmp_path / "state")
-    first, then = run("disk", file), run("disk", file, "--resume")
+    first, then = run("disk", str(tmp_path)), run("disk", str(tmp_path), "--resume")
     assert (first.returncode, then.returncode) == (0, 0), first.stderr + then.stderr
     plain = larger.compiled(verify=False)
-    expected = [f"loss {float(plain.step(*larger.batch(seed)).loss)}" for seed in range(4)]
-    assert re.findall(r"^loss .*", first.stdout + then.stdout, re.MULTILINE) == expected
-    without = run("memory", file)
+    expected = []
+    for _ in range(2):
+        expected += [f"loss {float(plain.step(*larger.batch(plain.steps)).loss)}" for _ in range(2)]
+        expected.append(f"evaluated: {plain.evaluate([larger.batch(-1)])}")
+    assert re.findall(r"^(?:loss|evaluated:) .*", first.stdout + then.stdout, re.MULTILINE) == expected
+    assert len(list((tmp_path / "large" / "modules").glob("*.onnx"))) == larger.DEPTH + 1
+    without = run("memory", str(tmp_path))
     assert without.returncode == 1
     assert "can't allocate memory" in without.stderr
-    assert "loss" not in without.stdout
+    assert "compiled" not in without.stdout
 
 
 # ---- refusals ----------------------------------------------------------------------------------
@@ -256,7 +258,7 @@ class Odd(nn.Sequential):
         ({"offload": "/nowhere"}, "offload='/nowhere' is neither 'disk' nor an existing folder"),
         (
             {"offload": "/proc"},
-            "offload='/proc' needs files of 27200 bytes more, and there is no room or no file",
+            "offload='/proc' needs files of 17600 bytes more, and there is no room or no file",
         ),
         ({"atomic": True}, "atomic=True keeps a copy of everything there"),
         ({"schedule": "pipelined"}, "schedule='pipelined' is for several"),

@@ -59,11 +59,14 @@ def small_batch(ir: TrainingGraph, inputs: Inputs, target: Any = None) -> Batch:
     return Batch(tuple(tensors), None, size, "the user's loss accepts no target that could be made up", True)
 
 
-def whole_batch(ir: TrainingGraph, inputs: Inputs, small: Batch) -> Batch:
-    """Return the example inputs as they are, with the rows of a small batch's target repeated."""
+def whole_batch(ir: TrainingGraph, inputs: Inputs, small: Batch, size: int | None = None) -> Batch:
+    """Return the example inputs as they are, or that many, with a small one's target repeated."""
     signature = ir.captured.signature
     tensors = [t.detach() for t in signature.bind(inputs)]
-    size = signature.batch_of(tensors)
+    if size is None:
+        size = signature.batch_of(tensors)
+    else:
+        tensors = [_resize(t, spec, size) for t, spec in zip(tensors, signature.specs, strict=True)]
     target = torch.utils._pytree.tree_map(lambda t: _repeat(t, small.size, size), small.target)
     return replace(small, tensors=tuple(tensors), target=target, size=size)
 
