@@ -37,6 +37,7 @@ from locc.runtime import Built, Compiled, Executor, Settings, waves, within
 from locc.runtime.compiled import Codes
 from locc.runtime.fingerprint import fingerprint
 from locc.runtime.offload import Offload
+from locc.runtime.recompute import computed_again
 from locc.runtime.replay import Replay
 from locc.snapshot import undone_on_failure
 from locc.tasks import tasks_of
@@ -100,6 +101,7 @@ def compile(
     seed: int | None = None,
     atomic: bool = False,
     update: str = "after_backward",
+    recompute: bool | str | Sequence[str] = False,
     verify: bool = True,
     cache: bool = False,
     **method_options: Any,
@@ -172,6 +174,11 @@ def compile(
             optimizer treats each parameter by itself, as those of PyTorch do; hooks of the optimizer run for
             each parameter. Refused with `clip`, with `accumulate`, and where a method reads a module's
             parameters between its backward pass and its update.
+        recompute: submodules, by name or glob, that keep their inputs alone between the forward and the
+            backward pass, which runs their forward again as far as it needs; True for every one that the
+            splits leave whole and that holds layers. It trains the same bits: the second run draws the same
+            random numbers, and leaves buffers (BatchNorm's statistics) as they are. Hooks of what is inside
+            run twice.
         verify: prove locality before returning.
         cache: keep what capturing this model has shown, and use it the next time; see below.
         **method_options: hyper-parameters of the method.
@@ -233,6 +240,7 @@ def compile(
         replay=_replay(order, buffer=buffer, policy=policy, reuse=reuse, slow=slow),
         labels_within=loss == MODEL,
         update=update,
+        recompute=_names(recompute),
         strict=strict,
     )
     request = Request(
@@ -253,6 +261,13 @@ def compile(
     if example_inputs is not None:
         program.complete(example_inputs)
     return program
+
+
+def _names(given: Any) -> Any:
+    """Return names or globs as a tuple; anything else as it is, for `Settings` to judge."""
+    if isinstance(given, str):
+        return (given,)
+    return tuple(given) if isinstance(given, Sequence) else given
 
 
 def _replay(schedule: str, **given: Any) -> Replay | None:
@@ -287,6 +302,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
             waves.check(ir, request.name, certificate, request.settings.schedule)
         if request.settings.update == "in_backward":
             within.check(ir, phases, request.name)
+        recompute = computed_again(ir, request.settings.recompute)
         schedulers = request.settings.schedulers(learners)
         place = request.settings.offload
         offload = None if place is None else Offload(place, ir, learners)
@@ -305,6 +321,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         atomic=request.settings.atomic,
         offload=offload,
         in_backward=request.settings.update == "in_backward",
+        recompute=recompute,
         codes=Codes(request.settings.strict),
         backend=request.settings.backend,
     )

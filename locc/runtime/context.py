@@ -28,7 +28,8 @@ class Context:
     `observe` is called after each instruction, with the values in flight. With `guarded=False` an
     objective that is not finite does not stop the step. `atomic` says that whoever runs the step undoes one
     that fails, so that a failure must be known before the step is over. With `in_backward` a parameter is
-    updated as soon as the backward pass knows its gradient. `codes` is what a backend has compiled.
+    updated as soon as the backward pass knows its gradient; the forward of `recompute` modules runs again
+    there. `codes` is what a backend has compiled.
     """
 
     root: nn.Module
@@ -42,6 +43,7 @@ class Context:
     guarded: bool = True
     offload: Offload | None = None
     in_backward: bool = False
+    recompute: tuple[nn.Module, ...] = ()
     codes: Codes = field(default_factory=Codes)
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
 
