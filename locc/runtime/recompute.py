@@ -41,9 +41,8 @@ def computed_again(ir: TrainingGraph, asked: bool | Sequence[str]) -> tuple[nn.M
         found = {name: module for name, module in named if any(True for _ in module.children())}
         if not found:
             raise LoccError(
-                "recompute=True computes again what goes on inside of submodules, and with these splits "
-                "every submodule that is called is a single layer; name a submodule that holds layers, or "
-                "leave it out"
+                "recompute=True computes again what goes on inside of submodules, and with this method and "
+                "these splits every submodule that is called is a single layer; leave it out"
             )
         return tuple(found.values())
     known = dict(model.named_modules())
