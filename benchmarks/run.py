@@ -1,11 +1,13 @@
 """`make bench`: step time and peak memory of local training against end-to-end backpropagation.
 
-Four contestants train copies of one model on one batch, in turn: eager end-to-end backpropagation; the same
-with checkpoints at every block and the optimizer inside of the backward pass, which is how one trains end to
-end in little memory; a detach loop written by hand; and locc's `dgl` with the same heads. All have Adam,
-fused. Times are the median of the rounds, with the fastest and the slowest; a ratio is taken within each
-round. Beside it is the arithmetic: the ratio of the floating-point operations in matrix products,
-convolutions and attention, which is what the time would be if nothing else took any.
+Contestants train copies of one model on one batch, in turn: eager end-to-end backpropagation; the same with
+checkpoints at every block and the optimizer inside of the backward pass, which is how one trains end to end
+in little memory; a detach loop written by hand; and locc's `dgl` with the same heads, with cheaper heads
+where there are some, and with these in little memory (updates in the backward pass, and some activations
+computed again where that pays). All have Adam, fused. Times are the median of the rounds, with the fastest
+and the slowest; a ratio is taken within each round. Beside it is the arithmetic: the ratio of the floating-
+point operations in matrix products, convolutions and attention, which is what the time would be if nothing
+else took any.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from benchmarks.meter import Peak, Timing, flops, gradients_of, interleave, peak
 from benchmarks.models import DEFAULT, WORKLOADS, Chain, Workload, segments, splits
 
 END_TO_END, LITTLE, HANDWRITTEN, LOCC = "end-to-end", "end-to-end, little memory", "handwritten", "locc dgl"
+CHEAP, SMALL = "locc dgl, cheap heads", "locc dgl, little memory"
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,11 @@ class Row:
     milliseconds: Timing
     time_to_end_to_end: Timing
     time_to_handwritten: Timing | None
+    time_to_little_memory: Timing
     flops_to_end_to_end: float
     peak: Peak
     memory_to_end_to_end: float
+    memory_to_little_memory: float
     memory_to_largest_module: float
 
 
@@ -78,13 +83,20 @@ def handwritten(workload: Workload, model: Chain, x: Tensor, y: Tensor, modules:
     return Contestant(modules, HANDWRITTEN, lambda: trainer.step(x, y), gradients_of(model, *heads))
 
 
-def compiled(workload: Workload, model: Chain, x: Tensor, y: Tensor, modules: int) -> Contestant:
-    """The same through locc."""
+def compiled(
+    workload: Workload, model: Chain, x: Tensor, y: Tensor, modules: int, label: str = LOCC
+) -> Contestant:
+    """The same through locc; by another label with other heads, or in little memory."""
     import locc  # here, so that --without-locc runs where locc does not import
 
     def head(boundary: Any, _output: Any) -> nn.Module:
         return workload.head(boundary.shape[workload.feature_axis])
 
+    options: dict[str, Any] = {"head": head}
+    if label != LOCC and workload.heads is not None:
+        options = dict(workload.heads)
+    if label == SMALL:
+        options |= {"update": "in_backward", "recompute": workload.recompute}
     program = locc.compile(
         model,
         method="dgl",
@@ -92,9 +104,9 @@ def compiled(workload: Workload, model: Chain, x: Tensor, y: Tensor, modules: in
         loss=workload.loss,
         example_inputs=x,
         optimizer=locc.Recipe(),  # fused Adam, as the references have
-        head=head,
+        **options,
     )
-    return Contestant(modules, LOCC, lambda: program.step(x, y), gradients_of(program))
+    return Contestant(modules, label, lambda: program.step(x, y), gradients_of(program))
 
 
 def boundaries(parts: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
@@ -154,8 +166,8 @@ def contestants(workload: Workload, counts: Sequence[int], with_locc: bool) -> l
     entered = [make(workload, copy.deepcopy(model), x, y) for make in (end_to_end, little_memory)]
     for modules in counts:
         entered.append(handwritten(workload, copy.deepcopy(model), x, y, modules))
-        if with_locc:
-            entered.append(compiled(workload, copy.deepcopy(model), x, y, modules))
+        for label in (LOCC, *([CHEAP] if workload.heads else []), SMALL) if with_locc else ():
+            entered.append(compiled(workload, copy.deepcopy(model), x, y, modules, label))
     return entered
 
 
@@ -177,9 +189,11 @@ def measure(workload: Workload, counts: Sequence[int], rounds: int, with_locc: b
             Timing.of(times[name]),
             ratio(times, name, names[0]),
             ratio(times, name, f"{HANDWRITTEN} K={contestant.modules}") if contestant.label == LOCC else None,
+            ratio(times, name, names[1]),
             done / operations[0],
             used,
             used.total / peaks[0].total,
+            used.total / peaks[1].total,
             used.total / largest[contestant.modules],
         )
         for contestant, name, used, done in zip(entered, names, peaks, operations, strict=True)
@@ -193,7 +207,8 @@ def show(console: Console, rows: Sequence[Row]) -> None:
     table.add_column("contestant")
     for column in (
         *("step, ms", "time / end-to-end", "arithmetic / end-to-end", "time / handwritten"),
-        *("peak, MiB", "peak / end-to-end", "peak / largest module"),
+        *("time / little memory", "peak, MiB", "peak / end-to-end", "peak / little memory"),
+        "peak / largest module",
     ):
         table.add_column(column, justify="right")
     for row in rows:
@@ -204,8 +219,10 @@ def show(console: Console, rows: Sequence[Row]) -> None:
             spread(row.time_to_end_to_end),
             f"{row.flops_to_end_to_end:.2f}",
             spread(row.time_to_handwritten) if row.time_to_handwritten else "",
+            spread(row.time_to_little_memory),
             f"{row.peak.total / 2**20:.1f}",
             f"{row.memory_to_end_to_end:.3f}",
+            f"{row.memory_to_little_memory:.3f}",
             f"{row.memory_to_largest_module:.3f}",
         )
     console.print(table)
@@ -254,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console()
-    console.width = max(console.width, 190)  # a narrow terminal would cut the figures off
+    console.width = max(console.width, 240)  # a narrow terminal would cut the figures off
     console.print(", ".join(f"{key} {value}" for key, value in environment().items()), highlight=False)
     rows: list[Row] = []
     for name in options.models:
@@ -263,8 +280,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += found
     console.print(
         f"Median of {options.rounds} interleaved rounds (fastest to slowest). "
-        "Peak: activations and gradients above what lives between two steps; the largest module's is "
-        "measured with that module training alone on its recorded input."
+        "Little memory: the end-to-end one. Peak: activations and gradients above what lives between two "
+        "steps; the largest module's is measured with that module training alone on its recorded input."
     )
     if options.json:
         data = {"environment": environment(), "rounds": options.rounds, "rows": [asdict(row) for row in rows]}

@@ -41,6 +41,7 @@ from locc.runtime import replicas as replication
 from locc.runtime.compiled import Codes
 from locc.runtime.fingerprint import fingerprint
 from locc.runtime.offload import Offload
+from locc.runtime.recompute import computed_again
 from locc.runtime.replay import Replay
 from locc.snapshot import preserved, undone_on_failure
 from locc.tasks import tasks_of
@@ -106,6 +107,7 @@ def compile(
     seed: int | None = None,
     atomic: bool = False,
     update: str = "after_backward",
+    recompute: bool | str | Sequence[str] = False,
     verify: bool = True,
     cache: bool = False,
     weights: str | Path | None = None,
@@ -184,6 +186,11 @@ def compile(
             optimizer treats each parameter by itself, as those of PyTorch do; hooks of the optimizer run for
             each parameter. Refused with `clip`, with `accumulate`, and where a method reads a module's
             parameters between its backward pass and its update.
+        recompute: submodules, by name or glob, that keep their inputs alone between the forward and the
+            backward pass, which runs their forward again as far as it needs; True for every one that the
+            splits leave whole and that holds layers. It trains the same bits: the second run draws the same
+            random numbers, and leaves buffers (BatchNorm's statistics) as they are. Hooks of what is inside
+            run twice.
         verify: prove locality before returning.
         cache: keep what capturing this model has shown, and use it the next time; see below.
         weights: a safetensors file, or a folder of them, with values for a model on the `meta` device; see
@@ -253,6 +260,7 @@ def compile(
         replay=_replay(order, buffer=buffer, policy=policy, reuse=reuse, slow=slow),
         labels_within=loss == MODEL,
         update=update,
+        recompute=_names(recompute),
         strict=strict,
     )
     request = Request(
@@ -274,6 +282,13 @@ def compile(
     if example_inputs is not None:
         program.complete(example_inputs)
     return program
+
+
+def _names(given: Any) -> Any:
+    """Return names or globs as a tuple; anything else as it is, for `Settings` to judge."""
+    if isinstance(given, str):
+        return (given,)
+    return tuple(given) if isinstance(given, Sequence) else given
 
 
 def _replay(schedule: str, **given: Any) -> Replay | None:
@@ -320,6 +335,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
             within.check(ir, phases, request.name)
         if (request.settings.replicas or 1) > 1:
             replication.check(ir, phases, request.name)
+        recompute = computed_again(ir, request.settings.recompute)
         schedulers = request.settings.schedulers(learners)
         offload = None if place is None else Offload(place, ir, learners)
         _tell(request.name, training, advice)
@@ -337,6 +353,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         atomic=request.settings.atomic,
         offload=offload,
         in_backward=request.settings.update == "in_backward",
+        recompute=recompute,
         codes=Codes(request.settings.strict),
         backend=request.settings.backend,
     )

@@ -300,7 +300,8 @@ class TrainingGraph(Writer):
                 ops.objective,
                 ops.assign,
             )
-            acts = node.meta.get("role") == "forward" or "mutates" in node.meta
+            # A head waits for the pass that adds its loss.
+            acts = node.meta.get("role") in ("forward", "head") or "mutates" in node.meta
             if pure and not acts and not node.users and node not in keep:
                 self.graph.erase_node(node)
 

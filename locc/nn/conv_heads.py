@@ -12,7 +12,7 @@ from locc.ir.spec import TensorSpec
 from locc.nn.building import BATCH_NORM, CONV, placement
 from locc.nn.layout import resize
 from locc.nn.predsim import Pooling
-from locc.nn.readout import Head, HeadOptions, Readout
+from locc.nn.readout import Head, HeadOptions, Readout, classifier
 
 
 class GreedyHead(Head):
@@ -63,7 +63,7 @@ class GreedyHead(Head):
             for _ in range(depth):
                 layers += [nn.Linear(channels, wide, bias=False, **at), _norm(plan)(wide, **at), nn.ReLU()]
                 channels = wide
-        self.net = nn.Sequential(*layers, nn.Linear(channels, plan.out_features, **at))
+        self.net = nn.Sequential(*layers, classifier(channels, plan.out_features, options.get("rank"), **at))
 
     def rows(self, h: Tensor) -> Tensor:
         """Return the classifier's result."""
@@ -101,7 +101,7 @@ class CascadeHead(Head):
         for units in hidden:
             layers += [nn.Linear(width, units, **at), nn.ReLU(), nn.Dropout(dropout)]
             width = units
-        self.net = nn.Sequential(*layers, nn.Linear(width, plan.out_features, **at))
+        self.net = nn.Sequential(*layers, classifier(width, plan.out_features, options.get("rank"), **at))
 
     def rows(self, h: Tensor) -> Tensor:
         """Return the classifier's result."""
@@ -142,7 +142,8 @@ class InfoProHead(Head):
             first = [conv, BATCH_NORM[rank](wide, **at), nn.ReLU(), _To(1, rank), nn.Flatten()]
         else:
             first = [nn.Linear(width, wide, bias=False, **at), _norm(plan)(wide, **at), nn.ReLU()]
-        rest = [nn.Linear(wide, hidden, **at), nn.ReLU(), nn.Linear(hidden, plan.out_features, **at)]
+        last = classifier(hidden, plan.out_features, options.get("rank"), **at)
+        rest = [nn.Linear(wide, hidden, **at), nn.ReLU(), last]
         self.net = nn.Sequential(*first, *rest)
 
     def rows(self, h: Tensor) -> Tensor:

@@ -16,7 +16,10 @@ from locc.ir.spec import TensorSpec
 from locc.nn.building import ADAPTIVE_POOL, BATCH_NORM, CONV, check_shapes, placement
 from locc.nn.conv_heads import CascadeHead, GreedyHead, InfoProHead
 from locc.nn.layout import Layout, regrid, resize
-from locc.nn.readout import Head, HeadOptions
+from locc.nn.readout import Head, HeadOptions, classifier
+
+HIDDEN = 2048
+"""Most units of a hidden linear layer of MLP-SR, unless told otherwise: 4C of 512 channels."""
 
 
 class LinearHead(Head):
@@ -30,7 +33,8 @@ class LinearHead(Head):
     ) -> None:
         super().__init__(spec, output, **options)
         at = placement(spec, **options)
-        self.linear = nn.Linear(self.readout.in_features, self.readout.out_features, **at)
+        width, classes = self.readout.in_features, self.readout.out_features
+        self.linear = classifier(width, classes, options.get("rank"), **at)
 
     def rows(self, h: Tensor) -> Tensor:
         """Return the classifier's result."""
@@ -75,11 +79,19 @@ class DGLHead(Head):
       * a linear layer per token: 3 x (linear, LayerNorm, ReLU), linear, unpooled: batch statistics over
         positions would let a token see those after it;
       * dense outputs of images: 3 x conv1x1 at ceil(size/4), conv1x1, resized to the output.
+    A hidden linear layer has at most `hidden` units, by default as many as the widest of the paper's: at 4C
+    the heads of a ResNet-50 would have most of a billion parameters.
     Initial values of the ImageNet code: convolutions Kaiming normal (fan-out), linear layers N(0, 0.01^2).
     """
 
     def __init__(
-        self, spec: TensorSpec, output: TensorSpec, *, convs: int = 3, **options: Unpack[HeadOptions]
+        self,
+        spec: TensorSpec,
+        output: TensorSpec,
+        *,
+        convs: int = 3,
+        hidden: int = HIDDEN,
+        **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(spec, output, **options)
         plan = self.readout
@@ -101,9 +113,15 @@ class DGLHead(Head):
         norm = nn.LayerNorm if tokens else nn.BatchNorm1d
         dense: list[nn.Module] = []
         for _ in range(0 if self.spatial is not None and plan.per_position else 3):
-            dense += [nn.Linear(width, width, **at), norm(width, **at), nn.ReLU()]
-        self.dense = nn.Sequential(*dense, nn.Linear(width, plan.out_features, **at))
-        self.apply(_dgl_init)
+            units = min(width, hidden)
+            dense += [nn.Linear(width, units, **at), norm(units, **at), nn.ReLU()]
+            width = units
+        last = classifier(width, plan.out_features, options.get("rank"), **at)
+        self.dense = nn.Sequential(*dense, last)
+        first = last[0] if isinstance(last, nn.Sequential) else None
+        for layer in self.modules():
+            if layer is not first:  # two factors so small would have no gradient to speak of
+                _dgl_init(layer)
 
     def rows(self, h: Tensor) -> Tensor:
         """Return the classifier's result."""
@@ -159,11 +177,12 @@ def build_head(
         spec: the boundary.
         output: the model's output: [B,C] or [B] (per sample), [B,T,V], [B,V,T], [T,B,V] or [T*B,V] (per
             token), [B,C,*space] or [B,*space,C] (dense).
-        kind: "linear", DGL's "mlp-sr", "mlp" and "cnn" (options depth, width), "fixed", "greedy" (depth,
-            width), "cascade" (hidden, dropout, dim_in_decoder) or "infopro" (hidden, channels, stride).
+        kind: "linear", DGL's "mlp-sr" and "mlp" (option hidden) and "cnn" (depth, width), "fixed", "greedy"
+            (depth, width), "cascade" (hidden, dropout, dim_in_decoder) or "infopro" (hidden, channels,
+            stride).
         layout: of the boundary, where `guess_layout` guesses wrong.
         **options: `output_layout`, where it is guessed wrong; `device` and `dtype` of the parameters (the
-            boundary's dtype unless given); and those of the kind.
+            boundary's dtype unless given); `rank` of the last layer; and those of the kind.
 
     Raises:
         MethodError: an unknown kind, or no way from `spec` to `output`.

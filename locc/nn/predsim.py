@@ -16,7 +16,7 @@ from locc.ir.spec import TensorSpec
 from locc.nn.building import CONV, check_shapes, placement, zero_
 from locc.nn.feedback import feedback_linear
 from locc.nn.layout import Layout, ceil_div, guess_layout, pool_kernel
-from locc.nn.readout import Head, HeadOptions, Readout
+from locc.nn.readout import Head, HeadOptions, Readout, classifier
 
 _AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
@@ -56,6 +56,7 @@ class PredHead(Head):
     """
 
     feedback: Tensor | None
+    linear: Any
 
     def __init__(
         self,
@@ -69,10 +70,10 @@ class PredHead(Head):
         super().__init__(spec, output, **options)
         self.pool = Pooling(self.readout, spec, dim_in_decoder)
         at = placement(spec, **options)
-        self.linear = nn.Linear(self.pool.features, self.readout.out_features, **at)
+        self.linear = classifier(self.pool.features, self.readout.out_features, options.get("rank"), **at)
         drawn = self.linear.weight.detach().clone() if feedback else None  # the law of nn.Linear
         self.register_buffer("feedback", drawn)
-        zero_(self.linear, bias=False)
+        zero_(self.linear[-1] if isinstance(self.linear, nn.Sequential) else self.linear, bias=False)
 
     def rows(self, h: Tensor) -> Tensor:
         """Return the classifier's result."""

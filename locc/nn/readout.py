@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +89,26 @@ class Readout:
 
 
 class HeadOptions(TypedDict, total=False):
-    """What every head takes: layouts, where a guess from shapes is wrong; where its parameters are made."""
+    """What every head takes: layouts, where a guess from shapes is wrong; where its parameters are made.
+
+    `rank`, but of a fixed head, is that of its last layer, see `classifier`.
+    """
 
     layout: Layout | str | None
     output_layout: Layout | str | None
     device: torch.device | str | None
     dtype: torch.dtype | None
+    rank: int | None
+
+
+def classifier(width: int, classes: int, rank: int | None = None, **at: Any) -> nn.Module:
+    """Return a linear layer from `width` to `classes`; with `rank`, two with so many units between them.
+
+    The two hold rank * (width + classes) weights, fewer where there are many classes.
+    """
+    if rank is None:
+        return nn.Linear(width, classes, **at)
+    return nn.Sequential(nn.Linear(width, rank, bias=False, **at), nn.Linear(rank, classes, **at))
 
 
 class Head(nn.Module, ABC):

@@ -1,7 +1,8 @@
 """Pass and Method, the pipeline that runs them, and the verbs and passes from which methods are made.
 
 One subject a file: `chain` (gradients handed down), `tangents` (pushed up), `crossing` (what modules send),
-`reach` (what learns), `output` (the loss, and its error), `heads`, `inverses`, `objectives` (sums of terms),
+`reach` (what learns), `output` (the loss, and its error), `heads`, `positions` (some of a sequence's),
+`unembedding` (the model's own last layer), `inverses`, `objectives` (sums of terms),
 `noise`, `dropout`, `layouts` (specs), `building` (networks), `targets` (what a method reads), `traits` (what
 a network has).
 A pass emits nodes with the verbs of `locc.ir.TrainingGraph`.
@@ -12,7 +13,7 @@ from locc.rewrite.building import Given, build, build_custom, given_for
 from locc.rewrite.chain import GradientChain, handed_down, returning
 from locc.rewrite.crossing import LentGradients, activations, advised, has_rows, read_by, rows, unreached
 from locc.rewrite.dropout import before_dropout, give_copy, in_place, is_dropout
-from locc.rewrite.heads import AttachHeads, LocalLoss, local_modules, local_values, untrained
+from locc.rewrite.heads import POSITIONS, RANK, AttachHeads, LocalLoss, local_modules, local_values, untrained
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
 from locc.rewrite.local_loss import LossLike, head_loss, heads_of
@@ -28,6 +29,8 @@ from locc.rewrite.traits import ending, has_norms, has_rectifiers, is_rectified
 __all__ = [
     "CLASS_IDS",
     "NUMBERS",
+    "POSITIONS",
+    "RANK",
     "Activation",
     "AttachHeads",
     "Given",

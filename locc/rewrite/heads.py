@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from locc.errors import MethodError
 from locc.ir import Owner, Task, TensorSpec, TrainingGraph, node_parameters
 from locc.nn import Factory, build_head, build_pred_head, guess_layout
 from locc.rewrite.building import build, build_custom
@@ -19,6 +20,21 @@ from locc.rewrite.layouts import layout_at, output_layout, spec_of
 from locc.rewrite.local_loss import LossLike, head_loss, heads_of
 from locc.rewrite.objectives import add_all
 from locc.rewrite.passes import Pass
+from locc.rewrite.positions import part_of
+from locc.rewrite.unembedding import LENS, lens
+
+POSITIONS: Mapping[str, Any] = {
+    "help": "share of a sequence's positions that local heads train on, drawn anew in each step: their work "
+    "falls with it where every position has a prediction",
+    "range": (0.05, 1.0),
+    "scale": "log",
+}
+RANK: Mapping[str, Any] = {
+    "help": "width between the two factors of a local head's last layer; one full matrix unless given",
+    "range": (8, 1024),
+    "scale": "log",
+}
+"""The fields by which a method passes these two options of `AttachHeads` on."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +43,32 @@ class AttachHeads(Pass):
 
     Attributes:
         head: a kind of `locc.nn.build_head`, "pred" for `build_pred_head`, or a factory (boundary spec,
-            output spec) -> module. "auto" is "mlp-sr" on images and "linear" elsewhere.
+            output spec) -> module. "auto" is "mlp-sr" on images and "linear" elsewhere; "bottleneck" is
+            "linear" with a rank of a quarter of the boundary's width; "sr" is "linear" on a quarter of the
+            positions; "unembedding" is the model's own last layer, see `lens`.
         layout: hint for `locc.nn.guess_layout` where the shape of a boundary misleads it.
         undropped: read a value before the dropout that ends its module, as `before_dropout` finds it.
         options: further keywords of the builder.
+        positions: share of a sequence's positions that heads train on, drawn anew in each step; None is all,
+            but for "sr".
+        rank: of the last layer of a head, see `locc.nn.readout.classifier`; None is one full matrix, but for
+            "bottleneck".
     """
 
     head: str | Factory = "auto"
     layout: str | None = None
     undropped: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    positions: float | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions is not None and not 0 < self.positions <= 1:
+            raise MethodError(f"positions={self.positions}: give a share of the positions above 0, at most 1")
+        if self.rank is not None and self.rank < 1:
+            raise MethodError(f"rank={self.rank}: give a width of at least 1, or None for one full matrix")
+        if self.rank is not None and (not isinstance(self.head, str) or self.head in ("fixed", LENS)):
+            raise MethodError(f"rank={self.rank} is of heads that locc builds and trains; leave it out")
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Every module but the last sends a value that it can train on."""
@@ -46,29 +78,45 @@ class AttachHeads(Pass):
         """Build the heads and call them on the modules' outputs."""
         for owner, value in local_values(ir, self.undropped):
             for task in ir.tasks:
-                network = self._build(ir, owner, value, task)
-                of_task = "_" + re.sub(r"\W+", "_", task.name) if len(ir.tasks) > 1 else ""
-                path = ir.add_module(f"{owner}_head_{value.name}{of_task}", network)
-                ir.call(owner, path, value, role="head").meta["given"] = not isinstance(self.head, str)
+                layout = self.layout or layout_at(ir, value)
+                read, output = value, task.spec
+                if self._share is not None:
+                    part = part_of(ir, owner, value, task, self._share, layout)
+                    read, output = part.read, part.output
+                if self.head == LENS:
+                    head = lens(ir, owner, read, value)
+                else:
+                    network = self._build(ir, owner, read, task, output, layout)
+                    of_task = "_" + re.sub(r"\W+", "_", task.name) if len(ir.tasks) > 1 else ""
+                    path = ir.add_module(f"{owner}_head_{value.name}{of_task}", network)
+                    head = ir.call(owner, path, read, role="head")
+                head.meta.update(given=not isinstance(self.head, str) or self.head == LENS, reads=read)
 
-    def _build(self, ir: TrainingGraph, owner: str, value: fx.Node, task: Task) -> nn.Module:
-        if isinstance(self.head, str):
-            options = {
-                "layout": self.layout or layout_at(ir, value),
-                "output_layout": output_layout(ir, task),
-            }
-            maker: Callable[..., nn.Module] = build_pred_head
-            if self.head != "pred":
-                maker, options = build_head, options | {"kind": self._kind(spec_of(value), options["layout"])}
-            make = partial(maker, **options, **self.options)
-            return build(make, owner, spec_of(value), task.spec)
-        return build_custom(self.head, owner, spec_of(value), task.spec, "head")
+    @property
+    def _share(self) -> float | None:
+        if self.positions is None and self.head == "sr":
+            return 0.25
+        return None if self.positions == 1 else self.positions
+
+    def _build(
+        self, ir: TrainingGraph, owner: str, read: fx.Node, task: Task, output: TensorSpec, layout: Any
+    ) -> nn.Module:
+        spec = spec_of(read)
+        if not isinstance(self.head, str):
+            return build_custom(self.head, owner, spec, output, "head")
+        options = {"layout": layout, "output_layout": output_layout(ir, task), "rank": self.rank}
+        maker: Callable[..., nn.Module] = build_pred_head
+        if self.head != "pred":
+            maker, options["kind"] = build_head, self._kind(spec, layout)
+        if self.head == "bottleneck" and self.rank is None:
+            options["rank"] = max(1, guess_layout(spec, layout).channels(spec) // 4)
+        return build(partial(maker, **options, **self.options), owner, spec, output)
 
     def _kind(self, boundary: TensorSpec, hint: Any) -> str:
         """MLP-SR was made for feature maps: its BatchNorm takes from a vector the scale that tells most."""
-        if self.head != "auto":
-            return str(self.head)
-        return "mlp-sr" if guess_layout(boundary, hint).kind == "image" else "linear"
+        if self.head == "auto":
+            return "mlp-sr" if guess_layout(boundary, hint).kind == "image" else "linear"
+        return "linear" if self.head in ("sr", "bottleneck") else str(self.head)
 
     def ensures(self, ir: TrainingGraph) -> Iterator[str]:
         """Each module that trains, but the last, has a head for each of its outputs; others have none."""

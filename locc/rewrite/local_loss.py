@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from locc.errors import MethodError
 from locc.ir import Rebuild, TrainingGraph, node_parameters
 from locc.losses import MODEL, Loss, own_loss
+from locc.rewrite.positions import at_positions, example_of, target_for
 from locc.rewrite.traits import bounds_of
 
 LossLike = str | Callable[[Any, Any], Tensor]
@@ -29,8 +30,15 @@ def heads_of(ir: TrainingGraph, owner: str) -> list[list[fx.Node]]:
     """Return the heads of a module, those on one value together: one for each of `ir.tasks`, in order."""
     found: dict[fx.Node, list[fx.Node]] = {}
     for head in ir.nodes(owner, "head"):
-        found.setdefault(head.all_input_nodes[0], []).append(head)
+        found.setdefault(_reads(head), []).append(head)
     return list(found.values())
+
+
+def _reads(head: fx.Node) -> fx.Node:
+    """Return the value of its module that a head reads."""
+    found = head.meta.get("reads", head.all_input_nodes[0])
+    assert isinstance(found, fx.Node)
+    return found
 
 
 def head_loss(ir: TrainingGraph, heads: fx.Node | Sequence[fx.Node], loss: LossLike | None = None) -> fx.Node:
@@ -48,8 +56,17 @@ def head_loss(ir: TrainingGraph, heads: fx.Node | Sequence[fx.Node], loss: LossL
     """
     heads = [heads] if isinstance(heads, fx.Node) else list(heads)
     owner, own = str(heads[0].meta["owner"]), Loss.of(ir.loss_function)
+    read = _reads(heads[0])
     if loss is None:
         heads = [_bounded(ir, head, task.value) for head, task in zip(heads, ir.tasks, strict=True)]
+    if read.target is at_positions and (len(heads) > 1 or (own.name == MODEL and loss is None)):
+        what = "the loss that the model computes itself" if own.name == MODEL else "a loss of several outputs"
+        raise MethodError(
+            f"module '{owner}': a head on a part of the positions takes from the target what belongs to "
+            f"them, and {what} reads labels in its own way; leave out positions= and head='sr', or pass "
+            "loss='cross_entropy' and the labels as the target"
+        )
+    target = target_for(ir, owner, read)
     if own.name == MODEL and loss is None:
         return _Again(ir, owner, heads).made(_own_loss(ir))
     value = heads[0]
@@ -57,7 +74,8 @@ def head_loss(ir: TrainingGraph, heads: fx.Node | Sequence[fx.Node], loss: LossL
     if nested and isinstance(ir.output.target, Rebuild):
         given = Imitated(ir.output, [task.value for task in ir.tasks])
         value = ir.emit(owner, given, *heads, role="head_output")
-    return _emitted(ir, owner, ir.loss_function if loss is None else own.like(loss), value)
+    function = ir.loss_function if loss is None else own.like(loss)
+    return ir.emit(owner, function, value, target, role="head_loss", spec=ir.scalar)
 
 
 def _bounded(ir: TrainingGraph, head: fx.Node, prediction: fx.Node) -> fx.Node:
@@ -67,10 +85,6 @@ def _bounded(ir: TrainingGraph, head: fx.Node, prediction: fx.Node) -> fx.Node:
         return head
     function, *dim = found
     return ir.emit(str(head.meta["owner"]), function, head, *dim, role="bounded")
-
-
-def _emitted(ir: TrainingGraph, owner: str, function: Callable[..., Any], value: fx.Node) -> fx.Node:
-    return ir.emit(owner, function, value, ir.target, role="head_loss", spec=ir.scalar)
 
 
 class Imitated:
@@ -161,7 +175,10 @@ def check_heads(ir: TrainingGraph, sample: Callable[[fx.Node], Tensor], target: 
     """
     loss = Loss.of(ir.loss_function)
     for term in [n for n in ir.nodes(role="head_loss") if isinstance(n.target, Loss)][:1]:
-        (read,) = (node for node in term.all_input_nodes if node is not ir.target)
+        read, label = term.all_input_nodes
+        target = example_of(label, target)
+        if target is None:
+            return
         nested = read.meta["role"] == "head_output"
         heads = [sample(head) for head in (read.all_input_nodes if nested else [read])]
         if nested and (why := _failure(term, read, heads, target)):

@@ -29,8 +29,9 @@ class Context:
     `observe` is called after each instruction, with the values in flight. With `guarded=False` an
     objective that is not finite does not stop the step. `atomic` says that whoever runs the step undoes one
     that fails, so that a failure must be known before the step is over. With `in_backward` a parameter is
-    updated as soon as the backward pass knows its gradient. `codes` is what a backend has compiled,
-    `replicas` the ranks that run the same on other shares of the batch.
+    updated as soon as the backward pass knows its gradient; the forward of `recompute` modules runs again
+    there. `codes` is what a backend has compiled, `replicas` the ranks that run the same on other shares of
+    the batch.
     """
 
     root: nn.Module
@@ -44,6 +45,7 @@ class Context:
     guarded: bool = True
     offload: Offload | None = None
     in_backward: bool = False
+    recompute: tuple[nn.Module, ...] = ()
     codes: Codes = field(default_factory=Codes)
     replicas: Replicas | None = None
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)

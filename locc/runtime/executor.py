@@ -12,6 +12,7 @@ from locc.lower import Plan
 from locc.runtime.backends import BACKENDS
 from locc.runtime.context import Context
 from locc.runtime.machine import Channels
+from locc.runtime.recompute import recomputed
 from locc.runtime.stops import explained
 from locc.runtime.streams import preserved_rng
 
@@ -43,7 +44,7 @@ class Executor(Context):
         self.raise_deferred(step)
         machine = BACKENDS[self.backend](self, plan, values, step, channels)
         try:
-            with preserved_rng(self.device):
+            with preserved_rng(self.device), recomputed(self.recompute):
                 machine.run(plan.instructions)
         except BaseException as error:
             for learner in self.learners.values():

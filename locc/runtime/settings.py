@@ -59,6 +59,7 @@ class Settings:
     labels_within: bool = False
     """The labels are among the model's inputs: its own forward computes the loss."""
     update: str = "after_backward"
+    recompute: bool | tuple[str, ...] = False
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -91,6 +92,7 @@ class Settings:
         if self.clip is not None and not (_is_number(self.clip) and self.clip > 0):
             raise LoccError(f"clip={self.clip!r}: give the largest gradient norm of a module, above 0")
         self._check_update()
+        self._check_recompute()
         if self.seed is not None and type(self.seed) is not int:
             raise LoccError(f"seed={self.seed!r}: give a whole number, or None for torch.initial_seed()")
         self._check_features()
@@ -192,6 +194,19 @@ class Settings:
             raise LoccError(
                 "update='in_backward' drops a gradient as soon as it is known, and "
                 f"accumulate={self.accumulate} keeps it for the next steps; leave one of them out"
+            )
+
+    def _check_recompute(self) -> None:
+        named = self.recompute if isinstance(self.recompute, tuple) else ()
+        if not isinstance(self.recompute, (bool, tuple)) or not all(isinstance(n, str) for n in named):
+            raise LoccError(
+                f"recompute={self.recompute!r}: give names or globs of submodules, or True for every one "
+                "that the splits leave whole"
+            )
+        if self.recompute and self.backend != "eager":
+            raise LoccError(
+                f"recompute={self.recompute!r} is of backend='eager', and backend={self.backend!r} decides "
+                "by itself what it computes again; leave one of them out"
             )
 
     def _check_autocast(self) -> None:

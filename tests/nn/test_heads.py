@@ -116,6 +116,27 @@ def layers(head):
     return [str(m).partition(", b")[0] for m in head.modules() if not list(m.children())]
 
 
+def test_the_hidden_layers_of_mlp_sr_are_bounded():
+    def widths(channels, **options):
+        head = build_head(spec(B, channels, 7, 7), spec(B, 1000), "mlp-sr", device="meta", **options)
+        return [
+            (layer.in_features, layer.out_features) for layer in head.dense if isinstance(layer, nn.Linear)
+        ]
+
+    assert widths(512) == [(2048, 2048)] * 3 + [(2048, 1000)]
+    assert widths(2048) == [(8192, 2048), *[(2048, 2048)] * 2, (2048, 1000)]
+    assert widths(8, hidden=16) == [(32, 16), (16, 16), (16, 16), (16, 1000)]
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "mlp-sr", "cnn", "pred", "cascade", "infopro"])
+def test_a_rank_factors_the_last_layer(kind):
+    head = build(kind, spec(B, 6, 4, 4), spec(B, 50), rank=3)
+    *_, first, last = (m for m in head.modules() if isinstance(m, nn.Linear))
+    assert (first.out_features, last.in_features, last.out_features) == (3, 3, 50)
+    assert first.bias is None
+    assert first.weight.std() > 0.5 * (3 * first.in_features) ** -0.5  # of U(+-1/sqrt(n)), not N(0, 0.01^2)
+
+
 def test_the_other_heads_of_dgl():
     """MLP-SR without its convolutions, and two 3x3 convolutions of the boundary's size and channels."""
     s, out = spec(B, 4, 9, 8), spec(B, 5)

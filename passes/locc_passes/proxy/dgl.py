@@ -6,8 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from locc.errors import MethodError
 from locc.nn import Factory
-from locc.rewrite import AttachHeads, LocalLoss, LossLike, Method, OptimizerSpec, OutputLoss, Pass, Recipe
+from locc.rewrite import (
+    POSITIONS,
+    RANK,
+    AttachHeads,
+    LocalLoss,
+    LossLike,
+    Method,
+    OptimizerSpec,
+    OutputLoss,
+    Pass,
+    Recipe,
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +47,22 @@ class DGL(Method):
             "help": "the paper's mlp-sr (reduced maps, 1x1 convolutions, MLP), mlp (the same without "
             "convolutions) or cnn (two 3x3 convolutions at full size), or linear; each adapts to flat, "
             "sequence and image boundaries. auto: mlp-sr on images, as in the paper, and linear elsewhere. "
+            "Cheaper where every position has many classes: sr (linear on a quarter of the positions), "
+            "bottleneck (linear through a quarter of the width) and unembedding (the model's own last layer "
+            "as it is, which the last module alone trains). "
             "From Python also a factory (boundary spec, output spec) -> module",
-            "choices": ("auto", "mlp-sr", "mlp", "cnn", "linear"),
+            "choices": ("auto", "mlp-sr", "mlp", "cnn", "linear", "sr", "bottleneck", "unembedding"),
+        },
+    )
+    positions: float | None = field(default=None, metadata=POSITIONS)
+    rank: int | None = field(default=None, metadata=RANK)
+    hidden: int = field(
+        default=2048,
+        metadata={
+            "help": "most units of a hidden linear layer of mlp-sr and mlp, otherwise four times the "
+            "channels",
+            "range": (64, 8192),
+            "scale": "log",
         },
     )
     layout: str | None = field(
@@ -48,9 +74,15 @@ class DGL(Method):
         metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
     )
 
+    def __post_init__(self) -> None:
+        if self.hidden < 1:
+            raise MethodError(f"hidden={self.hidden}: give at least 1")
+
     def passes(self) -> Sequence[Pass]:
         """Return heads, their losses, and the loss at the output."""
-        return (AttachHeads(self.head, self.layout), LocalLoss(self.local_loss), OutputLoss())
+        bounded = {"hidden": self.hidden} if self.head in ("auto", "mlp-sr", "mlp") else {}
+        heads = AttachHeads(self.head, self.layout, options=bounded, positions=self.positions, rank=self.rank)
+        return (heads, LocalLoss(self.local_loss), OutputLoss())
 
 
 @dataclass(frozen=True)

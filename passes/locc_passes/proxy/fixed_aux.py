@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from locc.rewrite import AttachHeads, LocalLoss, LossLike, Method, OutputLoss, Pass
+from locc.rewrite import POSITIONS, AttachHeads, LocalLoss, LossLike, Method, OutputLoss, Pass
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class FixedAux(Method):
         default=None,
         metadata={"help": "where the dimensions of boundaries are, if the guess from shapes is wrong"},
     )
+    positions: float | None = field(default=None, metadata=POSITIONS)
     local_loss: LossLike | None = field(
         default=None,
         metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
@@ -35,4 +36,5 @@ class FixedAux(Method):
 
     def passes(self) -> Sequence[Pass]:
         """Return the fixed heads, their losses, and the loss at the output."""
-        return (AttachHeads("fixed", self.layout), LocalLoss(self.local_loss), OutputLoss())
+        heads = AttachHeads("fixed", self.layout, positions=self.positions)
+        return (heads, LocalLoss(self.local_loss), OutputLoss())

@@ -10,7 +10,18 @@ from torch import nn
 
 from locc.errors import nearest
 from locc.nn import Factory
-from locc.rewrite import CLASS_IDS, NUMBERS, AttachHeads, LossLike, Method, OptimizerSpec, Pass, Recipe
+from locc.rewrite import (
+    CLASS_IDS,
+    NUMBERS,
+    POSITIONS,
+    RANK,
+    AttachHeads,
+    LossLike,
+    Method,
+    OptimizerSpec,
+    Pass,
+    Recipe,
+)
 from locc_passes.proxy.similarity import (
     AttachSignHeads,
     AttachSimilarityHeads,
@@ -77,6 +88,8 @@ class PredSim(Method):
             "scale": "log",
         },
     )
+    positions: float | None = field(default=None, metadata=POSITIONS)
+    rank: int | None = field(default=None, metadata=RANK)
     undropped: bool = field(
         default=True, metadata={"help": "take h before the dropout that ends a module, as published"}
     )
@@ -138,7 +151,8 @@ class PredSim(Method):
             raise ValueError(f"loss_unsup={self.loss_unsup!r}; {nearest(self.loss_unsup, UNSUPERVISED)}")
         if not 0 <= self.alpha < 1:
             raise ValueError(f"alpha={self.alpha}: give a weight from 0 to below 1")
-        own = [name for name in ("sim_head", "pred_head", "local_loss") if getattr(self, name) is not None]
+        parts = ("sim_head", "pred_head", "local_loss", "positions", "rank")
+        own = [name for name in parts if getattr(self, name) is not None]
         if self.bio and own:
             raise ValueError(f"bio=True has its own heads and loss; leave out {', '.join(own)}")
 
@@ -173,7 +187,8 @@ class PredSim(Method):
         if self.bio:
             return AttachSignHeads(self.target_proj_size, self.dim_in_decoder, self.layout, self.undropped)
         options = {} if self.pred_head else {"dim_in_decoder": self.dim_in_decoder}
-        return AttachHeads(self.pred_head or "pred", self.layout, self.undropped, options)
+        head = self.pred_head or "pred"
+        return AttachHeads(head, self.layout, self.undropped, options, self.positions, self.rank)
 
 
 @dataclass(frozen=True)
@@ -184,6 +199,8 @@ class Sim(PredSim):
 
     beta: float | None = field(default=1.0, init=False)
     dim_in_decoder: int = field(default=4096, init=False)
+    positions: float | None = field(default=None, init=False)
+    rank: int | None = field(default=None, init=False)
     local_loss: LossLike | None = field(default=None, init=False)
     pred_head: Factory | None = field(default=None, init=False)
 

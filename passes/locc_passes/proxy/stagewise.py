@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from locc.errors import MethodError
 from locc.rewrite import (
+    POSITIONS,
+    RANK,
     AttachHeads,
     LocalLoss,
     LossLike,
@@ -52,6 +54,8 @@ class GreedySeq(Method):
             "scale": "log",
         },
     )
+    positions: float | None = field(default=None, metadata=POSITIONS)
+    rank: int | None = field(default=None, metadata=RANK)
     local_loss: LossLike | None = field(
         default=None,
         metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
@@ -65,7 +69,8 @@ class GreedySeq(Method):
 
     def passes(self) -> Sequence[Pass]:
         """Return the heads, their losses, the loss at the output, and the stages."""
-        heads = AttachHeads("greedy", options={"depth": self.depth, "width": self.width})
+        options = {"depth": self.depth, "width": self.width}
+        heads = AttachHeads("greedy", options=options, positions=self.positions, rank=self.rank)
         return (heads, LocalLoss(self.local_loss), OutputLoss(), Stages())
 
 
@@ -93,6 +98,8 @@ class Cascade(Method):
             "scale": "log",
         },
     )
+    positions: float | None = field(default=None, metadata=POSITIONS)
+    rank: int | None = field(default=None, metadata=RANK)
     local_loss: LossLike | None = field(
         default=None,
         metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
@@ -107,4 +114,5 @@ class Cascade(Method):
     def passes(self) -> Sequence[Pass]:
         """Return the heads, their losses, the loss at the output, and the stages."""
         options = {"dropout": self.dropout, "dim_in_decoder": self.dim_in_decoder}
-        return (AttachHeads("cascade", options=options), LocalLoss(self.local_loss), OutputLoss(), Stages())
+        heads = AttachHeads("cascade", options=options, positions=self.positions, rank=self.rank)
+        return (heads, LocalLoss(self.local_loss), OutputLoss(), Stages())

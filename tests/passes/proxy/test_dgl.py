@@ -332,7 +332,8 @@ def test_learns_digits() -> None:
 
 
 def test_options() -> None:
-    assert set(locc.methods()["dgl"].options) == {"head", "layout", "local_loss"}
+    options = {"head", "layout", "local_loss", "positions", "rank", "hidden"}
+    assert set(locc.methods()["dgl"].options) == options
     with pytest.raises(locc.MethodError, match="no option 'heads'; nearest: 'head'"):
         locc.compile(mlp(), "dgl", ["first"], heads="mlp")
 
