@@ -22,7 +22,6 @@ from locc.rewrite import (
     draw,
     give_copy,
     in_place,
-    is_dropout,
     spec_of,
     squared_distance,
 )
@@ -86,9 +85,10 @@ class NodePerturbation(Pass):
     """Gives each matrix the objective ||B' d - (L~ - L) xi / c^2||^2: sum over units, mean over samples.
 
     A second forward pass adds xi ~ N(0, c^2) to what each layer with feedback reads; L~ and L are the losses
-    of one sample with the noise and without. d is the error at the layer's output in the clean pass, for one
-    sample's loss, and B' d what the layer sends back through B; the estimate is, in expectation and for small
-    c, the gradient for which it stands. The weights train on the clean pass alone.
+    of one sample with the noise and without; dropout drops the same units in both. d is the error at the
+    layer's output in the clean pass, for one sample's loss, and B' d what the layer sends back through B; the
+    estimate is, in expectation and for small c, the gradient for which it stands. The weights train on the
+    clean pass alone.
     """
 
     noise: float = 0.1
@@ -109,14 +109,6 @@ class NodePerturbation(Pass):
                 yield (
                     f"layer '{_name(layer)}' reads {spec_of(_read(layer))}, whose rows are no samples, so "
                     "that no loss belongs to one; keep the batch in the first dimension"
-                )
-        for node in ir.nodes(role="forward"):
-            held = owned_tensor(ir.root, str(node.target)) if node.op == "call_module" else None
-            drops = is_dropout(ir, node) and getattr(held, "p", 1) > 0
-            if drops or node.meta.get("random"):
-                yield (
-                    f"'{strip(str(node.target))}' draws random numbers, which the loss with the noise and "
-                    "the one without would not share; leave it out"
                 )
 
     def rewrite(self, ir: TrainingGraph) -> None:
@@ -141,7 +133,9 @@ class NodePerturbation(Pass):
                 noises[layer] = draw(ir, name, x, self.noise)
                 noisy = ir.emit(name, torch.add, _again(ir, x, found), noises[layer], role="noise")
                 matrix = _matrix(layer)
-                (found[layer],) = ir.replay(name, {x: noisy, matrix: matrix}, [layer], "perturbed")
+                (found[layer],) = ir.replay(
+                    name, {x: noisy, matrix: matrix}, [layer], "perturbed", alike=True
+                )
             for value in [ir.prediction] if name == last else activations(ir, name):
                 moved[value] = _again(ir, value, found)
         losses = SampleLosses(ir.loss_function)
@@ -213,7 +207,7 @@ def _again(ir: TrainingGraph, value: fx.Node, found: dict[fx.Node, fx.Node]) -> 
             todo.extend(node.all_input_nodes)
     if value in met or not met:
         return met.get(value, value)
-    return ir.replay(owner, met, [value], "perturbed")[0]
+    return ir.replay(owner, met, [value], "perturbed", alike=True)[0]
 
 
 class SampleLosses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import locc
 from locc.errors import MethodError
 from locc.rewrite import noise
+from locc.runtime.report import StepReport
+from locc.testing import reference_step
 from support import Residual, batch, compiled, mlp, sgd
 
 SPLITS = ["relu1", "relu2"]
@@ -190,10 +194,24 @@ def test_matrices_that_equal_the_weights_are_at_rest(kind: str) -> None:
         assert resting[name] < 0.15 * moves(name)[name], name
 
 
+@pytest.mark.parametrize("train", [locc.Program.step, reference_step])
+def test_dropout_drops_the_same_units_in_both_passes(train: Callable[..., StepReport]) -> None:
+    """Else the loss would change by more than the noise makes it, and the estimate be of the size 1 / c."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3)
+    ).double()
+    x, y = batch(dtype=torch.float64)
+    program = compiled(model, "np-sg", ["1", "2"], noise=1e-6)
+    assert "model_3 = self[3](perturbed_at_5)  # f64[B,8], draws as layer_3" in str(program.ir)
+    for _ in range(2):
+        found = train(program, x, y).objectives
+        assert 0 < found["2.feedback.regression"] < 100
+
+
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
-        (mlp(dropout=0.5), {}, "'drop' draws random numbers, which the loss with the noise"),
         (mlp(), {"noise": 0.0}, "noise=0.0"),
         (mlp(), {"reduction": "average"}, "reduction='average'"),
     ],
