@@ -47,6 +47,7 @@ from locc.capture.transforms import Collecting, Transformed, transforms_patched
 from locc.capture.tree import flatten, leaves_of, map_plain
 from locc.errors import CaptureError
 from locc.ir.captured import Decision, Root, strip
+from locc.ir.grouped import grouped_mm
 from locc.ir.ops import assign
 from locc.ir.spec import Point
 from locc.snapshot import preserved
@@ -54,6 +55,7 @@ from locc.snapshot import preserved
 _READS_VALUES = {"__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__"}
 _READS_VALUES |= {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"}
 _AMBIENT = {"_set_grad_enabled", "set_grad_enabled", "_enter_autocast", "_exit_autocast"}
+_WRITTEN_AS = {torch._grouped_mm: grouped_mm}  # what PyTorch cannot run on shapes alone
 _DYNAMIC = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
 
 
@@ -175,6 +177,7 @@ class Recorder(Ledger, TorchFunctionMode):
             return self._record(func, args, kwargs)
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        func = _WRITTEN_AS.get(func, func)
         name = name_of(func)
         if name == "__iter__":
             return iter(self._record(torch.Tensor.unbind, args, kwargs))

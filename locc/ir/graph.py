@@ -18,7 +18,7 @@ from locc.ir.printer import render
 from locc.ir.spec import TensorSpec
 from locc.ir.state import RESIZE, State, renewed
 from locc.ir.tape import changers
-from locc.ir.view import Repeat
+from locc.ir.view import Repeat, draws
 from locc.ir.writing import Writer
 
 _KEPT = ("random", "untried", "line", "contracts", "views")
@@ -158,7 +158,13 @@ class TrainingGraph(Writer):
         )
 
     def replay(
-        self, owner: str, inputs: dict[fx.Node, fx.Node], wanted: list[fx.Node], role: str
+        self,
+        owner: str,
+        inputs: dict[fx.Node, fx.Node],
+        wanted: list[fx.Node],
+        role: str,
+        *,
+        alike: bool = False,
     ) -> list[fx.Node]:
         """Run the owner's forward once more on other inputs.
 
@@ -167,6 +173,7 @@ class TrainingGraph(Writer):
             inputs: boundary entry (or any value of the owner) -> what takes its place, of the same spec.
             wanted: nodes of the owner's forward whose new values are returned.
             role: the role of the new nodes.
+            alike: what draws random numbers (dropout) draws those of the forward; else it draws others.
 
         Raises:
             GraphError: the values asked for do not read one of `inputs`, or what takes its place has another
@@ -182,6 +189,8 @@ class TrainingGraph(Writer):
         for node in nx.lexicographical_topological_sort(order, key=position.__getitem__):
             copies[node] = self._copy_quietly(node, copies, role)
             copies[node].meta["replay"] = self._replays, node
+            if alike and draws(self.root, node):
+                copies[node].meta["stream"] = node.meta.get("stream", node)
         return [copies[n] for n in wanted]
 
     def feed(self, owner: str, old: fx.Node, new: fx.Node) -> None:

@@ -117,11 +117,17 @@ class _Watch(TorchDispatchMode):
         self.random = self.contracts = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _NEEDS_DATA.isdisjoint(func.tags):
+        whole = func is torch.ops.aten.index.Tensor and not any(_masks(index) for index in args[1])
+        if not (whole or _NEEDS_DATA.isdisjoint(func.tags)):
             raise _UnknownError
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
         self.contracts = self.contracts or _CONTRACTION.fullmatch(func.overloadpacket.__name__) is not None
         return func(*args, **(kwargs or {}))
+
+
+def _masks(index: Any) -> bool:
+    """Whether an index picks as many elements as its values say."""
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 @dataclass

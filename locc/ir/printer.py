@@ -72,6 +72,8 @@ def statement(node: fx.Node, inline: Collection[fx.Node] = ()) -> str:
         return f"{call}  # {node.meta.get('objective')}"
     if node.meta.get("repeat"):
         note.append(f"in {node.meta['repeat']}")
+    if "stream" in node.meta:
+        note.append(f"draws as {node.meta['stream'].name}")
     text = f"{node.name} = {call}"
     return f"{text}  # {', '.join(note)}" if note else text
 

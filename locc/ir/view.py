@@ -7,6 +7,7 @@ Metadata of a node, beside what capture wrote (`locc.ir.captured`):
 - `made_by`: the stage or pass that created it
 - `state`: for a read of a state that lives across steps, the path of its `locc.ir.state.State`
 - `random`: True where it draws random numbers; `untried`: True where that could not be tried
+- `stream`: the node whose random numbers it draws, where it is a copy that draws the same
 - `contracts`: True where it multiplies or solves matrices (absent otherwise)
 """
 
@@ -309,6 +310,12 @@ def draws(root: nn.Module, node: fx.Node) -> bool:
     module = owned_tensor(root, str(holder.target)) if isinstance(holder, fx.Node) else None
     found = module.modules() if isinstance(module, nn.Module) else ()
     return any(isinstance(m, nn.modules.dropout._DropoutNd) for m in found)
+
+
+def stream_of(node: fx.Node) -> str:
+    """Return the name of the random stream of a node that draws: its own, or that of the node it is like."""
+    alike: fx.Node = node.meta.get("stream", node)
+    return alike.name
 
 
 _HOLDING = (ops.call_with, ops.call_quietly)

@@ -12,7 +12,7 @@ from torch import fx
 from locc.ir import ops
 from locc.ir.graph import TrainingGraph
 from locc.ir.printer import statement
-from locc.ir.view import draws
+from locc.ir.view import draws, stream_of
 from locc.lower.tasks import Analysis
 
 
@@ -44,7 +44,7 @@ def compile_nodes(
             if source.op == "get_attr" and source not in copies:
                 copies[source] = graph.get_attr(str(source.target))
         if draws(ir.root, node):
-            graph.call_function(start, (streams, node.name))
+            graph.call_function(start, (streams, stream_of(node)))
         copies[node] = _copy(graph, node, copies, node in found.leaves)
     kept = [n for n in nodes if n in found.watched or _used_outside(n, inside, ir, found.needed)]
     graph.output(tuple(copies[n] for n in kept))

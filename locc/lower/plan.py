@@ -9,7 +9,7 @@ from torch import fx
 
 from locc.ir import ops
 from locc.ir.graph import TrainingGraph
-from locc.ir.view import draws
+from locc.ir.view import draws, stream_of
 from locc.lower.code import compile_nodes, is_lent
 from locc.lower.instructions import (
     Assign,
@@ -129,7 +129,7 @@ class _Emitter:
             owner,
             taped,
             *compile_nodes(nodes, self.ir, replace(self.found, leaves=set())),
-            draws=next((n.name for n in nodes if draws(self.ir.root, n)), None),
+            draws=next((stream_of(n) for n in nodes if draws(self.ir.root, n)), None),
             leaves=leaves,
             computes=any(n.op != "get_attr" and n.target is not ops.stop_gradient for n in nodes),
         )

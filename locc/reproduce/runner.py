@@ -116,8 +116,9 @@ def _batches(data: Split, entry: Entry, budget: Budget, seed: int, device: str) 
     kind = torch.float64 if entry.setting.double else None
     x, test_x = (t.to(device, kind) for t in (data.x, data.test_x))
     y, test_y = data.y.to(device), data.test_y.to(device)
-    generator = torch.Generator().manual_seed(seed)
-    size = len(x) if budget.batch < 0 else budget.batch
+    full = budget.batch < 0  # the same batch in each pass: its variables live on only in one order
+    generator = None if full and not entry.setting.augment else torch.Generator().manual_seed(seed)
+    size = len(x) if full else budget.batch
     return Batches(x, y, size, generator, entry.setting.augment), Batches(
         test_x, test_y, min(500, len(test_x))
     )

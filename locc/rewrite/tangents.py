@@ -132,6 +132,9 @@ class Derivative:
             return function(*args[self.op == "call_method" :], **kwargs)
 
         primals = tuple(flat[i].detach() for i in moving)
+        if self.target not in ("as_strided", torch.as_strided):  # which reads memory as the forward has it
+            # Forward mode writes tangents in the layout of these, and group_norm's takes views of them.
+            primals = tuple(primal.contiguous() for primal in primals)
         moves = tuple(tangents[i].detach() for i in moving)
         found: Tensor
         if self.backward:

@@ -18,7 +18,7 @@ from locc.ir import ops
 from locc.ir.calls import given
 from locc.ir.captured import owned_tensor
 from locc.ir.tape import changers
-from locc.ir.view import draws
+from locc.ir.view import draws, stream_of
 from locc.runtime import Compiled, StepReport
 from locc.runtime.streams import autocast, of_backward, of_update, preserved_rng, seed_all, stream
 
@@ -136,7 +136,7 @@ class _Meaning:
             self.objectives[str(node.meta["objective"])] = args[0].detach()
             return args[0].backward(retain_graph=True) if args[0].requires_grad else None
         if draws(self.ir.root, node):
-            self._draw(node.name)
+            self._draw(stream_of(node))
         target: Any = node.target
         if node.op == "call_module":
             target = self.ir.root.get_submodule(target)

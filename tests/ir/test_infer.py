@@ -116,6 +116,10 @@ def noisy(h: Tensor) -> Tensor:
     return h + torch.randn_like(h)
 
 
+def first_rows(h: Tensor) -> Tensor:
+    return h[h.argmax(0)]  # numbers pick as many rows as there are numbers
+
+
 @pytest.mark.parametrize(
     ("function", "args", "marks"),
     [
@@ -133,6 +137,7 @@ def noisy(h: Tensor) -> Tensor:
         (functional.cosine_similarity, (H, H), set()),
         (functional.scaled_dot_product_attention, (H, H, H), {"contracts"}),
         (positive, (H,), {"untried"}),
+        (first_rows, (H,), set()),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from locc.cli import app
 from locc.reproduce import runner, table
-from locc.reproduce.data import DATA, Batches, bigram, load
+from locc.reproduce.data import DATA, Batches, Split, bigram, load
 from locc.reproduce.page import page
 from locc.reproduce.results import Result, Results
 from locc.reproduce.table import Budget, Entry, Row, Setting, entries, select
@@ -125,6 +125,16 @@ def test_bigrams_are_counted(tmp_path: Path) -> None:
     data = load("shakespeare", tmp_path)
     seen = data.x.numel() / 2  # of each letter
     assert bigram(data) == pytest.approx(-torch.tensor((seen + 1) / (seen + 2)).log().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "alike"), [(-1, True), (20, False)])
+def test_a_full_batch_is_the_same_in_each_pass(batch: int, alike: bool) -> None:
+    """What lives on in variables of each sample, as of `bcd3`, starts anew on samples in another order."""
+    (entry, *_) = select(["bcd-mlp/bcd3"], "cpu")
+    data = Split(torch.randn(40, 3), torch.arange(40), torch.randn(5, 3), torch.arange(5))
+    training, _ = runner._batches(data, entry, Budget(1, batch), 0, "cpu")
+    one, two = (torch.cat([y for _, y in training]) for _ in range(2))
+    assert torch.equal(one, two) == alike
 
 
 def test_moved_images_are_the_same_images() -> None:

@@ -2,73 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import fx
-from torch.nn import functional
+from torch import nn
 
 from locc.ir import TrainingGraph
 from locc.losses import Loss
-from locc.rewrite import Method, OptimizerSpec, Pass, Recipe, add_all, is_rectified, range_of
-from locc_passes.auxiliary_variables.codes import InnerSteps, code_of, coded, mean_abs
-
-
-@dataclass(frozen=True)
-class FitCodes(Pass):
-    """Trains each module on its codes.
-
-    The last module has the user's loss, given the codes that it reads; every other module has
-    mean (f(c) - sg c')^2 + lambda_w * mean |W|, with c the codes that it reads (the data, for the first
-    one), c' those that it sends, and W each of its weights of two or more dimensions.
-    """
-
-    lambda_w: float = 0.0
-    output_lr: float = 1.0
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        """Add the objectives; all of them read the same weights, those of before the update."""
-        ir.apply_loss()  # of the plain forward: a step reports it, and it moves the last module's buffers
-        ir.scale_lr(ir.last.name, self.output_lr)
-        for module in ir.modules:
-            owner = module.name
-            codes = {b.entry: ir.stop_gradient(owner, code_of(b)) for b in coded(ir, consumer=owner)}
-            sent = coded(ir, producer=owner)
-            if module == ir.last:
-                output = self._run(ir, owner, codes, [ir.output])[0]
-                loss = ir.loss_of(owner, output)
-                ir.objective(owner, loss, "loss")
-                continue
-            found = self._run(ir, owner, codes, [b.value for b in sent])
-            terms = [
-                ir.emit(
-                    owner,
-                    functional.mse_loss,
-                    value,
-                    ir.stop_gradient(owner, code_of(b)),
-                    role="fit",
-                )
-                for value, b in zip(found, sent, strict=True)
-            ]
-            ir.objective(owner, add_all(ir, owner, terms + self._sparsity(ir, owner)), "codes")
-
-    @staticmethod
-    def _run(
-        ir: TrainingGraph, owner: str, codes: dict[fx.Node, fx.Node], wanted: list[fx.Node]
-    ) -> list[fx.Node]:
-        return ir.replay(owner, codes, wanted, role="replay") if codes else wanted
-
-    def _sparsity(self, ir: TrainingGraph, owner: str) -> list[fx.Node]:
-        if not self.lambda_w:
-            return []
-        terms = []
-        for path, parameter in ir.parameters(owner).items():
-            if parameter.dim() > 1 and parameter.requires_grad:
-                size = ir.emit(owner, mean_abs, ir.read(owner, path), role="sparsity")
-                terms.append(ir.emit(owner, operator.mul, size, self.lambda_w, role="sparsity"))
-        return terms
+from locc.rewrite import Method, OptimizerSpec, Pass, Recipe, is_rectified, range_of
+from locc_passes.auxiliary_variables.codes import InnerSteps, coded
+from locc_passes.auxiliary_variables.fits import FitCodes, RememberCodes
 
 
 @dataclass(frozen=True)
@@ -81,8 +25,9 @@ class AltMin(Method):
     energy of the codes, and the inner steps diverge once rate x curvature is above
     2 (1 + momentum) / (1 + 2 momentum) = 1.36.
 
-    Two things differ from the released code: BatchNorm's statistics move once in a step, not with each of its
-    forwards; and its second variant (running sums of codes, coordinate descent on the weights) is not here.
+    With memory=True the hidden weights are set by coordinate descent on running sums of all codes so far, as
+    the released code's second variant does; its networks have no BatchNorm. One thing differs from that code:
+    BatchNorm's statistics move once in a step, not with each of its forwards.
     """
 
     family: ClassVar[str] = "auxiliary variables"
@@ -128,7 +73,26 @@ class AltMin(Method):
         },
     )
 
+    memory: bool = field(
+        default=False,
+        metadata={"help": "fit hidden linear layers to the codes of all batches, column by column"},
+    )
+    forget: float = field(
+        default=0.0,
+        metadata={
+            "help": "of the memory: the share of it that each batch replaces; 0 sums all batches",
+            "range": (0.0, 0.5),
+        },
+    )
+    sweeps: int = field(
+        default=1, metadata={"help": "of the memory: sweeps over the columns in a step", "range": (1, 20)}
+    )
+
     def __post_init__(self) -> None:
+        if self.sweeps < 1 or not 0 <= self.forget < 1:
+            raise ValueError(
+                f"sweeps={self.sweeps}, forget={self.forget}: give at least one sweep, and a share below 1"
+            )
         if not self.output_lr > 0:
             raise ValueError(f"output_lr={self.output_lr}: give a factor above 0")
         if self.steps < 1:
@@ -153,7 +117,14 @@ class AltMin(Method):
                 "the linear layers (or their normalisation), before the nonlinearity"
             )
 
+    def opened(self, model: nn.Module, splits: Sequence[str]) -> Iterator[str]:
+        """Yield the layers that the memory fits."""
+        if self.memory:
+            yield from (name for name, part in model.named_modules() if name and isinstance(part, nn.Linear))
+
     def passes(self) -> Sequence[Pass]:
         """Return the inner steps and the objectives."""
         inner = InnerSteps(self.steps, self.rate, self.momentum, self.mu, self.mu_step, self.lambda_c)
-        return (inner, FitCodes(self.lambda_w, self.output_lr))
+        weights = (self.lambda_w, self.output_lr)
+        fit = RememberCodes(*weights, self.forget, self.sweeps) if self.memory else FitCodes(*weights)
+        return (inner, fit)

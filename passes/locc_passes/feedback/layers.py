@@ -12,7 +12,7 @@ from locc.ir import TensorSpec, TrainingGraph, call_with, owned_tensor, strip
 from locc.nn import draw_feedback, feedback_call
 from locc.rewrite import Given, Pass, learned, spec_of
 from locc_passes.feedback.given import given_matrix
-from locc_passes.feedback.products import products, spelled
+from locc_passes.feedback.products import products, selected, spelled
 
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -60,6 +60,12 @@ class FeedbackLayers(Pass):
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Refuse models in which some product with a weight would keep its exact gradient."""
         yield from _hidden_products(ir)
+        for weight in selected(ir):
+            yield (
+                f"the matrices of '{_parameter(weight)}' are picked by data, where no feedback "
+                "matrix can take their place; multiply sorted groups with them "
+                "(Hugging Face: model.set_experts_implementation('grouped_mm'))"
+            )
         for product in products(ir):
             if product.replacement is None:
                 name = strip(spelled(product.weights[0]))
@@ -112,7 +118,11 @@ class FeedbackLayers(Pass):
                     spec = spec_of(weight)
                     drawn = torch.empty(spec.concrete(1), dtype=spec.dtype, device=_device(ir))
                     drawn = drawn.mT if product.right else drawn
-                    drawn = draw_feedback(drawn, self.init)
+                    if drawn.dim() > 2 and not product.convolves:  # a stack, as of experts: a law for each
+                        each = [draw_feedback(matrix, self.init) for matrix in drawn.flatten(0, -3)]
+                        drawn = torch.stack(each).view_as(drawn)
+                    else:
+                        drawn = draw_feedback(drawn, self.init)
                     drawn, name = drawn.mT.contiguous() if product.right else drawn, _parameter(weight)
                     held = FeedbackMatrix(self._of(name, drawn))
                     paths[key] = ir.add_module(f"feedback_{name}", held)

@@ -14,7 +14,7 @@ from locc.rewrite import GradientChain, Method, OptimizerSpec, OutputLoss, Pass,
 from locc_passes.feedback.layers import FeedbackLayers, opened
 from locc_passes.feedback.perturbation import LearnedFeedback, NodePerturbation
 
-REDUCTIONS = ("mean", "sum")
+REDUCTIONS, SOLVERS = ("mean", "sum"), ("sgd", "least-squares")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class NPSG(Method):
     As `fa`, delta_k = (B_{k+1} delta_{k+1}) * sigma'(a_k), computed in a pass without noise. A second pass
     adds noise xi_k of deviation c to what each layer reads, and from how it changes the loss L of each sample
     B_{k+1} learns what the gradient is there: it descends ||B_{k+1} delta_{k+1} - (L~ - L) xi_k / c^2||^2.
-    The variance of that estimate grows with the number of units that have noise.
+    The variance of that estimate grows with the number of units that have noise. With solver="least-squares"
+    B is at each step what fits all steps before it best; it is zero at first, so warmup is worth its while.
     """
 
     family: ClassVar[str] = "feedback"
@@ -78,6 +79,21 @@ class NPSG(Method):
             "choices": ("kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"),
         },
     )
+    solver: str = field(
+        default="sgd",
+        metadata={
+            "help": "how the feedback learns: 'sgd', or 'least-squares' (linear layers) from all steps",
+            "choices": ("sgd", "least-squares"),
+        },
+    )
+    gamma: float = field(
+        default=0.1,
+        metadata={
+            "help": "ridge of the least squares: what the sum of squared errors starts from, times I",
+            "range": (0.001, 10.0),
+            "scale": "log",
+        },
+    )
     reduction: str = field(
         default="mean", metadata={"help": "'mean' or 'sum': how the loss joins the samples of a batch"}
     )
@@ -85,10 +101,12 @@ class NPSG(Method):
     def __post_init__(self) -> None:
         if self.reduction not in REDUCTIONS:
             raise MethodError(f"reduction={self.reduction!r}; {nearest(str(self.reduction), REDUCTIONS)}")
-        if not (self.noise > 0 and self.lr_scale > 0 and self.warmup >= 0):
+        if self.solver not in SOLVERS:
+            raise MethodError(f"solver={self.solver!r}; {nearest(str(self.solver), SOLVERS)}")
+        if not (self.noise > 0 and self.lr_scale > 0 and self.gamma > 0 and self.warmup >= 0):
             raise MethodError(
-                f"noise={self.noise!r}, lr_scale={self.lr_scale!r}, warmup={self.warmup!r}: give a deviation "
-                "and a factor above 0, and a number of passes"
+                f"noise={self.noise!r}, lr_scale={self.lr_scale!r}, gamma={self.gamma!r}, "
+                f"warmup={self.warmup!r}: give a deviation and factors above 0, and a number of passes"
             )
 
     def opened(self, model: nn.Module, splits: Sequence[str]) -> Iterator[str]:
@@ -97,11 +115,12 @@ class NPSG(Method):
 
     def passes(self) -> Sequence[Pass]:
         """Return the feedback layers and their matrices, the loss, the chain, and what the matrices learn."""
+        solved = self.solver == "least-squares"
         return (
             FeedbackLayers(self.init),
-            LearnedFeedback(self.lr_scale),
+            LearnedFeedback(self.lr_scale, solved),
             OutputLoss(),
             GradientChain(),
-            NodePerturbation(self.noise, self.reduction == "mean"),
+            NodePerturbation(self.noise, self.reduction == "mean", self.gamma if solved else None),
             Warmup(self.warmup),
         )

@@ -22,7 +22,6 @@ from locc.rewrite import (
     draw,
     give_copy,
     in_place,
-    is_dropout,
     spec_of,
     squared_distance,
 )
@@ -39,12 +38,14 @@ class LearnedMatrix(nn.Module):
 
 @dataclass(frozen=True)
 class LearnedFeedback(Pass):
-    """Makes each feedback matrix of a module a parameter of the auxiliary `<module>.feedback`.
+    """Gives each feedback matrix of a module to the auxiliary `<module>.feedback`, as a parameter.
 
-    The module reads it as it is in each step, without a gradient. Runs after `FeedbackLayers`.
+    The module reads it as it is in each step, without a gradient. Where it is `solved` for it is a buffer,
+    and zero at first. Runs after `FeedbackLayers`.
     """
 
     lr_scale: float = 1.0
+    solved: bool = False
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """What a matrix stands for is a layer: what its feedback sends back is a function of the layer."""
@@ -66,7 +67,10 @@ class LearnedFeedback(Pass):
                 ir.add_owner(helper, ir.owners[owner], self.lr_scale)
             held = owned_tensor(ir.root, str(read.target))
             assert isinstance(held, Tensor)
-            ir.root.aux[path.removeprefix("aux.")] = LearnedMatrix(held)
+            if self.solved:
+                held.zero_()
+            else:
+                ir.root.aux[path.removeprefix("aux.")] = LearnedMatrix(held)
             read.meta["owner"] = helper
             users = list(read.users)
             arriving = ir.stop_gradient(owner, read, role="feedback")
@@ -86,13 +90,18 @@ class NodePerturbation(Pass):
     """Gives each matrix the objective ||B' d - (L~ - L) xi / c^2||^2: sum over units, mean over samples.
 
     A second forward pass adds xi ~ N(0, c^2) to what each layer with feedback reads; L~ and L are the losses
-    of one sample with the noise and without. d is the error at the layer's output in the clean pass, for one
-    sample's loss, and B' d what the layer sends back through B; the estimate is, in expectation and for small
-    c, the gradient for which it stands. The weights train on the clean pass alone.
+    of one sample with the noise and without; dropout drops the same units in both. d is the error at the
+    layer's output in the clean pass, for one sample's loss, and B' d what the layer sends back through B; the
+    estimate is, in expectation and for small c, the gradient for which it stands. The weights train on the
+    clean pass alone.
+
+    With `gamma`, B = V^-1 S instead: the least-squares fit to all steps so far, of linear layers, with V
+    gamma I + the sum of d d', and S that of d times the estimate, over all samples.
     """
 
     noise: float = 0.1
     mean: bool = True
+    gamma: float | None = None
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Each sample has a loss of its own, which nothing but the noise changes."""
@@ -110,13 +119,11 @@ class NodePerturbation(Pass):
                     f"layer '{_name(layer)}' reads {spec_of(_read(layer))}, whose rows are no samples, so "
                     "that no loss belongs to one; keep the batch in the first dimension"
                 )
-        for node in ir.nodes(role="forward"):
-            held = owned_tensor(ir.root, str(node.target)) if node.op == "call_module" else None
-            drops = is_dropout(ir, node) and getattr(held, "p", 1) > 0
-            if drops or node.meta.get("random"):
+            if self.gamma is not None and not isinstance(_held(ir, layer), nn.Linear):
+                kind = type(_held(ir, layer)).__name__
                 yield (
-                    f"'{strip(str(node.target))}' draws random numbers, which the loss with the noise and "
-                    "the one without would not share; leave it out"
+                    f"layer '{_name(layer)}' is a {kind}, and the least-squares fit is that of a linear "
+                    "layer; use solver='sgd'"
                 )
 
     def rewrite(self, ir: TrainingGraph) -> None:
@@ -141,7 +148,9 @@ class NodePerturbation(Pass):
                 noises[layer] = draw(ir, name, x, self.noise)
                 noisy = ir.emit(name, torch.add, _again(ir, x, found), noises[layer], role="noise")
                 matrix = _matrix(layer)
-                (found[layer],) = ir.replay(name, {x: noisy, matrix: matrix}, [layer], "perturbed")
+                (found[layer],) = ir.replay(
+                    name, {x: noisy, matrix: matrix}, [layer], "perturbed", alike=True
+                )
             for value in [ir.prediction] if name == last else activations(ir, name):
                 moved[value] = _again(ir, value, found)
         losses = SampleLosses(ir.loss_function)
@@ -151,30 +160,63 @@ class NodePerturbation(Pass):
             for value in (moved[ir.prediction], ir.prediction)
         )
         change = ir.emit(last, torch.sub, perturbed, clean, role="losses")
-        regressions: dict[str, list[fx.Node]] = {}
+        pairs: dict[fx.Node, list[Pair]] = {}
         for layer in layers:
-            term = self._regression(ir, layer, change, noises[layer])
-            regressions.setdefault(str(term.meta["owner"]), []).append(term)
+            (matrix,) = _matrix(layer).all_input_nodes
+            pairs.setdefault(matrix, []).append(self._pair(ir, layer, change, noises[layer]))
+        if self.gamma is not None:
+            for matrix, fitted in pairs.items():
+                self._fit(ir, matrix, fitted, self.gamma)
+            return
+        regressions: dict[str, list[fx.Node]] = {}
+        for matrix, fitted in pairs.items():
+            terms = [self._regression(ir, matrix, pair) for pair in fitted]
+            regressions.setdefault(str(matrix.meta["owner"]), []).extend(terms)
         for helper, terms in regressions.items():
             ir.objective(helper, add_all(ir, helper, terms), "regression")
 
-    def _regression(self, ir: TrainingGraph, layer: fx.Node, change: fx.Node, noise: fx.Node) -> fx.Node:
-        owner, path = str(layer.meta["owner"]), str(layer.meta["stands_for"][1])
+    def _pair(self, ir: TrainingGraph, layer: fx.Node, change: fx.Node, noise: fx.Node) -> Pair:
+        owner = str(layer.meta["owner"])
         helper = f"{owner}.feedback"
-        (matrix,) = _matrix(layer).all_input_nodes
         xi = ir.stop_gradient(helper, noise)
         scalars = [o.all_input_nodes[0] for o in ir.objectives(owner)]
         errors = [ir.stop_gradient(helper, ir.gradient(s, layer)) for s in scalars if layer in tape_of(s)]
         error = reduce(lambda a, b: ir.emit(helper, operator.add, a, b, role="error"), errors)
         if self.mean:
             error = ir.emit(helper, of_sample, error, role="error")
-        held = ir.root.get_submodule(path)
-        back = Returned(held)
-        sent = ir.emit(helper, back, error, matrix, xi, role="returned", name="sent", spec=spec_of(noise))
         estimate = ir.emit(
             helper, estimated, ir.stop_gradient(helper, change), xi, self.noise, role="estimate"
         )
-        return ir.emit(helper, squared_distance, sent, estimate, role="regression")
+        return Pair(layer, error, estimate)
+
+    @staticmethod
+    def _regression(ir: TrainingGraph, matrix: fx.Node, pair: Pair) -> fx.Node:
+        helper, back = str(matrix.meta["owner"]), Returned(_held(ir, pair.layer))
+        given = (pair.error, matrix, pair.estimate)
+        sent = ir.emit(helper, back, *given, role="returned", name="sent", spec=spec_of(pair.estimate))
+        return ir.emit(helper, squared_distance, sent, pair.estimate, role="regression")
+
+    @staticmethod
+    def _fit(ir: TrainingGraph, matrix: fx.Node, pairs: list[Pair], gamma: float) -> None:
+        helper, spec, name = str(matrix.meta["owner"]), spec_of(matrix), _name(pairs[0].layer)
+        eye = torch.eye(spec.concrete(1)[0], dtype=spec.dtype)
+        v = start_v = ir.state(helper, f"V_{name}", TensorSpec.of(eye), gamma * eye)
+        s = start_s = ir.state(helper, f"S_{name}", spec)
+        for pair in pairs:
+            v = ir.emit(helper, summed, v, pair.error, pair.error, role="V")
+            s = ir.emit(helper, summed, s, pair.error, pair.estimate, role="S")
+        ir.assign(helper, start_v, v)
+        ir.assign(helper, start_s, s)
+        ir.assign(helper, str(matrix.target), ir.emit(helper, solved, v, s, role="fit"))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a matrix is fitted to: the error at a layer's output and the estimate at its input, by sample."""
+
+    layer: fx.Node
+    error: fx.Node
+    estimate: fx.Node
 
 
 def _layers(ir: TrainingGraph) -> list[fx.Node]:
@@ -191,6 +233,10 @@ def _matrix(layer: fx.Node) -> fx.Node:
     arriving = layer.args[2]
     assert isinstance(arriving, fx.Node)
     return arriving
+
+
+def _held(ir: TrainingGraph, layer: fx.Node) -> nn.Module:
+    return ir.root.get_submodule(str(layer.meta["stands_for"][1]))
 
 
 def _name(layer: fx.Node) -> str:
@@ -213,7 +259,7 @@ def _again(ir: TrainingGraph, value: fx.Node, found: dict[fx.Node, fx.Node]) -> 
             todo.extend(node.all_input_nodes)
     if value in met or not met:
         return met.get(value, value)
-    return ir.replay(owner, met, [value], "perturbed")[0]
+    return ir.replay(owner, met, [value], "perturbed", alike=True)[0]
 
 
 class SampleLosses:
@@ -268,3 +314,13 @@ def of_sample(error: Tensor) -> Tensor:
 def estimated(change: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """Return (L~ - L) xi / c^2, for changes of the loss [B] and noise [B,...] of deviation c."""
     return change.reshape(-1, *[1] * (noise.dim() - 1)) * noise / sigma**2
+
+
+def summed(held: Tensor, error: Tensor, other: Tensor) -> Tensor:
+    """Return held [m,n] + the sum of error other', of [...,m] and [...,n], over samples and positions."""
+    return held + error.flatten(0, -2).mT @ other.flatten(0, -2)
+
+
+def solved(v: Tensor, s: Tensor) -> Tensor:
+    """Return V^-1 S, for V positive definite."""
+    return torch.cholesky_solve(s, torch.linalg.cholesky(v))

@@ -13,22 +13,45 @@ from torch import Tensor, fx, nn
 
 from locc.ir import TrainingGraph, owned_tensor, stop_gradient
 from locc.nn import feedback_linear
+from locc.rewrite import spec_of
 
 Slot = int | str
 """A position among the arguments of a call, or a keyword."""
 
-_LINEAR = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "einsum", "tensordot")
+_LINEAR = (
+    "linear",
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "mv",
+    "addmv",
+    "dot",
+    "einsum",
+    "tensordot",
+    "grouped_mm",
+)
 _CONVOLUTIONS = ("convolution", "conv1d", "conv2d", "conv3d")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 ATTENTION = "multi_head_attention_forward"
 PRODUCTS = frozenset([*_LINEAR, *_CONVOLUTIONS, *_TRANSPOSED, "bilinear", ATTENTION])
+_PICKS = ("getitem", "__getitem__", "index_select", "index", "gather", "take_along_dim")
 
-_ADDED: dict[str, tuple[Slot, ...]] = {  # what is added to the product; the third argument unless listed
+_ADDED: dict[str, tuple[Slot, ...]] = {  # what is no factor; the third argument unless listed
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), (0, "input")),
     **dict.fromkeys(("einsum", "tensordot"), ()),
     "bilinear": (3, "bias"),
+    "grouped_mm": (2, "offs", 3, "bias"),
 }
-_RIGHT = ("matmul", "mm", "bmm", "addmm", "baddbmm")  # a weight that stands right has its inputs in its rows
+_RIGHT = (
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "grouped_mm",
+)  # a weight that stands right has its inputs in its rows
 
 
 class FeedbackProduct:
@@ -142,6 +165,11 @@ class Product:
     replacement: Callable[..., Any] | None
     right: bool = False
 
+    @property
+    def convolves(self) -> bool:
+        """Whether the weight is a kernel."""
+        return isinstance(self.replacement, FeedbackProduct) and self.replacement.convolves
+
 
 def products(ir: TrainingGraph) -> list[Product]:
     """Return the calls of functions that multiply an activation with a weight."""
@@ -177,6 +205,22 @@ def weights_in(ir: TrainingGraph) -> set[fx.Node]:
         if own:
             found.add(node)
     return found
+
+
+def selected(ir: TrainingGraph) -> list[fx.Node]:
+    """Return the stacks of matrices of which a product takes those that data picks."""
+    weights, stacks = weights_in(ir), dict[fx.Node, fx.Node]()
+    for node in ir.graph.nodes:
+        sources = node.all_input_nodes
+        if product_name(node) in PRODUCTS:
+            continue
+        if product_name(node) in _PICKS and sources and sources[0] in weights and node not in weights:
+            if len(spec_of(sources[0]).shape) > 2:
+                stacks[node] = sources[0]
+        elif sources and sources[0] in stacks:
+            stacks[node] = stacks[sources[0]]
+    used = (n for n in ir.graph.nodes if product_name(n) in PRODUCTS)
+    return list(dict.fromkeys(stacks[s] for n in used for s in n.all_input_nodes if s in stacks))
 
 
 def spelled(node: fx.Node) -> str:

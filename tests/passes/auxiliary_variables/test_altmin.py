@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ import locc
 from examples.digits import digits, loaders
 from golden import stages
 from locc.errors import MethodError
+from locc_passes.auxiliary_variables.fits import by_columns
 
 D = torch.float64
 
@@ -128,8 +130,8 @@ def test_the_training_graph(tmp_path, monkeypatch):
 class Oracle:
     """The method in plain PyTorch: parts are the modules, one optimizer each."""
 
-    def __init__(self, model, steps=5, mu=0.003, lambda_c=0.0, lambda_w=0.0, mu_step=0.0):
-        self.parts = [model[:2], model[2:4], model[4:7], model[7:]]
+    def __init__(self, parts, steps=5, mu=0.003, lambda_c=0.0, lambda_w=0.0, mu_step=0.0):
+        self.parts = parts
         self.optimizers = [torch.optim.SGD(p.parameters(), lr=0.1) for p in self.parts]
         self.steps, self.mu, self.lambda_c, self.lambda_w = steps, mu, lambda_c, lambda_w
         self.mu_step, self.cap = mu_step, 10 * mu
@@ -160,6 +162,7 @@ class Oracle:
                 (c.grad,) = torch.autograd.grad(energy, c)
                 optimizer.step()
             codes[k] = c.detach()
+        self.codes = codes
         objectives = [F.cross_entropy(self.again(self.parts[-1], codes[-1]), y)]
         for k, part in enumerate(self.parts[:-1]):
             out = self.again(part, x if k == 0 else codes[k - 1])
@@ -184,7 +187,8 @@ class Oracle:
 )
 def test_against_the_rule_by_hand(options):
     model = mlp()
-    oracle = Oracle(copy.deepcopy(model), **options)
+    twin = copy.deepcopy(model)
+    oracle = Oracle([twin[:2], twin[2:4], twin[4:7], twin[7:]], **options)
     program = locc.compile(model, "altmin", SPLITS, example_inputs=batch()[0], optimizer=sgd(), **options)
     for _ in range(4):
         x, y = batch()
@@ -198,6 +202,63 @@ def test_against_the_rule_by_hand(options):
         expected = {n: t for part in oracle.parts for n, t in part.state_dict().items()}
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, expected[name], atol=1e-10, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"lambda_w": 0.01, "forget": 0.2, "sweeps": 3}])
+def test_a_memory_of_codes_against_the_rule_by_hand(options):
+    layers = [nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 7, bias=False), nn.Tanh(), nn.Linear(7, 4)]
+    model = nn.Sequential(*layers).to(D)
+    twin = copy.deepcopy(model)
+    oracle = Oracle([twin[:1], twin[1:3], twin[3:]], mu=0.3)
+    program = locc.compile(
+        model,
+        "altmin",
+        ["0", "2"],
+        example_inputs=batch()[0],
+        optimizer=sgd(),
+        mu=0.3,
+        memory=True,
+        **options,
+    )
+    forget, shrink = options.get("forget", 0.0), options.get("lambda_w", 0.0)
+    held = [(np.zeros((n, n)), np.zeros((m, n))) for m, n in ((8, 6), (7, 8))]
+    for _ in range(4):
+        x, y = batch()
+        weights = [twin[k].weight.detach().numpy().copy() for k in (0, 2)]
+        _, (last, *_) = oracle.step(x, y)
+        report = program.step(x, y)
+        torch.testing.assert_close(report.objectives["4.loss"], last, atol=1e-10, rtol=0)
+        assert list(report.objectives) == ["4.loss"]
+        read = [x.numpy(), np.tanh(oracle.codes[0].numpy())]
+        for k, (w, a, c) in enumerate(zip(weights, read, oracle.codes, strict=True)):
+            pair = (a.T @ a, c.numpy().T @ a)
+            keep, new = (1 - forget, forget) if forget else (1, 1)
+            held[k] = tuple(keep * h + new * p for h, p in zip(held[k], pair, strict=True))
+            aa, ca = held[k]
+            for _ in range(options.get("sweeps", 1)):
+                before = w.copy()
+                for j in range(w.shape[1]):
+                    w[:, j] += (ca[:, j] - w @ aa[:, j]) / (aa[j, j] + 1e-10)
+                    w[:, j] = np.sign(w[:, j]) * np.maximum(np.abs(w[:, j]) - shrink, 0)
+                if np.abs(w - before).max() < 1e-3:
+                    break
+            twin[2 * k].weight.data = torch.tensor(w)
+        for name, value in twin.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], value, atol=1e-10, rtol=0, msg=name)
+
+
+def test_sweeps_end_when_nothing_moves():
+    a, best = torch.tensor([[1, 0.9], [0.9, 1]], dtype=D), torch.tensor([[1.0, 2.0]], dtype=D)
+    given = (best + torch.tensor([[0, 5e-4]], dtype=D), a, best @ a, 0.0)
+    assert torch.equal(by_columns(*given, 1), by_columns(*given, 9))  # the first moves less than 1e-3
+    assert not torch.allclose(by_columns(*given, 1, 0.0), by_columns(*given, 9, 0.0), atol=1e-6)
+
+
+def test_a_memory_fits_linear_layers_alone():
+    with pytest.raises(
+        MethodError, match=r"memory=True fits.* module '1' is no such module.*'0.weight' trains"
+    ):
+        locc.compile(mlp(), "altmin", SPLITS, example_inputs=batch()[0], memory=True)
 
 
 def test_mu_stops_growing_at_ten_times_its_start(tmp_path):

@@ -243,6 +243,7 @@ REFUSED = {
     "two activations": (Bilinear, "'w' is multiplied with more than one activation"),
     "a hook": (old_weight_norm, "layer '2' has hooks"),
     "cells, in one sentence": (cells, r"'1' is a GRUCell \(as are 2 more\)[^\n]*$"),
+    "picked matrices": (lambda: Experts(picked=True), "the matrices of 'weight' are picked by data"),
 }
 
 
@@ -437,6 +438,43 @@ def test_what_libraries_do_is_backpropagation_with_the_weights_for_feedback(name
     program.step(x, y)
     for n, value in expected.items():
         torch.testing.assert_close(model.get_parameter(n), value, atol=1e-10, rtol=0, msg=n)
+
+
+class Experts(nn.Module):
+    """Each row is multiplied by the matrix that it chooses: rows are sorted, or matrices picked."""
+
+    def __init__(self, picked=False):
+        super().__init__()
+        self.picked, self.gate, self.out = picked, nn.Linear(8, 3), nn.Linear(4, 4)
+        self.inp, self.weight = nn.Linear(6, 8), nn.Parameter(torch.randn(3, 4, 8))
+
+    def forward(self, x):
+        h = torch.tanh(self.inp(x))
+        score, chosen = self.gate(h).max(-1)
+        if self.picked:
+            return self.out((self.weight[chosen] @ h[..., None])[..., 0] * score[:, None])
+        chosen, order = chosen.sort()
+        ends = (chosen[None] <= torch.arange(3)[:, None]).sum(1, dtype=torch.int32)
+        rows = F.grouped_mm(h[order], self.weight.mT, offs=ends)
+        return self.out((rows * score[order, None])[order.argsort()])
+
+
+def test_experts_are_backpropagation_with_the_weights_for_feedback():
+    model = Experts()  # PyTorch has this product in float32 and less
+    twin, dense = copy.deepcopy(model), Experts(picked=True)
+    dense.load_state_dict(model.state_dict())
+    x, y = torch.randn(9, 6), torch.randint(4, (9,))
+    program = locc.compile(model, "fa", [], example_inputs=x, optimizer=sgd())
+    matrix = feedback_of(program)["aux.feedback_weight.matrix"]
+    assert matrix.shape == (3, 8, 4)
+    assert 0.8 < float(matrix.abs().max()) * 8**0.5 <= 1  # each matrix by the law of a layer
+    for path, held in feedback_of(program).items():
+        name = path.removeprefix("aux.feedback_").removesuffix(".matrix")
+        held.copy_(twin.weight.mT if name == "weight" else twin.get_submodule(name).weight)
+    F.cross_entropy(dense(x), y).backward()
+    program.step(x, y)
+    for (n, p), q in zip(dense.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q, p - 0.1 * p.grad, atol=1e-6, rtol=0, msg=n)
 
 
 class OneOfEach(nn.Module):

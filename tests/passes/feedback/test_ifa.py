@@ -122,36 +122,53 @@ def test_a_delta_goes_up_through_skips_norms_and_the_dropout_of_this_step(inplac
         torch.testing.assert_close(moved, slope.detach(), atol=1e-10, rtol=0)
 
 
-class Attention(nn.Module):
-    """Fused attention, and sizes that the forward reads, where a delta goes up."""
+def attended(h):
+    """Fused attention, and sizes that the forward reads."""
+    heads = h.view(h.size(0), 3, 2, 2).transpose(1, 2)
+    mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    return mixed.transpose(1, 2).reshape(h.shape[0], 3, 4)
 
-    def __init__(self):
+
+def normed(h):
+    image = h.view(h.size(0), 3, 2, 2).to(memory_format=torch.channels_last)
+    return nn.functional.group_norm(image, 3).reshape(h.shape[0], 3, 4)
+
+
+def expanded(h):
+    return torch.split(h, 1, -1)[0].expand(-1, -1, 4).sin()
+
+
+def strided(h):
+    return h.mul(2).transpose(1, 2).as_strided((h.size(0), 3, 4), (12, 4, 1))
+
+
+class Between(nn.Module):
+    """Something between the layers, where a delta goes up."""
+
+    def __init__(self, between):
         super().__init__()
+        self.between = between
         self.a, self.b, self.out = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(12, 5)
-
-    def attended(self, h):
-        heads = h.view(h.size(0), 3, 2, 2).transpose(1, 2)
-        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
-        return mixed.transpose(1, 2).reshape(h.shape[0], 3, 4)
 
     def forward(self, x):
         h = locc.split(torch.tanh(self.a(x)), "first")
-        return self.out(locc.split(torch.tanh(self.b(self.attended(h))), "second").flatten(1))
+        return self.out(locc.split(torch.tanh(self.b(self.between(h))), "second").flatten(1))
 
 
-def test_a_delta_goes_up_through_attention():
-    model = Attention().to(D)
+@pytest.mark.parametrize("between", [attended, normed, expanded, strided])
+def test_a_delta_goes_up_through_what_lies_between_layers(between):
+    model = Between(between).to(D)
     twin = copy.deepcopy(model)
     x, y = torch.randn(9, 3, 6, dtype=D), torch.randint(5, (9,))
     program = locc.compile(model, "ifa", example_inputs=x, optimizer=sgd(1.0))
     program.step(x, y)
     with torch.no_grad():
         h = torch.tanh(twin.a(x))
-        mixed = twin.attended(h)
+        mixed = between(h)
         k = torch.tanh(twin.b(mixed))
         e = (twin.out(k.flatten(1)).softmax(1) - nn.functional.one_hot(y, 5)) / 9
         first = (e @ matrix(program, "first").T / 3).unsqueeze(1) * (1 - h**2)
-    rows = torch.autograd.functional.jacobian(lambda v: twin.b(twin.attended(v)), h)
+    rows = torch.autograd.functional.jacobian(lambda v: twin.b(between(v)), h)
     second = torch.einsum("abcijk,ijk->abc", rows, first) * (1 - k**2)
     moved = (twin.b.weight - model.b.weight).detach()
     assert float(moved.abs().max()) > 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import locc
 from locc.errors import MethodError
 from locc.rewrite import noise
+from locc.runtime.report import StepReport
+from locc.testing import reference_step
 from support import Residual, batch, compiled, mlp, sgd
 
 SPLITS = ["relu1", "relu2"]
@@ -65,17 +69,17 @@ def step(self, input_1, target):
     # ---- auxiliary: second.feedback, learning rate x0.5
     grad_second_at_second_feedback = stop_gradient(grad_second)  # f32[B,8]
     error = of_sample(grad_second_at_second_feedback)  # f32[B,8]
-    sent = returned(error, aux_feedback_second_matrix, noise_at_second_feedback)  # f32[B,8]
     losses_2_at_second_feedback = stop_gradient(losses_2)  # f32[B]
     estimate = estimated(losses_2_at_second_feedback, noise_at_second_feedback, 0.05)  # f32[B,8]
+    sent = returned(error, aux_feedback_second_matrix, estimate)  # f32[B,8]
     regression = squared_distance(sent, estimate)  # f32[]
     objective(regression)  # second.feedback.regression
     # ---- auxiliary: third.feedback, learning rate x0.5
     grad_third_at_third_feedback = stop_gradient(grad_third)  # f32[B,3]
     error_1 = of_sample(grad_third_at_third_feedback)  # f32[B,3]
-    sent_1 = returned(error_1, aux_feedback_third_matrix, noise_2_at_third_feedback)  # f32[B,8]
     losses_2_at_third_feedback = stop_gradient(losses_2)  # f32[B]
     estimate_1 = estimated(losses_2_at_third_feedback, noise_2_at_third_feedback, 0.05)  # f32[B,8]
+    sent_1 = returned(error_1, aux_feedback_third_matrix, estimate_1)  # f32[B,8]
     regression_1 = squared_distance(sent_1, estimate_1)  # f32[]
     objective(regression_1)  # third.feedback.regression
     return third
@@ -96,8 +100,9 @@ def losses(a: Any, y: Any) -> Any:
     return (np.log(np.exp(a - top).sum(1)) + top[:, 0]) - a[np.arange(len(y)), y]
 
 
+@pytest.mark.parametrize("solver", ["sgd", "least-squares"])
 @pytest.mark.parametrize("splits", [["relu1", "relu2"], ["relu2"], []])
-def test_steps_equal_the_formulas(splits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_equal_the_formulas(splits: list[str], solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the network is cut: noise on what two layers read, errors of the pass without."""
     c, rate = 0.2, 0.3
     drawn = c * np.random.default_rng(1).normal(size=(2, 5, 8))
@@ -112,11 +117,13 @@ def test_steps_equal_the_formulas(splits: list[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(noise, "gaussian", known)
     model = mlp().double()
     x, y = batch(dtype=torch.float64)
-    program = compiled(model, "np-sg", splits, optimizer=sgd(rate), noise=c, verify=False)
+    options: dict[str, Any] = {"noise": c, "solver": solver, "gamma": 0.7}
+    program = compiled(model, "np-sg", splits, optimizer=sgd(rate), verify=False, **options)
     order.clear()
-    p = {n: v.detach().numpy().copy() for n, v in program.root.named_parameters()}
+    p = {n: v.detach().numpy().copy() for n, v in program.root.state_dict().items()}
     w, b = ([p[f"model.{n}.{k}"] for n in ("first", "second", "third")] for k in ("weight", "bias"))
     feedback = [p[f"aux.feedback_{n}.matrix"] for n in ("second", "third")]
+    squares, products = [0.7 * np.eye(8), 0.7 * np.eye(3)], [np.zeros((8, 8)), np.zeros((3, 8))]
     data, labels = x.numpy(), y.numpy()
     for _ in range(3):
         program.step(x, y)
@@ -131,17 +138,22 @@ def test_steps_equal_the_formulas(splits: list[str], monkeypatch: pytest.MonkeyP
         d2 = (d3 @ feedback[1]) * (a2 > 0)
         d1 = (d2 @ feedback[0]) * (a1 > 0)
         estimates = [change[:, None] * xi / c**2 for xi in drawn]
+        if solver == "least-squares":
+            squares = [v + d.T @ d for v, d in zip(squares, (d2, d3), strict=True)]
+            products = [s + d.T @ e for s, d, e in zip(products, (d2, d3), estimates, strict=True)]
         missed = [d @ m - e for d, m, e in zip((d2, d3), feedback, estimates, strict=True)]
         feedback = [m - rate * 2 / 5 * d.T @ r for m, d, r in zip(feedback, (d2, d3), missed, strict=True)]
+        if solver == "least-squares":
+            feedback = [np.linalg.inv(v) @ s for v, s in zip(squares, products, strict=True)]
         for k, (d, h) in enumerate(((d1, data), (d2, h1), (d3, h2))):
             w[k] = w[k] - rate * d.T @ h / 5
             b[k] = b[k] - rate * d.mean(0)
-        found = dict(program.root.named_parameters())
+        found = program.root.state_dict()
         for k, name in enumerate(("first", "second", "third")):
-            assert np.abs(found[f"model.{name}.weight"].detach().numpy() - w[k]).max() < 1e-10
-            assert np.abs(found[f"model.{name}.bias"].detach().numpy() - b[k]).max() < 1e-10
+            assert np.abs(found[f"model.{name}.weight"].numpy() - w[k]).max() < 1e-10
+            assert np.abs(found[f"model.{name}.bias"].numpy() - b[k]).max() < 1e-10
         for k, name in enumerate(("second", "third")):
-            assert np.abs(found[f"aux.feedback_{name}.matrix"].detach().numpy() - feedback[k]).max() < 1e-10
+            assert np.abs(found[f"aux.feedback_{name}.matrix"].numpy() - feedback[k]).max() < 1e-10
 
 
 def convolutions() -> nn.Sequential:
@@ -190,17 +202,48 @@ def test_matrices_that_equal_the_weights_are_at_rest(kind: str) -> None:
         assert resting[name] < 0.15 * moves(name)[name], name
 
 
+@pytest.mark.parametrize("train", [locc.Program.step, reference_step])
+def test_dropout_drops_the_same_units_in_both_passes(train: Callable[..., StepReport]) -> None:
+    """Else the loss would change by more than the noise makes it, and the estimate be of the size 1 / c."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3)
+    ).double()
+    x, y = batch(dtype=torch.float64)
+    program = compiled(model, "np-sg", ["1", "2"], noise=1e-6)
+    assert "model_3 = self[3](perturbed_at_5)  # f64[B,8], draws as layer_3" in str(program.ir)
+    for _ in range(2):
+        found = train(program, x, y).objectives
+        assert 0 < found["2.feedback.regression"] < 100
+
+
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
-        (mlp(dropout=0.5), {}, "'drop' draws random numbers, which the loss with the noise"),
         (mlp(), {"noise": 0.0}, "noise=0.0"),
         (mlp(), {"reduction": "average"}, "reduction='average'"),
+        (mlp(), {"solver": "least"}, "solver='least'; .*least-squares"),
     ],
 )
 def test_what_it_is_not_defined_for_is_refused(model: nn.Module, options: dict[str, Any], words: str) -> None:
     with pytest.raises(MethodError, match=words):
         compiled(model, "np-sg", SPLITS, **options)
+
+
+def test_least_squares_fits_linear_layers() -> None:
+    with pytest.raises(MethodError, match="layer '2' is a Conv2d, and the least-squares fit"):
+        compiled(convolutions(), "np-sg", 2, example_inputs=torch.randn(2, 1, 6, 6), solver="least-squares")
+
+
+def test_a_layer_called_twice_is_fitted_to_both_calls() -> None:
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(8, 3))
+    program = compiled(model, "np-sg", [], solver="least-squares")
+    program.step(*batch())
+    assert [name for name, _ in program.root.named_buffers() if "V_2" in name] == [
+        "aux.V_2.initial",
+        "aux.V_2.value",
+    ]
 
 
 def test_the_feedback_may_learn_alone_at_first() -> None:
