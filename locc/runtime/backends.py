@@ -143,7 +143,8 @@ class Eager(Machine):
 
     def written(self) -> set[int]:
         """Return the memory of everything under the root."""
-        return memories([*self.context.root.parameters(), *self.context.root.buffers()])
+        held = (t for m in self.context.modules for t in (*m._parameters.values(), *m._buffers.values()))
+        return memories([t for t in held if t is not None])
 
 
 class Inductor(Eager):
@@ -181,5 +182,14 @@ class AotEager(Inductor):
     compiler = "aot_eager"
 
 
-BACKENDS: dict[str, type[Eager]] = {"eager": Eager, "inductor": Inductor, "aot_eager": AotEager}
+class Vmap(Eager):
+    """Runs what runs by itself in a wave along its diagonal (`stacked.Diagonal`)."""
+
+
+BACKENDS: dict[str, type[Eager]] = {
+    "eager": Eager,
+    "inductor": Inductor,
+    "aot_eager": AotEager,
+    "vmap": Vmap,
+}
 """The backends by name, as `compile` takes it."""

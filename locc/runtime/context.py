@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ class Context:
     codes: Codes = field(default_factory=Codes)
     replicas: Replicas | None = None
     flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """Everything under the root; a walk that a step would spend on nothing."""
+        return list(self.root.modules())
 
     def defer(self, step: int, name: str, flag: Tensor) -> None:
         """Note a flag on the device, to be read when it has arrived without waiting for it."""

@@ -33,6 +33,7 @@ from locc.runtime.ranks.forecast import Forecast, forecast
 from locc.runtime.replay import Workers
 from locc.runtime.report import StepReport
 from locc.runtime.settings import TIMEOUT, Settings
+from locc.runtime.stacked import Diagonal
 from locc.runtime.stops import empty
 
 FEW = 4
@@ -65,6 +66,7 @@ class Built:
     parts: dict[str | None, list[ModuleProgram]] = field(default_factory=dict)
     shares: dict[str | None, Plan] = field(default_factory=dict)
     workers: dict[str | None, Workers] = field(default_factory=dict)
+    diagonals: dict[str | None, Diagonal] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
     @cached_property
@@ -204,7 +206,8 @@ class Compiled(nn.Module):
     @property
     def backend_report(self) -> BackendReport:
         """What of the code that has run is compiled, by module, and why the rest is not."""
-        return BackendReport(self.settings.backend, tuple(self.built.executor.codes.pieces.values()))
+        joined = [piece for diagonal in self.built.diagonals.values() for piece in diagonal.pieces]
+        return BackendReport(self.settings.backend, (*self.built.executor.codes.pieces.values(), *joined))
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -288,6 +291,8 @@ class Compiled(nn.Module):
                     found = [workers.run(built.executor, values[0], updated or (lambda *_: None))]
                 elif updated is None:
                     found = [self._run(plan, values[0])]
+                elif self.settings.backend == "vmap":
+                    found = self._diagonal(self.phase).run(values, self.steps, updated)
                 else:
                     found = waves.run(built.executor, self._parts(self.phase), values, self.steps, updated)
         except BaseException:
@@ -420,6 +425,12 @@ class Compiled(nn.Module):
                 "other ranks have trained their modules since this one has seen them; call program.gather() "
                 "on every rank first"
             )
+
+    def _diagonal(self, phase: str | None) -> Diagonal:
+        diagonals = self.built.diagonals
+        if phase not in diagonals:
+            diagonals[phase] = Diagonal(self.ir, self.built.executor, self._parts(phase))
+        return diagonals[phase]
 
     def _parts(self, phase: str | None) -> list[ModuleProgram]:
         if phase not in self.built.parts:

@@ -80,10 +80,11 @@ class Settings:
             raise LoccError(
                 f"backend={self.backend!r} is not available; {nearest(str(self.backend), BACKENDS)}"
             )
-        if self.strict and self.backend == "eager":
+        self._check_vmap()
+        if self.strict and self.backend in ("eager", "vmap"):
             raise LoccError(
-                "strict=True refuses code that a backend cannot compile, and backend='eager' compiles none; "
-                "use backend='inductor', or leave it out"
+                "strict=True refuses code that a backend cannot compile, and "
+                f"backend={self.backend!r} compiles none; use backend='inductor', or leave it out"
             )
         if type(self.accumulate) is not int or self.accumulate < 1:
             raise LoccError(
@@ -111,6 +112,20 @@ class Settings:
                     "scheduler must be a callable that builds one from an optimizer, or a dict of them by"
                     f" module; found {type(factory).__name__}"
                 )
+
+    def _check_vmap(self) -> None:
+        if self.backend != "vmap":
+            return
+        if self.schedule != "wave":
+            raise LoccError(
+                "backend='vmap' runs modules of one structure as one, each on another batch, and "
+                f"schedule={self.schedule!r} trains on one batch at a time; add schedule='wave', batches=T"
+            )
+        unlike = {"autocast": self.autocast, "offload": self.offload}
+        given = [name for name, value in unlike.items() if value is not None]
+        given += ["update"] if self.update != "after_backward" else []
+        if given:
+            raise LoccError(f"backend='vmap' does not work with {given[0]}=; leave one of them out")
 
     def _check_features(self) -> None:
         if self.features is None and self.features_limit is not None:

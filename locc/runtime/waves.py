@@ -21,6 +21,8 @@ from locc.lower import ModuleProgram, Receive, Send
 from locc.runtime.executor import Executor
 from locc.runtime.progress import Rest
 
+Found = tuple[dict[str, Tensor], Tensor | None]
+"""Objectives by name, and the loss."""
 Updated = Callable[[int, tuple[str, ...], Mapping[str, Tensor]], None]
 """Told after a module's step: the number of the batch, its owners, and their objectives by name."""
 
@@ -40,6 +42,10 @@ class Mail:
     def receive(self, instruction: Receive) -> Any:
         """Return the value that was sent."""
         return self._boxes[self._homes[instruction.owner], instruction.value].popleft()
+
+    def peek(self, instruction: Receive) -> Any:
+        """Return the value that `receive` will."""
+        return self._boxes[self._homes[instruction.owner], instruction.value][0]
 
 
 def check(ir: TrainingGraph, name: str, certificate: Certificate | None, schedule: str) -> None:
@@ -78,7 +84,7 @@ def run(
     batches: Iterable[list[Any]],
     step: int,
     updated: Updated,
-) -> list[tuple[dict[str, Tensor], Tensor | None]]:
+) -> list[Found]:
     """Train each module on all batches.
 
     Args:
@@ -97,7 +103,7 @@ def run(
     homes = {owner: part.name for part in programs for owner in part.owners}
     every = list(batches)
     flight = [Mail(homes) for _ in every]
-    found: list[tuple[dict[str, Tensor], Tensor | None]] = [({}, None) for _ in every]
+    found: list[Found] = [({}, None) for _ in every]
     for part in programs:
         for number, (values, mail) in enumerate(zip(every, flight, strict=True)):
             objectives, loss = executor.run(part.plan, values, step + number, mail)

@@ -1,0 +1,160 @@
+"""Modules of one structure that run as one: what lock-step trains, and why the others run by themselves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import locc
+from locc import LoccError, RunError
+from locc.runtime.stacked import Stack
+from support import compiled, every_method, everything, mlp
+
+LR = torch.optim.lr_scheduler
+
+
+def chain(*odd: nn.Module, width: int = 6, depth: int = 5) -> nn.Sequential:
+    """A chain of equal blocks, with some odd ones before the last layer."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)]
+    return nn.Sequential(*blocks, *odd, nn.Linear(width, 3)).double()
+
+
+def batches(count: int, size: int = 4, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, size, 6, generator=draw, dtype=torch.float64)
+    return list(zip(x, torch.randint(3, (count, size), generator=draw), strict=True))
+
+
+def program_of(backend: str, method: str = "dgl", model: nn.Module | None = None, **options: Any) -> Any:
+    model = chain() if model is None else model
+    splits = [str(i) for i in range(len(list(model)) - 1)]
+    options = {"optimizer": lambda ps: torch.optim.Adam(ps, lr=0.01), "seed": 0, **options}
+    return locc.compile(
+        model, method, splits, example_inputs=batches(1)[0][0], schedule="wave", batches=7, backend=backend,
+        **options,
+    )  # fmt: skip
+
+
+def close(left: Any, right: Any) -> None:
+    torch.testing.assert_close(everything(left), everything(right), rtol=0, atol=1e-11)
+
+
+def trained(backend: str, *args: Any, **options: Any) -> Any:
+    program = program_of(backend, *args, **options)
+    data = [*batches(9), *batches(2, 3)]  # a full wave, one of two batches, and one of smaller ones
+    history = program.fit(data, 2, progress=False, scheduler_interval="step")
+    return program, [epoch.metrics for epoch in history.epochs]
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in every_method(but=()) if m in ("dgl", "predsim", "kernel-pull", "al")]
+)
+def test_it_trains_what_lockstep_does(method: str) -> None:
+    one, seen = trained("eager", method)
+    other, found = trained("vmap", method)
+    close(one, other)
+    assert found == [pytest.approx(each, abs=1e-11) for each in seen]
+    assert not all(piece.reason for piece in other.backend_report.pieces)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate": 2, "clip": 0.1},
+        {"scheduler": lambda o: LR.ExponentialLR(o, 0.9)},
+        {"optimizer": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, fused=True)},
+    ],
+    ids=["accumulate, clip", "scheduler", "fused"],
+)
+def test_optimizers_do_what_they_do_one_by_one(options: dict[str, Any]) -> None:
+    close(trained("eager", **options)[0], trained("vmap", **options)[0])
+
+
+def test_it_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
+    first, whole = program_of("vmap"), program_of("vmap")
+    first.wave(batches(7))
+    first.save(tmp_path / "file")
+    second = program_of("vmap")
+    second.load(tmp_path / "file")
+    whole.wave(batches(7))
+    for program in (whole, second):
+        program.wave(batches(7, seed=2))
+    close(whole, second)
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(6))
+        self.scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Hooked(nn.Identity):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_hook(lambda *_: None)
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 1e9 else x + 0
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        (nn.Dropout(0.5), "draws random numbers"),
+        (Shared(), "Shared has buffers"),
+        (Hooked(), "a hook runs with its Hooked"),
+        (Branching(), "Error"),
+        (nn.ReLU(), "no other module has its structure"),
+    ],
+)
+def test_what_runs_by_itself_says_why(odd: nn.Module, why: str) -> None:
+    model = chain(nn.Sequential(nn.Linear(6, 6), odd))
+    program, other = program_of("vmap", model=model), program_of("eager", model=copy.deepcopy(model))
+    program.wave(batches(7))
+    other.wave(batches(7))
+    close(program, other)
+    report = program.backend_report
+    assert {piece.module: piece.reason is None for piece in report.pieces} == {
+        **{str(i): True for i in range(5)}, "5": False, "6": False
+    }  # fmt: skip
+    assert why in next(piece.reason for piece in report.pieces if piece.module == "5")
+    assert "it computes the loss of the network" in str(report)
+
+
+def test_failures_name_the_modules() -> None:
+    program = program_of("vmap")
+    program.wave(batches(7))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stack, "run", Mock(side_effect=IndexError("no such row")))
+        with pytest.raises(RunError, match="in modules '0', '1', which run as one: IndexError: no such row"):
+            program.wave(batches(7))
+    with torch.no_grad():
+        program.model[2][0].weight.fill_(float("nan"))
+    with pytest.raises(RunError, match="objective 'loss' of module '2' is nan"):
+        program.wave(batches(7))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"schedule": "lockstep"}, r"backend='vmap' runs modules .* add schedule='wave', batches=T"),
+        ({"autocast": "bfloat16"}, "backend='vmap' does not work with autocast="),
+        ({"update": "in_backward"}, "does not work with update="),
+        ({"strict": True}, "backend='vmap' compiles none"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(LoccError, match=said):
+        compiled(mlp(), "dgl", ["first"], backend="vmap", **{"schedule": "wave", **options})
