@@ -48,16 +48,22 @@ FURTHER = {
     ("transformer", "dni"): 0.55,
     ("transformer", "cdni"): 0.45,
     ("transformer", "kernel-pull"): 0.50,
+    # The mean over the sequence: with a flat head dfa reaches 0.95, ifa 0.81.
     ("transformer", "dfa"): 0.40,
+    ("transformer", "ifa"): 0.65,
+    ("transformer", "np-sg"): 0.20,  # not looked into
     ("transformer", "gim"): 0.40,
     ("transformer", "pred"): 0.20,
-    ("residual", "altmin"): 0.30,
-    ("residual", "ddtp-linear"): 0.25,
-    ("residual", "pred"): 0.35,
-    ("residual", "dfa"): 0.50,
-    ("residual", "fa"): 0.45,
+    ("residual", "dni"): 0.30,
+    ("residual", "cdni"): 0.30,
+    ("residual", "pred"): 0.20,
+    # The mean over the map hides feedback that differs at each position: with a flat head ifa reaches 0.97.
+    ("residual", "dfa"): 0.35,
+    ("residual", "ifa"): 0.62,
+    ("residual", "pair-proxy"): 0.30,
+    ("residual", "fa"): 0.40,
     ("residual", "gim"): 0.45,
-    ("residual", "kernel-pull"): 0.55,
+    ("residual", "kernel-pull"): 0.65,
 }
 """The same where a method falls behind further, on one network."""
 
@@ -188,7 +194,7 @@ CASES = SMALL | {
     "mlp": Case(mlp, behind=0.08, narrow=False),
     "conv": Case(conv, behind=0.08, narrow=False),
     # Without the decay BatchNorm's statistics lag behind the weights, and the last epoch is a matter of luck.
-    "residual": Case(residual, epochs=12, rate=5e-3, decay=0.1),
+    "residual": Case(residual, epochs=12, rate=5e-3, decay=0.1, behind=0.18),
     "transformer": Case(transformer, epochs=6, rate=3e-3),
     "tokens": Case(tokens, epochs=16, rate=3e-3),
 }
