@@ -43,8 +43,8 @@ class AL(Method):
     Q modules are f_i, each with a dense h_i of `width` units, which inference keeps behind the top bridge;
     skips and several values may cross then. Prefer it for labels at each position (language models), where
     it learns in half the steps, and where an upper module ends in ReLUs, below which a class that begins
-    there stays. Elsewhere the folded network is as good or better: its top bridge reads all that the middle
-    module gives, and not the scores alone.
+    there stays. Convolutions, residual blocks and attention that decode one label a sample do about as well
+    or better: with dense decoders the top bridge reads the scores alone, and learns slowly from these.
 
     Not as published: codes of the classes begin equally far apart at each depth (`build_label_encoder`),
     where He's rule brings them together. A folded residual network, at chance without this, learns.
