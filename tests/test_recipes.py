@@ -176,9 +176,36 @@ class Functional(nn.Module):
         return self.b(torch.relu(h))
 
 
+def positions(head):
+    """A map of four channels at each of four positions, and a head."""
+    return nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 4, 1), nn.Tanh(), *head)
+
+
+class Mean(nn.Module):
+    """The mean over positions by a function between the layers."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.a, self.b, self.dim = positions(()), nn.Linear(4, 3), dim
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h.mean(2)) if self.dim == 2 else self.b(h / h.mean(1, keepdim=True))[:, 0]
+
+
+POOLED = (nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3))
+FLAT = (nn.AdaptiveAvgPool1d(4), nn.Flatten(), nn.Linear(16, 3))
+
+
 @pytest.mark.parametrize(
     ("method", "model", "options", "message"),
     [
+        ("dfa", positions(POOLED), {"splits": ["2"]}, "flatten in its place"),
+        ("ifa", positions(POOLED), {"splits": ["2"]}, "flatten in its place"),
+        ("dfa", positions(FLAT), {"splits": ["2"]}, None),
+        ("dfa", positions(POOLED), {"splits": ["4"]}, None),
+        ("ifa", Mean(2), {"splits": ["a"]}, "flatten in its place"),
+        ("ifa", Mean(1), {"splits": ["a"]}, None),
         ("dfa", chain(nn.ReLU), {}, "put an nn.BatchNorm before each ReLU"),
         ("fa", chain(nn.ReLU), {}, "put an nn.BatchNorm before each ReLU"),
         ("dfa", Functional(False), {"splits": ["a"]}, "put an nn.BatchNorm before each ReLU"),

@@ -19,6 +19,8 @@ from locc.nn.building import MAX_WEIGHTS, agree_on_rows, check_shapes, numel, pl
 from locc.nn.layout import Layout, guess_layout, pool
 from locc.nn.maps import affine_map, coarse_grid, he_normal_, with_channels
 
+CODE_VARIANCE = 0.0684
+"""Of the entries of a code over classes, about 1/2: that of a sigmoid of N(0, 2)."""
 TO_A_MAP = 2**22
 """Most entries of a bridge's dense weight where the code is a map: in the authors' networks it never is."""
 
@@ -81,6 +83,11 @@ class SigmoidMap(nn.Module):
         return y
 
 
+class _Centred(nn.Module):
+    def forward(self, code: Tensor) -> Tensor:
+        return code - 0.5
+
+
 class _Pooled(nn.Module):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -104,9 +111,32 @@ def _units(
     return max(1, min(units, limit // max(widths)))
 
 
-def build_label_encoder(from_spec: TensorSpec, to_spec: TensorSpec, **options: Any) -> nn.Module:
-    """Build g_i: t_{i-1} -> t_i, one affine map and a sigmoid; `options` as in `build_bridge`."""
-    return _checked(SigmoidMap(from_spec, to_spec, **options), from_spec, to_spec, "the label encoder")
+def build_label_encoder(
+    from_spec: TensorSpec, to_spec: TensorSpec, *, one_hot: bool = False, **options: Any
+) -> nn.Module:
+    """Build g_i: t_{i-1} -> t_i, one affine map and a sigmoid; `options` as in `build_bridge`.
+
+    He's rule counts on inputs of mean 0 and variance 1. A label has a single 1 among its C classes, and
+    codes differ by `CODE_VARIANCE` around 1/2, so that by this rule the codes of two classes are the closer
+    to each other the more classes there are and the deeper the code, until bridges find no difference to
+    learn. Here each sigmoid reads values of mean 0 and variance 2 over classes, at each depth and for any C.
+
+    Args:
+        from_spec: t_{i-1}.
+        to_spec: t_i.
+        one_hot: whether t_{i-1} is the label itself.
+        **options: as in `build_bridge`.
+    """
+    network = SigmoidMap(from_spec, to_spec, **options)
+    classes = guess_layout(from_spec, options.get("from_layout")).channels(from_spec)
+    first = next(
+        layer for layer in network.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))
+    )
+    with torch.no_grad():
+        first.weight.mul_(math.sqrt(classes if one_hot else 1 / CODE_VARIANCE))
+    if not one_hot:
+        network.net.insert(0, _Centred())
+    return _checked(network, from_spec, to_spec, "the label encoder")
 
 
 def build_label_decoder(

@@ -24,7 +24,7 @@ from locc.rewrite.passes import Method, Pass, apply, configure, options
 from locc.rewrite.reach import learned, trained
 from locc.rewrite.tangents import before_nonlinearity, pull, push
 from locc.rewrite.targets import CLASS_IDS, NUMBERS, divided, own_target
-from locc.rewrite.traits import ending, has_norms, has_rectifiers, is_rectified
+from locc.rewrite.traits import averages_positions, ending, has_norms, has_rectifiers, is_rectified
 
 __all__ = [
     "CLASS_IDS",
@@ -48,6 +48,7 @@ __all__ = [
     "add_all",
     "advised",
     "apply",
+    "averages_positions",
     "before_dropout",
     "before_nonlinearity",
     "build",

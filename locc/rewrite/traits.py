@@ -18,6 +18,7 @@ _NORMS = (
     nn.RMSNorm,
 )
 _NORM_NAMES = frozenset(["batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"])
+_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _RECTIFIERS = frozenset(
     [
         *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, "relu", "relu_"),
@@ -84,3 +85,21 @@ def has_norms(ir: TrainingGraph) -> bool:
     names = {getattr(node.target, "__name__", "") for node in ir.nodes(role="forward")}
     layers = any(isinstance(module, _NORMS) for module in ir.root.model.modules())
     return layers or not _NORM_NAMES.isdisjoint(names)
+
+
+def averages_positions(ir: TrainingGraph) -> bool:
+    """Whether a layer, or a function between layers, leaves of all positions the mean."""
+    for layer in ir.root.model.modules():
+        sizes = layer.output_size if isinstance(layer, _POOLS) else ()
+        if sizes == 1 or (isinstance(sizes, tuple) and sizes and set(sizes) == {1}):
+            return True
+    return any(_name(n) == "mean" and _loses_a_dim(n) for n in ir.nodes(role="forward"))
+
+
+def _loses_a_dim(node: fx.Node) -> bool:
+    result, source = node.meta.get("spec"), node.all_input_nodes[0].meta.get("spec")
+    return result is not None and source is not None and 1 < len(result.shape) < len(source.shape)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))

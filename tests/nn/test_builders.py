@@ -8,6 +8,7 @@ from torch import nn
 import locc.nn as aux
 from locc.errors import MethodError
 from locc.ir.spec import BatchDim
+from locc.nn.bridges import CODE_VARIANCE
 from nn.specs import BOUNDARIES, B, spec, value
 
 D = torch.float64
@@ -146,11 +147,22 @@ def test_the_bridge_is_two_dense_layers():
     assert second.weight.shape == (10, 50)
     expected = torch.sigmoid(second(torch.sigmoid(first(s.movedim(1, -1).flatten(1)))))
     torch.testing.assert_close(net(s), expected, atol=1e-12, rtol=0)
-    encoder = aux.build_label_encoder(spec(B, 10), spec(B, 2000))
-    assert abs(encoder.net[0].linear.weight.std().item() - (2 / 10) ** 0.5) < 0.01
-    assert encoder.net[0].linear.bias.abs().max() == 0
+    assert abs(first.weight.std().item() - (2 / 128) ** 0.5) < 0.01
+    assert first.bias.abs().max() == 0
     with pytest.raises(MethodError, match="raise max_weights"):
         aux.build_bridge(spec(B, 64, 32, 32), spec(B, 10), max_weights=10_000)
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_codes_of_classes_differ_alike_whatever_their_depth_and_number(classes):
+    code, width = torch.eye(classes, dtype=torch.float64), 256
+    for depth in range(4):
+        encode = aux.build_label_encoder(
+            spec(B, classes if depth == 0 else width), spec(B, width), one_hot=depth == 0
+        )
+        code = encode(code)
+        assert abs(code.var(0).mean().item() - CODE_VARIANCE) < 0.008
+        assert abs(code.mean().item() - 0.5) < 0.02
 
 
 def weights(net):

@@ -16,6 +16,7 @@ from locc.rewrite import (
     Pass,
     Recipe,
     is_rectified,
+    prediction_spec,
     spec_of,
 )
 from locc_passes.associated.bridges import Bridges
@@ -40,8 +41,13 @@ class AL(Method):
     the end, are the h_i. A middle module is the top bridge. Without one, or behind one that gives a map, an
     auxiliary bridge becomes part of the network. With `decoders="dense"`, the form of the released code, all
     Q modules are f_i, each with a dense h_i of `width` units, which inference keeps behind the top bridge;
-    skips and several values may cross then. Prefer it where the upper modules suit no decoder: convolutions
-    and attention after labels, or ReLUs, below which a class that begins there stays.
+    skips and several values may cross then. Prefer it for labels at each position (language models), where
+    it learns in half the steps, and where an upper module ends in ReLUs, below which a class that begins
+    there stays. Convolutions, residual blocks and attention that decode one label a sample do about as well
+    or better: with dense decoders the top bridge reads the scores alone, and learns slowly from these.
+
+    Not as published: codes of the classes begin equally far apart at each depth (`build_label_encoder`),
+    where He's rule brings them together. A folded residual network, at chance without this, learns.
 
     Labels encoded one by one have a code for each class, and class ids and these codes are what travels.
     Where all labels are of one row (pixels, by the user's own modules), or an `encoder` is given, the codes
@@ -126,8 +132,8 @@ class AL(Method):
             node.meta["feeds"]: str(node.meta["owner"]) for node in ir.graph.nodes if "feeds" in node.meta
         }
         for value, owner in codes.items():
-            if len(spec_of(value).shape) > 2:
-                what = f"decodes {spec_of(value)} from a code of the label"
+            if len(prediction_spec(ir).shape) > 2:
+                what = f"decodes codes of labels at each position, {spec_of(value)}"
             elif is_rectified(value, ir.root) and value.meta["owner"] in codes.values():
                 what, owner = "has to decode a code of the label by a ReLU", str(value.meta["owner"])
             else:

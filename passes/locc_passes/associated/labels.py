@@ -26,12 +26,14 @@ class Code:
         spec: of the codes of a batch.
         layout: of the same.
         batch: see `value`.
+        first: whether it is t_0, the label itself.
     """
 
     value: fx.Node
     spec: TensorSpec
     layout: Layout
     batch: bool
+    first: bool = False
 
     def rows(self, ir: TrainingGraph, owner: str) -> fx.Node:
         """Return `value` in an owner's program, without a tape where it is another's."""
@@ -64,7 +66,7 @@ class Labels(Pass):
         rows = spec if batch else TensorSpec((classes + 1, classes), spec.dtype)
         arguments = labels_of(ir, owner)
         value = ir.emit(owner, make, *arguments, spec.dtype, role="label", name="t_0", spec=rows)
-        return Code(value, spec, layout, batch)
+        return Code(value, spec, layout, batch, first=True)
 
     def encode(
         self, ir: TrainingGraph, owner: str, above: Code, spec: TensorSpec, layout: Layout | None
@@ -78,7 +80,8 @@ class Labels(Pass):
         if self.factory is not None:
             network = build_custom(self.factory, owner, source, result, "label encoder")
         else:
-            network = build(partial(build_label_encoder, **layouts), owner, source, result)
+            make = partial(build_label_encoder, one_hot=above.first, **layouts)
+            network = build(make, owner, source, result)
         path = ir.add_module(f"encoder_{owner.removesuffix('.label')}", network)
         return Code(ir.call(owner, path, above.rows(ir, owner), role="label"), spec, made, above.batch)
 

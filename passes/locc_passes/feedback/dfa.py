@@ -24,7 +24,7 @@ from locc.rewrite import (
     unreached,
 )
 from locc_passes.feedback.given import given_matrix
-from locc_passes.feedback.published import RECIPE, advice
+from locc_passes.feedback.published import RECIPE, advice, averaged_away
 from locc_passes.feedback.zero import ZeroWeights
 
 INITS = ("uniform", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal")
@@ -142,5 +142,6 @@ class DFA(Method):
         return (*start, OutputLoss(), DirectFeedback(self.init, self.feedback), LentGradients())
 
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
-        """Warn of ReLUs without normalisation."""
+        """Warn of ReLUs without normalisation, and of a mean over positions."""
         yield from advice(ir)
+        yield from averaged_away(ir)

@@ -23,7 +23,7 @@ from locc.rewrite import (
 )
 from locc_passes.feedback.dfa import DirectFeedback, errors_of, taught
 from locc_passes.feedback.layers import LAYERS
-from locc_passes.feedback.published import RECIPE, advice
+from locc_passes.feedback.published import RECIPE, advice, averaged_away
 
 
 @dataclass(frozen=True)
@@ -80,5 +80,6 @@ class IFA(Method):
         return (OutputLoss(), IndirectFeedback(), LentGradients())
 
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
-        """Warn of ReLUs without normalisation."""
+        """Warn of ReLUs without normalisation, and of a mean over positions."""
         yield from advice(ir)
+        yield from averaged_away(ir)

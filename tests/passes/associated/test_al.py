@@ -632,8 +632,9 @@ def test_refusals(name):
         (lambda: nn.Sequential(nn.Linear(12, 8), nn.ELU(), *mlp(8, 8)[:3], nn.ReLU(), nn.Linear(8, 4)),
          ["1", "3", "5"], "module '5' has to decode a code of the label by a ReLU"),
         (lambda: nn.Sequential(nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 2, 1), nn.Flatten(),
-                               nn.Linear(24, 4)),
-         ["1"], r"module '3' decodes f32\[B,2,3,4\] from a code of the label"),
+                               nn.Linear(24, 4)), ["1"], None),
+        (lambda: nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Linear(4, 2), nn.Linear(2, 5)),
+         ["1"], r"module '2' decodes codes of labels at each position, f32\[B,3,2\]"),
     ],
 )  # fmt: skip
 def test_it_says_where_the_upper_modules_are_bad_decoders(model, splits, what):
