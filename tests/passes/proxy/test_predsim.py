@@ -297,11 +297,12 @@ def test_unusable_options_are_refused(options: dict[str, Any]) -> None:
 def test_options_of_the_presets() -> None:
     known = {name: set(info.options) for name, info in locc.methods().items()}
     shared = {"output_weight", "undropped", "layout", "zero_output", "loss_unsup", "alpha"}
+    heads = {"dim_in_decoder", "local_loss", "pred_head", "positions", "rank"}
     bio = {"bio", "target_proj_size"}
-    own = {"beta", "dim_in_decoder", "local_loss", "sim_head", "pred_head"}
+    own = {"beta", "sim_head"} | heads
     assert known["predsim"] == shared | bio | own
     assert known["sim"] == shared | bio | {"sim_head"}
-    assert known["pred"] == shared | {"dim_in_decoder", "local_loss", "pred_head"}
+    assert known["pred"] == shared | heads
 
 
 # ---- targets and outputs ---------------------------------------------------------------------
