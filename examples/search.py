@@ -38,7 +38,7 @@ def accuracy(trial: Any, method: str, epochs: int = 5) -> float:
     program = locc.compile(small_mlp(), method, "blocks.*", optimizer=recipe, seed=0, verify=False, **options)
     try:
         program.fit(training, epochs, progress=False)
-    except locc.RunError:  # it diverged
+    except (locc.RunError, locc.MethodError):  # it diverged, or has an option that this network does not suit
         return 0.0
     return program.evaluate(validation).accuracy or 0.0
 

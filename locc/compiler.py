@@ -164,8 +164,8 @@ def compile(
         backend: "eager"; or "inductor": `torch.compile` compiles each module's code, forward and backward,
             when it first runs, and once more when sizes vary (on the CPU this needs a C++ compiler). What it
             cannot compile runs eagerly, and is logged; `program.backend_report` lists it with the reason.
-            "vmap", for schedule="wave": modules of one structure run as one, each on another batch, on stacked
-            parameters; the others by themselves, and `program.backend_report` says why.
+            "vmap", for schedule="wave": modules of one structure run as one, each on another batch, the rest
+            by themselves; `program.backend_report` says why.
         strict: of "inductor", an error for what cannot be compiled instead; the step that first runs a phase
             is then undone.
         offload: "disk" or a folder: parameters, buffers and optimizer state are in files (without a name, in

@@ -98,12 +98,17 @@ class Replicas:
         self._together(tensors, average)
 
     def settle(self) -> None:
-        """End a step: take over the buffers of the first rank that it has changed; every rank calls it."""
+        """End a step: take over the buffers of the first rank; every rank calls it.
+
+        BatchNorm's kernel does not say what it wrote, so that all with a fraction go.
+        """
 
         def take(flat: Tensor) -> Any:
             return dist.broadcast(flat, group=self._group, group_src=0, async_op=True)
 
-        self._together([b for b, version in self._buffers if b._version != version], take)
+        self._together(
+            [b for b, version in self._buffers if b.is_floating_point() or b._version != version], take
+        )
 
     def _together(self, tensors: Iterable[Tensor], collective: Callable[[Tensor], Any]) -> None:
         """Run a collective on tensors, those of one dtype in one piece."""

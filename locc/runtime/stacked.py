@@ -28,6 +28,7 @@ from locc.runtime.learner import Learner
 from locc.runtime.machine import Machine
 from locc.runtime.stops import OF_PYTORCH, account, non_finite
 from locc.runtime.waves import Found, Mail, Updated
+from locc.snapshot import preserved
 
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 Kind = tuple[str, Shapes]
@@ -65,9 +66,10 @@ class _Pure(Machine):
 class _Body(nn.Module):
     """A module's step as a module, so that its tensors can be replaced by name."""
 
-    def __init__(self, root: nn.Module, program: ModuleProgram) -> None:
+    def __init__(self, root: nn.Module, program: ModuleProgram, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.root, self.program = root, program
+        self.called = tuple(modules)
         known = {received.name for received in program.receives}
         reads = (n for i in program.plan.instructions if not isinstance(i, Receive) for n in i.reads)
         self.names = list(dict.fromkeys(name for name in reads if name in known))
@@ -75,7 +77,12 @@ class _Body(nn.Module):
     def forward(self, values: Sequence[Tensor]) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
         """Return the sum of the objectives, and what is sent beside the objectives."""
         machine = _Pure(self.program, dict(zip(self.names, values, strict=True)))
+        before = [dict(vars(module)) | module._buffers for module in self.called]
         machine.run(self.program.plan.instructions)
+        for module, was in zip(self.called, before, strict=True):
+            now = dict(vars(module)) | module._buffers
+            if now.keys() != was.keys() or any(now[name] is not was[name] for name in now):
+                raise AloneError(f"its {type(module).__name__} sets an attribute in each step")
         total = torch.stack(machine.objectives).sum()
         return total, (machine.sent, [value.detach() for value in machine.objectives])
 
@@ -106,9 +113,10 @@ class Member:
         Raises:
             AloneError: it has to run by itself.
         """
-        _check(ir, program)
-        paths = {id(t): path for path, t in (*ir.root.named_parameters(), *ir.root.named_buffers())}
         nodes = [node for node in ir.graph.nodes if node.meta.get("owner") in program.owners]
+        modules = list(dict.fromkeys(m for node in nodes for m in node_modules(ir.root, node)))
+        _check(program, modules)
+        paths = {id(t): path for path, t in (*ir.root.named_parameters(), *ir.root.named_buffers())}
         held = {id(t): t for node in nodes for _, t in node_tensors(ir.root, node)}
         learners = [executor.learners[o] for o in program.owners if o in executor.learners]
         moved = {id(p): p for learner in learners for p in learner.parameters}
@@ -118,7 +126,7 @@ class Member:
             {f"root.{paths[key]}": p for key, p in moved.items()},
             {f"root.{paths[key]}": t for key, t in held.items() if key not in moved},
             learners,
-            _Body(ir.root, program),
+            _Body(ir.root, program, modules),
         )
 
     @cached_property
@@ -162,7 +170,7 @@ class Member:
         Raises:
             AloneError: it has to run by itself.
         """
-        own = [*_own(self.trained), *_own(self.fixed)]
+        own = [*_own(self.trained), *(tensor.clone() for tensor in _own(self.fixed))]
         a, b = len(self.trained), len(own)
         graph = _graph(lambda *given: self.step(given[:a], given[a:b], given[b:]), *own, *values)
         for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
@@ -191,8 +199,14 @@ class Stack:
         fixed = [torch.stack(parts) for parts in zip(*(_own(m.fixed) for m in self.members), strict=True)]
         shapes = tuple((t.shape, t.dtype) for t in values)
         if shapes not in self.functions:
-            self.functions[shapes] = self._traced(trained, fixed, values)
+            self.functions[shapes] = self._traced(trained, [t.clone() for t in fixed], values)
         found: tuple[Any, Any, Any] = self.functions[shapes](*trained, *fixed, *values)
+        for i in active:
+            for own, tensor in zip(self.members[i].fixed.values(), fixed, strict=True):
+                if not isinstance(
+                    own, nn.Parameter
+                ):  # a buffer; BatchNorm's kernel does not say what it wrote
+                    own.copy_(tensor[i])
         return found
 
     def _traced(
@@ -202,9 +216,8 @@ class Stack:
         first, a, b = self.members[0], len(trained), len(trained) + len(fixed)
 
         def one(own: list[Tensor], fixed: list[Tensor], values: list[Tensor]) -> Any:
-            gradients, (_, (sent, objectives)) = grad_and_value(
-                lambda ps: first.step(ps, fixed, values), has_aux=True
-            )(own)
+            # The others are arguments as well, for what is only seen from inside must not change there.
+            gradients, (_, (sent, objectives)) = grad_and_value(first.step, has_aux=True)(own, fixed, values)
             return gradients, sent, objectives
 
         def every(*given: Tensor) -> Any:
@@ -314,7 +327,8 @@ class Diagonal:
         self.known.add(place)
         try:
             member = Member.of(self.ir, part, place, self.executor)
-            kind = member.traced(member.values(batch, mail.peek))
+            with preserved(self.ir.root, values=False):
+                kind = member.traced(member.values(batch, mail.peek))
         except AloneError as error:
             self.alone[place] = str(error)
         except Exception as error:  # what the user's code says of tensors without numbers
@@ -366,7 +380,7 @@ class Diagonal:
         )
 
 
-def _check(ir: TrainingGraph, program: ModuleProgram) -> None:
+def _check(program: ModuleProgram, modules: Sequence[nn.Module]) -> None:
     """Refuse what a function of tensors does not show.
 
     Raises:
@@ -379,13 +393,9 @@ def _check(ir: TrainingGraph, program: ModuleProgram) -> None:
         raise AloneError("it does not train")
     if any(isinstance(i, Segment) and program.plan.loss in i.writes for i in instructions):
         raise AloneError("it computes the loss of the network")
-    for node in ir.graph.nodes:
-        if node.meta.get("owner") in program.owners:
-            for module in node_modules(ir.root, node):
-                if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-                    raise AloneError(f"a hook runs with its {type(module).__name__}")
-                if next(iter(module._buffers.values()), None) is not None:
-                    raise AloneError(f"its {type(module).__name__} has buffers, which a step may change")
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            raise AloneError(f"a hook runs with its {type(module).__name__}")
 
 
 def _graph(function: Callable[..., Any], *given: Tensor) -> torch.fx.GraphModule:
@@ -398,11 +408,19 @@ def _graph(function: Callable[..., Any], *given: Tensor) -> torch.fx.GraphModule
     with torch.no_grad():
         graph = make_fx(function)(*given)
     for node in graph.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _probability(node) != 0:
             raise AloneError("it draws random numbers")
     if any(node.op == "get_attr" for node in graph.graph.nodes):
         raise AloneError("it reads a tensor that is no parameter, or makes one from numbers")
     return graph
+
+
+def _probability(node: torch.fx.Node) -> Any:
+    """Return the probability with which an operation drops something, None where it has none."""
+    for place, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == "dropout_p":
+            return node.args[place] if place < len(node.args) else argument.default_value
+    return None
 
 
 def _own(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:

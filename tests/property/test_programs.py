@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import Phase, example, given, reject, seed, settings
 
-from locc import Program, RunError
+from locc import LoccError, Program, RunError
 from locc.ir import Inputs
 from locc.testing import (
     OPTIMIZERS,
@@ -158,3 +158,45 @@ def _assert_a_size_is_as_good_as_fixed(case: Case, free: Program) -> None:
 
 def _assert_states_agree(one: torch.nn.Module, other: torch.nn.Module) -> None:
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-11)
+
+
+WAVE = {"schedule": "wave", "batches": 3}
+WAYS: list[dict[str, object]] = [
+    WAVE,
+    WAVE | {"backend": "vmap"},
+    {"schedule": "replay", "buffer": 0},
+    {"schedule": "pipelined"},
+    {"update": "in_backward"},
+    {"recompute": True},
+    {"offload": "disk"},
+    {"recompute": True, "update": "in_backward", **WAVE},
+    {"features": "memory", "schedule": "sequential"},
+]
+"""Orders of the same tasks, and places for them."""
+
+
+@drawn(EXAMPLES // 3)
+def test_another_order_or_place_ends_with_the_bits_of_lockstep(case: Case) -> None:
+    case = replace(case, model=replace(case.model, dtype=torch.float64), schedule="lockstep")
+    draw = torch.Generator().manual_seed(case.seed)
+    for number in torch.randperm(len(WAYS), generator=draw)[:3].tolist():
+        way = WAYS[number]
+        try:
+            program = case.compile(verify=False, **way)
+        except LoccError:
+            continue  # refused, in a sentence
+        order = "sequential" if "features" in way else "lockstep"
+        one, other = _trained(case, case.compile(verify=False, schedule=order)), _trained(case, program)
+        bits = {"rtol": 0.0, "atol": 0.0} if way.get("backend") != "vmap" else {"rtol": 1e-6, "atol": 1e-9}
+        torch.testing.assert_close(other, one, **bits, equal_nan=True, msg=lambda m, w=way: f"{w}: {m}")
+
+
+def _trained(case: Case, program: Program) -> object:
+    """Train on a few batches, one of another length where these vary; return what is then kept, by name."""
+    longer = [LONGER if case.dynamic and number == 2 else 0 for number in range(5)]
+    try:
+        program.fit([case.batch(number, more) for number, more in enumerate(longer)], progress=False)
+    except RunError:
+        return {}  # it diverges, whatever the order
+    learners = {name: optimizer.state_dict() for name, optimizer in program.optimizers.items()}
+    return {**program.root.state_dict(), "optimizers": learners}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def _work(rank: int, size: int, folder: Path, work: Callable[..., Any], args: tu
     import torch
     import torch.distributed as dist
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     try:

@@ -63,6 +63,31 @@ def test_it_trains_what_lockstep_does(method: str) -> None:
     assert not all(piece.reason for piece in other.backend_report.pieces)
 
 
+class Running(nn.Module):
+    """Reads a buffer that it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.mean: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        return x - self.mean
+
+
+def test_buffers_are_each_module_s_own() -> None:
+    torch.manual_seed(0)
+    blocks = [
+        nn.Sequential(nn.Linear(6, 6, False), nn.BatchNorm1d(6), nn.Tanh(), Running()) for _ in range(4)
+    ]
+    model = nn.Sequential(*blocks, nn.Linear(6, 3)).double()
+    one, other = trained("eager", model=copy.deepcopy(model))[0], trained("vmap", model=model)[0]
+    close(one, other)
+    assert [piece.reason is None for piece in other.backend_report.pieces] == [True] * 4 + [False]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -88,14 +113,12 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
     close(whole, second)
 
 
-class Shared(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.ones(6))
-        self.scale: Tensor
+class Counting(nn.Module):
+    calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
+        self.calls += 1
+        return x * 1.5
 
 
 class Hooked(nn.Identity):
@@ -113,7 +136,7 @@ class Branching(nn.Module):
     ("odd", "why"),
     [
         (nn.Dropout(0.5), "draws random numbers"),
-        (Shared(), "Shared has buffers"),
+        (Counting(), "Counting sets an attribute in each step"),
         (Hooked(), "a hook runs with its Hooked"),
         (Branching(), "Error"),
         (nn.ReLU(), "no other module has its structure"),
