@@ -251,7 +251,7 @@ def shared(rank: int, replicas: int, drawing: bool, file: str, start: str = "", 
     data = DataLoader(TensorDataset(x, torch.arange(22) % 3), 5 if not drawing else 6, shuffle=True)
     stops = [After(5, False)] if drawing and not start and epochs == 3 else []
     history = program.fit(data, epochs, progress=False, callbacks=stops)
-    if drawing:
+    if drawing and not stops:
         program.step(x[:6], torch.arange(6) % 3)
     state = {n: t.clone() for n, t in program.state_dict().items()}
     program.save(file)
