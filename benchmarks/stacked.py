@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,10 +29,12 @@ def measure(width: int, modules: int, batch: int, wave: int, rounds: int) -> str
     """Return a row of the table."""
     data = [(torch.randn(batch, width), torch.randint(CLASSES, (batch,))) for _ in range(wave)]
 
-    def program(**options: str) -> locc.Program:
+    def program(**options: Any) -> locc.Program:
         splits = [str(k) for k in range(modules - 1)]
         model = chain(width, modules)
-        return locc.compile(model, "dgl", splits, example_inputs=data[0][0], verify=False, **options)
+        return locc.compile(
+            model, "dgl", splits, example_inputs=data[0][0], optimizer=locc.Recipe(), verify=False, **options
+        )
 
     one, joined = program(), program(schedule="wave", backend="vmap")
     times = interleave(

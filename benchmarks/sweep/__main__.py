@@ -36,6 +36,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--only", action="append", metavar="GLOB", help="models, such as 'timm/*'; repeatable"
     )
     parser.add_argument("--lightest", type=int, metavar="N", help="the N lightest of these models")
+    parser.add_argument("--known", action="store_true", help="only models of which FILE has outcomes")
     parser.add_argument("--methods", metavar="A,B", help="all by default")
     parser.add_argument("--splits", type=int, default=4, help="modules of balanced cost")
     parser.add_argument("--without-named", action="store_true", help="leave out the named splits")
@@ -111,6 +112,9 @@ def sweep(options: argparse.Namespace, results: Results) -> None:
         raise SystemExit(f"no method {', '.join(unknown)}; there are {', '.join(sorted(locc.methods()))}")
     globs = options.only or ["*"]
     chosen = [e for e in entries() if any(fnmatch.fnmatchcase(e.key, glob) for glob in globs)]
+    if options.known:
+        known = {key for key, *_ in results.records}
+        chosen = [entry for entry in chosen if entry.key in known]
     chosen = sorted(chosen, key=lambda e: e.weight)[: options.lightest]
     retry = (options.retry or "").split(",")
     asked = (missing(t, results, retry) for t in trials(options, chosen, methods))
