@@ -46,8 +46,9 @@ class AL(Method):
     there stays. Convolutions, residual blocks and attention that decode one label a sample do about as well
     or better: with dense decoders the top bridge reads the scores alone, and learns slowly from these.
 
-    Not as published: codes of the classes begin equally far apart at each depth (`build_label_encoder`),
-    where He's rule brings them together. A folded residual network, at chance without this, learns.
+    Not as published: codes of the classes begin equally far apart at each depth, and an encoder reads them
+    less 1/2 (`build_label_encoder`), where He's rule brings them together. A folded residual network, at
+    chance without this, learns.
 
     Labels encoded one by one have a code for each class, and class ids and these codes are what travels.
     Where all labels are of one row (pixels, by the user's own modules), or an `encoder` is given, the codes
