@@ -255,8 +255,8 @@ MNIST = (
                 "ddtp-rhl",
                 published=97.90,
                 source=RECALLED,
-                word="in the budget `cpu`, at 3 x the recipe's rates, one of three seeds stays at 30 %; at the "
-                "recipe's own it reaches 77 % in the same steps",
+                word="in the budget `cpu`, at 3 x the recipe's rates, one of three seeds stays at 30 %; at "
+                "the recipe's own it reaches 77 % in the same steps",
             ),
         ],
         double=True,
