@@ -175,7 +175,7 @@ WAYS: list[dict[str, object]] = [
 """Orders of the same tasks, and places for them."""
 
 
-@drawn(EXAMPLES // 3)
+@drawn(EXAMPLES // 6)
 def test_another_order_or_place_ends_with_the_bits_of_lockstep(case: Case) -> None:
     case = replace(case, model=replace(case.model, dtype=torch.float64), schedule="lockstep")
     draw = torch.Generator().manual_seed(case.seed)

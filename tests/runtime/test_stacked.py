@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import locc
 from locc import LoccError, RunError
 from locc.runtime.stacked import Stack
-from support import compiled, every_method, everything, mlp
+from support import compiled, everything, mlp
 
 LR = torch.optim.lr_scheduler
 
@@ -52,9 +52,7 @@ def trained(backend: str, *args: Any, **options: Any) -> Any:
     return program, [epoch.metrics for epoch in history.epochs]
 
 
-@pytest.mark.parametrize(
-    "method", [m for m in every_method(but=()) if m in ("dgl", "predsim", "kernel-pull", "al")]
-)
+@pytest.mark.parametrize("method", ["dgl", "predsim", pytest.param("al", marks=pytest.mark.slow)])
 def test_it_trains_what_lockstep_does(method: str) -> None:
     one, seen = trained("eager", method)
     other, found = trained("vmap", method)
