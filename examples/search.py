@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("method", nargs="?", default="dtp", choices=sorted(locc.methods()))
     parser.add_argument("--trials", type=int, default=20)
     given = parser.parse_args()
+    (x, _), *_ = loaders()[0]
+    locc.compile(small_mlp(), given.method, "blocks.*", example_inputs=x)  # raises where it is undefined here
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))
     study.optimize(lambda trial: accuracy(trial, given.method), given.trials)
     print(f"{given.method}: {study.best_value:.2%} with {study.best_params}")

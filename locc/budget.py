@@ -12,7 +12,7 @@ from locc.runtime.records import size_of
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryBudget:
     """A budget of bytes for training on batches of a size."""
 
     memory: int
@@ -22,7 +22,7 @@ class Fit:
         return f"splits=locc.fit(memory={self.memory}, batch={self.batch})"
 
 
-def fit(memory: int | str, batch: int) -> Fit:
+def fit(memory: int | str, batch: int) -> MemoryBudget:
     """Ask, as `splits` of `compile`, for the fewest modules that keep to a budget.
 
     Within it stay parameters and buffers (auxiliary networks included), optimizer state, activations and
@@ -40,7 +40,7 @@ def fit(memory: int | str, batch: int) -> Fit:
     """
     if type(batch) is not int or batch < 1:
         raise LoccError(f"locc.fit(batch={batch!r}): give the number of samples of a step, at least 1")
-    return Fit(size_of(memory, "memory"), batch)
+    return MemoryBudget(size_of(memory, "memory"), batch)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ Weigh = Callable[[Sequence[int]], Sequence[Load]]
 """Takes the indices of the places after which to cut; raises LoccError where these make no program."""
 
 
-def fewest(wanted: Fit, places: Sequence[Place], weigh: Weigh) -> list[str]:
+def fewest(wanted: MemoryBudget, places: Sequence[Place], weigh: Weigh) -> list[str]:
     """Return where to cut a model into the fewest modules that keep to a budget.
 
     Cuts are expected to take what the modules among them took that were weighed, and for others a little less
@@ -95,7 +95,7 @@ def fewest(wanted: Fit, places: Sequence[Place], weigh: Weigh) -> list[str]:
             raise SplitError(_refusal(wanted, *search.least))
 
 
-def _refusal(wanted: Fit, cuts: Sequence[int], loads: Sequence[Load]) -> str:
+def _refusal(wanted: MemoryBudget, cuts: Sequence[int], loads: Sequence[Load]) -> str:
     """Say what is too large, and by how much."""
     worst = max(loads, key=lambda load: load.total)
     where = "the whole model" if not cuts else f"with {len(cuts) + 1} modules, the least, '{worst.owner}'"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from locc import files, registry
-from locc.budget import Fit, Load, fewest
+from locc.budget import Load, MemoryBudget, fewest
 from locc.capture import Dynamic, capture, marker_ancestors
 from locc.errors import CaptureError, LoccError, LoccWarning, MethodError, RunError, SplitError
 from locc.filling import filled
@@ -51,7 +51,7 @@ FEW = 3
 
 _HOME = os.path.dirname(__file__) + os.sep
 
-Splits = int | str | Sequence[str] | Fit
+Splits = int | str | Sequence[str] | MemoryBudget
 
 _log = logging.getLogger("locc")
 _told: WeakValueDictionary[tuple[int, str], nn.Module] = WeakValueDictionary()
@@ -439,7 +439,7 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
     refuse_early(request.method, request.name, request.root.model)
-    if isinstance(request.splits, Fit):
+    if isinstance(request.splits, MemoryBudget):
         request = replace(request, splits=fitting(request, request.splits, inputs))
     captured, cuts = captured_with(request, inputs)
     return parted(request, captured, cuts, inputs, policy)
@@ -475,7 +475,7 @@ def parted(
     return ir
 
 
-def fitting(request: Request, wanted: Fit, inputs: Inputs) -> list[str]:
+def fitting(request: Request, wanted: MemoryBudget, inputs: Inputs) -> list[str]:
     """Return the fewest splits that keep to a budget of memory.
 
     The model is captured once, open at all places where a cut may fall. Each cut is rewritten by the method
@@ -514,7 +514,7 @@ def captured_on(request: Request, samples: Inputs, inputs: Inputs) -> tuple[Capt
     few samples will do for most models.
     """
     root = request.root
-    assert not isinstance(request.splits, Fit)
+    assert not isinstance(request.splits, MemoryBudget)
     marked, markers = marker_ancestors(root, samples)
     cuts = resolve(root, request.splits, markers, inputs)
     named = [cut.name for cut in cuts if not cut.marker]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from locc.budget import Fit, Load
+from locc.budget import Load, MemoryBudget
 from locc.errors import SplitError
 from locc.ir import Inputs, TrainingGraph
 from locc.ir.memory import memory_of
@@ -22,7 +22,9 @@ _MARGIN = 1.02
 """Of what a step is estimated to take, a real one takes so much at most (`tests/verify/test_memory.py`)."""
 
 
-def loads(ir: TrainingGraph, name: str, settings: Settings, inputs: Inputs, wanted: Fit) -> list[Load]:
+def loads(
+    ir: TrainingGraph, name: str, settings: Settings, inputs: Inputs, wanted: MemoryBudget
+) -> list[Load]:
     """Return what each owner's worst moment takes when a method's graph trains on batches of the wanted size.
 
     Raises:
@@ -47,7 +49,9 @@ def loads(ir: TrainingGraph, name: str, settings: Settings, inputs: Inputs, want
     return loads
 
 
-def _estimate(ir: TrainingGraph, name: str, settings: Settings, inputs: Inputs, wanted: Fit) -> Estimate:
+def _estimate(
+    ir: TrainingGraph, name: str, settings: Settings, inputs: Inputs, wanted: MemoryBudget
+) -> Estimate:
     sequential = settings.schedule == "sequential"
     plans = [lower(ir, frozenset(phase.trains)) for phase in stages(ir, name, True)] if sequential else None
     optimizers = {owner: learner.optimizer for owner, learner in settings.learners(ir).items()}

@@ -35,6 +35,20 @@ class Residual(nn.Module):
         return self.out(x + first)
 
 
+class Centred(nn.Module):
+    """Trains on what is left of its input [B,6] when a running mean, a buffer, is taken away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.mean: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        return x - self.mean
+
+
 class Tied(nn.Module):
     """A language model whose head shares the embedding's weight."""
 

@@ -14,7 +14,7 @@ from locc.lower.instructions import (
     instructions_of,
     unknown,
 )
-from locc.lower.plan import lower
+from locc.lower.plan import every_plan, lower
 from locc.lower.programs import ModuleProgram, Received, Sent, module_programs, program_of
 from locc.lower.project import project
 from locc.lower.resting import Resting, at_rest, runs_frozen
@@ -35,6 +35,7 @@ __all__ = [
     "Sent",
     "Update",
     "at_rest",
+    "every_plan",
     "instructions_of",
     "lower",
     "module_programs",

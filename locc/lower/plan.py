@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 from torch import fx
 
-from locc.ir import ops
+from locc.errors import GraphError
+from locc.ir import Phase, ops
 from locc.ir.graph import TrainingGraph
 from locc.ir.view import draws, stream_of
 from locc.lower.code import compile_nodes, is_lent
@@ -56,6 +58,15 @@ def lower(
     runs = tuple(dict.fromkeys(i.owner for i in instructions_of(instructions)))
     specs = {n.name: n.meta.get("spec") for n in ir.graph.nodes}
     return Plan(instructions, found.trains, inputs, loss, runs, specs)
+
+
+def every_plan(ir: TrainingGraph, phases: Iterable[Phase]) -> list[Plan]:
+    """Return the plan of a step in which all train, and of each phase; those without an order have none."""
+    plans = []
+    for active in (None, *(frozenset(phase.trains) for phase in phases)):
+        with suppress(GraphError):
+            plans.append(lower(ir, active))
+    return plans
 
 
 class _Emitter:

@@ -44,7 +44,7 @@ class BackendReport:
 
     @property
     def eager(self) -> tuple[Piece, ...]:
-        """The pieces that PyTorch's eager operators run, each with its reason."""
+        """The pieces that PyTorch's eager operators run one by one, each with its reason."""
         return tuple(piece for piece in self.pieces if piece.reason is not None)
 
     @property
@@ -56,9 +56,11 @@ class BackendReport:
     def __str__(self) -> str:
         if self.backend == "eager":
             return "backend 'eager': nothing is compiled"
-        lines = [
-            f"backend '{self.backend}': {len(self.pieces) - len(self.eager)} of {len(self.pieces)} pieces"
-        ]
+        done = f"{len(self.pieces) - len(self.eager)} of {len(self.pieces)}"
+        if self.backend == "vmap":
+            alone = (f"{piece.module}: runs by itself, for {piece.reason}" for piece in self.eager)
+            return "\n".join([f"backend 'vmap': {done} modules run with others as one", *alone])
+        lines = [f"backend '{self.backend}': {done} pieces"]
         for name, pieces in self.modules.items():
             eager = [piece for piece in pieces if piece.reason is not None]
             lines.append(f"{name}: {len(pieces) - len(eager)} compiled, {len(eager)} eager")

@@ -24,7 +24,12 @@ class Executor(Context):
     backend: str = "eager"
 
     def run(
-        self, plan: Plan, values: Iterable[Any], step: int, channels: Channels | None = None
+        self,
+        plan: Plan,
+        values: Iterable[Any],
+        step: int,
+        channels: Channels | None = None,
+        moved: list[str] | None = None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Run one step.
 
@@ -33,6 +38,7 @@ class Executor(Context):
             values: of the plan's inputs.
             step: its number, on which random streams depend.
             channels: to the programs of the other owners.
+            moved: the owners that other programs of these steps have updated; this adds its own.
 
         Returns:
             The objectives by name and the loss, 0-d tensors that are not synchronised.
@@ -43,6 +49,7 @@ class Executor(Context):
         """
         self.raise_deferred(step)
         machine = BACKENDS[self.backend](self, plan, values, step, channels)
+        machine.moved = machine.moved if moved is None else moved
         try:
             with preserved_rng(self.device), recomputed(self.recompute):
                 machine.run(plan.instructions)

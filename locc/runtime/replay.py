@@ -129,13 +129,13 @@ class Workers:
         Raises:
             RunError: see `Executor.run`.
         """
-        batch = Batch(values, {})
+        batch, moved = Batch(values, {}), list[str]()
         for index in self._turns(executor.seed):
             read = batch if index == 0 else self._read(index)
             if read is None:
                 continue  # nothing to train on: the turn passes
             part, mail = self.programs[index], Held(dict(read.values))
-            objectives, loss = executor.run(part.plan, read.inputs, self.steps[index], mail)
+            objectives, loss = executor.run(part.plan, read.inputs, self.steps[index], mail, moved)
             self.steps[index] += 1
             known, before = self.last
             self.last = known | objectives, before if loss is None else loss

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from locc.errors import GraphError, MethodError, RunError
+from locc.errors import MethodError, RunError
 from locc.ir import Phase, TrainingGraph
 from locc.ir.state import states
-from locc.lower import Assign, instructions_of, lower
+from locc.lower import Assign, every_plan, instructions_of
 
 QUICK = 2e-3
 """Seconds for which a rank looks for the others without a pause."""
@@ -141,13 +141,12 @@ def check(ir: TrainingGraph, phases: Iterable[Phase], name: str) -> None:
     Raises:
         MethodError: says what it sets without a gradient.
     """
-    plans = []
-    for active in (None, *(frozenset(phase.trains) for phase in phases)):
-        try:
-            plans.append(lower(ir, active))
-        except GraphError:
-            continue  # a step in which all train has no order, and no plan either
-    sets = [i for plan in plans for i in instructions_of(plan.instructions) if isinstance(i, Assign)]
+    sets = [
+        i
+        for plan in every_plan(ir, phases)
+        for i in instructions_of(plan.instructions)
+        if isinstance(i, Assign)
+    ]
     kept = [f"state '{state.name}' of module '{state.owner}'" for _, state in states(ir.root)]
     kept += [f"'{one.path}' of module '{one.owner}' by a formula of the batch" for one in sets]
     sparse = [

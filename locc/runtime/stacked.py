@@ -97,6 +97,7 @@ class Member:
         trained: the parameters that its optimizers move, by their path in `_Body`.
         fixed: the other tensors that it reads.
         learners: its optimizers.
+        reached: for each parameter whether its objectives have a gradient of it, known once it is `traced`.
     """
 
     program: ModuleProgram
@@ -105,6 +106,7 @@ class Member:
     fixed: dict[str, Tensor]
     learners: list[Learner]
     body: _Body
+    reached: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, ir: TrainingGraph, program: ModuleProgram, place: int, executor: Executor) -> Member:
@@ -170,14 +172,20 @@ class Member:
         Raises:
             AloneError: it has to run by itself.
         """
-        own = [*_own(self.trained), *(tensor.clone() for tensor in _own(self.fixed))]
-        a, b = len(self.trained), len(own)
+        trained = [tensor.requires_grad_() for tensor in _own(self.trained)]
+        copies = [tensor.clone() for tensor in _own(self.fixed)]
+        with torch.enable_grad():
+            total, _ = self.step(trained, copies, values)
+            found = torch.autograd.grad(total, trained, allow_unused=True)
+        self.reached = tuple(gradient is not None for gradient in found)
+        own = [tensor.detach() for tensor in (*trained, *copies)]
+        a, b = len(trained), len(own)
         graph = _graph(lambda *given: self.step(given[:a], given[a:b], given[b:]), *own, *values)
         for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
             node.replace_all_uses_with(node.all_input_nodes[0])  # the first module's input has no tape anyway
             graph.graph.erase_node(node)
         code = graph.graph.python_code("self").src
-        return f"{code}{a}", tuple((t.shape, t.dtype) for t in (*own, *values))
+        return f"{code}{self.reached}", tuple((t.shape, t.dtype) for t in (*own, *values))
 
 
 @dataclass
@@ -205,7 +213,7 @@ class Stack:
             for own, tensor in zip(self.members[i].fixed.values(), fixed, strict=True):
                 if not isinstance(
                     own, nn.Parameter
-                ):  # a buffer; BatchNorm's kernel does not say what it wrote
+                ):  # a buffer: BatchNorm's kernel does not say what it wrote
                     own.copy_(tensor[i])
         return found
 
@@ -280,6 +288,7 @@ class Diagonal:
         programs: of the modules, in order.
         alone: why a module runs by itself, by its number.
         stacks: those that run as one, once all are known.
+        moved: the owners that the wave under way has updated.
     """
 
     ir: TrainingGraph
@@ -289,6 +298,7 @@ class Diagonal:
     stacks: list[Stack] = field(default_factory=list)
     kinds: dict[Kind, list[Member]] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
+    moved: list[str] = field(default_factory=list)
 
     def run(self, batches: Sequence[list[Any]], step: int, updated: Updated) -> list[Found]:
         """Train each module on all batches; see `waves.run`.
@@ -299,6 +309,7 @@ class Diagonal:
         homes = {owner: part.name for part in self.programs for owner in part.owners}
         mail = [Mail(homes) for _ in batches]
         found: list[Found] = [({}, None) for _ in batches]
+        self.moved = []
 
         def ran(place: int, number: int, objectives: dict[str, Tensor], loss: Tensor | None) -> None:
             updated(number, self.programs[place].owners, objectives)
@@ -316,9 +327,9 @@ class Diagonal:
                 part = self.programs[place]
                 if place not in self.known:
                     self._look(place, batches[number], mail[number])
-                ran(
-                    place, number, *self.executor.run(part.plan, batches[number], step + number, mail[number])
-                )
+                batch, channels = batches[number], mail[number]
+                made = self.executor.run(part.plan, batch, step + number, channels, self.moved)
+                ran(place, number, *made)
         return found
 
     def _look(self, place: int, batch: list[Any], mail: Mail) -> None:
@@ -352,25 +363,37 @@ class Diagonal:
         try:
             gradients, sent, objectives = stack.run(values, active)
         except OF_PYTORCH as error:
+            self._clear()
             raise RunError(
-                f"the step failed in modules {names}, which run as one: {type(error).__name__}: {error}"
+                f"the step failed in modules {names}, which run as one: {type(error).__name__}: {error}. "
+                + account(self.moved, self.executor.atomic)
             ) from error
         finite = torch.stack([o.isfinite() for o in objectives])[:, active] if objectives else None
         if finite is not None and self.executor.guarded and not bool(finite.all()):
             which, i = (int(n) for n in (~finite).nonzero()[0])
             value = float(objectives[which][active[i]])
-            raise non_finite(members[i].objectives[which], value, account((), self.executor.atomic))
+            self._clear()
+            raise non_finite(members[i].objectives[which], value, account(self.moved, self.executor.atomic))
         apart, out = ([part.unbind() for part in parts] for parts in (gradients, sent))
         for i, member, (_, _, mail) in zip(active, members, each, strict=True):
-            for parameter, gradient in zip(member.trained.values(), apart, strict=True):
-                before = parameter.grad
-                parameter.grad = gradient[i] if before is None else before + gradient[i]
+            for parameter, gradient, reached in zip(
+                member.trained.values(), apart, member.reached, strict=True
+            ):
+                if reached:  # an optimizer leaves alone what has no gradient, but not what has one of zero
+                    before = parameter.grad
+                    parameter.grad = gradient[i] if before is None else before + gradient[i]
             for instruction, value in zip(member.sends, out, strict=True):
                 mail.send(instruction, value[i])
         stack.update(active, self.executor.accumulate)
+        self.moved += [learner.owner for member in members for learner in member.learners]
         for i, member, (number, _, _) in zip(active, members, each, strict=True):
             named = dict(zip(member.objectives, (o[i] for o in objectives), strict=True))
             ran(member.place, number, named, None)
+
+    def _clear(self) -> None:
+        """Drop all gradients, as where a step of any module fails."""
+        for learner in self.executor.learners.values():
+            learner.clear()
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

@@ -103,10 +103,11 @@ def run(
     homes = {owner: part.name for part in programs for owner in part.owners}
     every = list(batches)
     flight = [Mail(homes) for _ in every]
+    moved: list[str] = []
     found: list[Found] = [({}, None) for _ in every]
     for part in programs:
         for number, (values, mail) in enumerate(zip(every, flight, strict=True)):
-            objectives, loss = executor.run(part.plan, values, step + number, mail)
+            objectives, loss = executor.run(part.plan, values, step + number, mail, moved)
             updated(number, part.owners, objectives)
             known, before = found[number]
             found[number] = (known | objectives, before if loss is None else loss)

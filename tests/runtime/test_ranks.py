@@ -30,7 +30,7 @@ from locc.runtime.ranks.forecast import forecast
 from locc.runtime.ranks.placement import Cost, shared_out
 from runtime.processes import Died, together
 from runtime.turns import Written
-from support import batch, compiled, everything, mlp, same, sgd
+from support import Centred, batch, compiled, everything, mlp, same, sgd
 
 LR = torch.optim.lr_scheduler
 SPLITS = ["0", "1", "2"]
@@ -217,20 +217,6 @@ def test_steps_by_hand() -> None:
         "the loss"
     )
     assert torch.equal(left, right)
-
-
-class Centred(nn.Module):
-    """Trains on what is left of its input when a running mean, which differs by share, is taken away."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(6))
-        self.mean: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
-        return x - self.mean
 
 
 def shared(rank: int, replicas: int, drawing: bool, file: str, start: str = "", epochs: int = 2) -> Any:

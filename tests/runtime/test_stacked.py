@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import locc
 from locc import LoccError, RunError
 from locc.runtime.stacked import Stack
-from support import compiled, everything, mlp
+from support import Centred, compiled, everything, mlp
 
 LR = torch.optim.lr_scheduler
 
@@ -61,29 +61,37 @@ def test_it_trains_what_lockstep_does(method: str) -> None:
     assert not all(piece.reason for piece in other.backend_report.pieces)
 
 
-class Running(nn.Module):
-    """Reads a buffer that it writes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(6))
-        self.mean: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
-        return x - self.mean
-
-
 def test_buffers_are_each_module_s_own() -> None:
     torch.manual_seed(0)
     blocks = [
-        nn.Sequential(nn.Linear(6, 6, False), nn.BatchNorm1d(6), nn.Tanh(), Running()) for _ in range(4)
+        nn.Sequential(nn.Linear(6, 6, False), nn.BatchNorm1d(6), nn.Tanh(), Centred()) for _ in range(4)
     ]
     model = nn.Sequential(*blocks, nn.Linear(6, 3)).double()
     one, other = trained("eager", model=copy.deepcopy(model))[0], trained("vmap", model=model)[0]
     close(one, other)
     assert [piece.reason is None for piece in other.backend_report.pieces] == [True] * 4 + [False]
+
+
+class Spare(nn.Module):
+    """Has a layer that it does not use, and one of which it drops the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare, self.dropped = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dropped(x)
+        return self.used(x).tanh()
+
+
+def test_what_no_gradient_reaches_does_not_decay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Spare() for _ in range(4)], nn.Linear(6, 3)).double()
+    decaying = {"optimizer": lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.5)}
+    one = trained("eager", model=copy.deepcopy(model), **decaying)[0]
+    other = trained("vmap", model=model, **decaying)[0]
+    assert not any(piece.reason for piece in other.backend_report.pieces[:-1])
+    close(one, other)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +169,17 @@ def test_failures_name_the_modules() -> None:
         patch.setattr(Stack, "run", Mock(side_effect=IndexError("no such row")))
         with pytest.raises(RunError, match="in modules '0', '1', which run as one: IndexError: no such row"):
             program.wave(batches(7))
+
+
+@pytest.mark.parametrize("backend", ["eager", "vmap"])
+def test_a_wave_that_stops_says_what_it_has_updated(backend: str) -> None:
+    program = program_of(backend)
+    program.wave(batches(7))
     with torch.no_grad():
         program.model[2][0].weight.fill_(float("nan"))
-    with pytest.raises(RunError, match="objective 'loss' of module '2' is nan"):
+    with pytest.raises(RunError, match=r"module '2' is nan.*Updated before that: '0', '1'; compile"):
         program.wave(batches(7))
+    assert all(p.grad is None for p in program.root.parameters())
 
 
 @pytest.mark.parametrize(
