@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, settings
 # "ci" draws the same examples in every run; "nightly" draws ten thousand new ones (`make property`).
 settings.register_profile(
     "ci",
-    max_examples=60,
+    max_examples=40,
     derandomize=True,
     deadline=None,
     print_blob=True,

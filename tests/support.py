@@ -127,10 +127,11 @@ AKIN = frozenset(
 """Methods whose passes another one has too: tests of every method take them in `make slow` alone."""
 
 
-def every_method(but: Collection[str] = ()) -> list[Any]:
-    """Return all ids as parameters of a test, those of `AKIN` marked as slow, less some."""
-    names = (name for name in sorted(locc.methods()) if name not in but)
-    return [pytest.param(name, marks=pytest.mark.slow) if name in AKIN else name for name in names]
+def every_method(but: Collection[str] = (), slow: Collection[str] = ()) -> list[Any]:
+    """Return all ids as parameters of a test, those of `AKIN` and `slow` marked as slow, less some."""
+    names = [name for name in sorted(locc.methods()) if name not in but]
+    late = AKIN.union(slow)
+    return [pytest.param(name, marks=pytest.mark.slow) if name in late else name for name in names]
 
 
 def everything(program: Program) -> dict[str, Tensor]:

@@ -33,10 +33,18 @@ def test_where_the_model_matters_most(method: str) -> None:
     assert {"mlp", "convolution"} & set(report.admitted)
 
 
-@pytest.mark.parametrize("method", every_method())
+COSTLY = ("np-sg", "cdni", "pair-proxy", "predsim")
+
+
+@pytest.mark.parametrize("method", every_method(slow=COSTLY))
 def test_on_two_models(method: str) -> None:
     """Where dropout and batch norm are, if the method admits them, and where tokens are."""
     testing.assert_conforms(method, {"usual": usual_case(method), "transformer": TRANSFORMER})
+
+
+@pytest.mark.parametrize("method", COSTLY)
+def test_on_one_model(method: str) -> None:
+    testing.assert_conforms(method, {"usual": usual_case(method)})
 
 
 def test_some_methods_are_pipeline_exact_and_some_are_not() -> None:

@@ -170,7 +170,12 @@ def failing(rank: int, kind: str, **options: Any) -> Any:
     ("kind", "own", "told"),
     [
         ("killed", None, r"rank 1 \('1'\) is gone .* of step \d+"),
-        ("silent", "rank 1 .* silent", r"rank 1 \('1'\) has been silent for 3 s; rank \d waited .* step \d+"),
+        pytest.param(
+            "silent",
+            "rank 1 .* silent",
+            r"rank 1 \('1'\) has been silent for 3 s; rank \d waited .* step \d+",
+            marks=pytest.mark.slow,
+        ),
         ("raises", "a file is missing", r"rank 1 \('1'\) stopped at step 9: ValueError: a file is missing"),
         ("fewer", "rank 0 goes on to a batch, and rank 1 to the end of a pass", "rank 1 .* after 10 steps"),
         ("other", "rank 0 and rank 1 have read different batches for step 10", "different batches"),
@@ -186,6 +191,7 @@ def test_one_that_fails_ends_all_with_its_name_and_cause(kind: str, own: str | N
         assert re.search("training stopped on every rank: .*" + told, str(text)), text
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_ends_the_others() -> None:
     text, died = together(2, partial(failing, replicas=2), "killed")
     assert isinstance(died, Died)

@@ -52,7 +52,9 @@ def trained(backend: str, *args: Any, **options: Any) -> Any:
     return program, [epoch.metrics for epoch in history.epochs]
 
 
-@pytest.mark.parametrize("method", ["dgl", "predsim", pytest.param("al", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["dgl", *(pytest.param(m, marks=pytest.mark.slow) for m in ("predsim", "al"))]
+)
 def test_it_trains_what_lockstep_does(method: str) -> None:
     one, seen = trained("eager", method)
     other, found = trained("vmap", method)

@@ -81,6 +81,21 @@ def test_failure_of_its_own():
     raise ValueError("my own")
 """
 
+A_LOSS_OF_ITS_OWN = """
+def loss(output, target):
+    return nn.functional.cross_entropy(output, target.get("labels"))
+
+
+def test_trains(locc_program):
+    for program in (locc_program(chain(), "dgl", ["0"], loss=loss, example_inputs=X), compiled(loss=loss)):
+        program.step(X, {"labels": Y})
+
+
+def test_leaks():
+    compiled(leaks=True, loss=loss, example_inputs=X)
+"""
+"""It takes no made-up target: that is a warning, and a leak beside it is an error still."""
+
 WITH_THE_FIXTURE = """
 def test_clean(locc_program):
     program = locc_program(chain(), "dgl", ["0"], example_inputs=X)
@@ -116,12 +131,12 @@ def lines(result: pytest.RunResult, *wanted: str) -> None:
 def test_the_option_fails_exactly_the_tests_whose_program_leaks(
     pytester: pytest.Pytester, workers: str
 ) -> None:
-    pytester.makepyfile(MODELS + UNDER_THE_OPTION)
+    pytester.makepyfile(test_option=MODELS + UNDER_THE_OPTION, test_loss=MODELS + A_LOSS_OF_ITS_OWN)
     result = pytester.runpytest_subprocess(
         "--locc-verify", "-n", workers, "--dist", "loadfile", "-p", "no:cacheprovider"
     )
     # What fails by itself is failed for its own reason; the leak is told at its teardown.
-    result.assert_outcomes(passed=3, failed=5, errors=1)
+    result.assert_outcomes(passed=4, failed=6, errors=1)
     lines(
         result,
         "FAILED*test_leak_as_compiled - *--locc-verify, as compiled: * is not local*",
@@ -131,6 +146,8 @@ def test_the_option_fails_exactly_the_tests_whose_program_leaks(
         "FAILED*test_failure_of_its_own - ValueError: my own",
         "ERROR*test_failure_of_its_own - *--locc-verify, as compiled: *",
         "'0.weight'",
+        "objective '1.loss' of '1' reaches parameter '0.weight'",
+        "is not proved local: 2 of 4 checks",
     )
 
 
@@ -150,28 +167,3 @@ def test_the_fixture_proves_when_it_compiles_and_at_the_end(pytester: pytest.Pyt
         "FAILED*test_leak_as_compiled - locc.errors.LocalityError: *",
         "ERROR*test_leak_after_training - AssertionError: * is not local*",
     )
-
-
-A_LOSS_OF_ITS_OWN = """
-def loss(output, target):
-    return nn.functional.cross_entropy(output, target.get("labels"))
-
-
-def test_trains(locc_program):
-    for program in (locc_program(chain(), "dgl", ["0"], loss=loss, example_inputs=X), compiled(loss=loss)):
-        program.step(X, {"labels": Y})
-
-
-def test_leaks():
-    compiled(leaks=True, loss=loss, example_inputs=X)
-"""
-
-
-def test_a_loss_that_takes_no_made_up_target_is_a_warning_and_a_leak_beside_it_is_not(
-    pytester: pytest.Pytester,
-) -> None:
-    pytester.makepyfile(MODELS + A_LOSS_OF_ITS_OWN)
-    result = pytester.runpytest_subprocess("--locc-verify", "-p", "no:cacheprovider")
-    result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["*objective '1.loss' of '1' reaches parameter '0.weight'*"])
-    result.stdout.fnmatch_lines(["*is not proved local: 2 of 4 checks*"])

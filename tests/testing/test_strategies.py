@@ -202,16 +202,16 @@ def test_only_what_is_undefined_is_drawn_again(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_undefined_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Case, "refusal", lambda self: "undefined on this model")
     with pytest.raises(Unsatisfiable):
-        find(cases(), lambda _: True)
+        find(cases(model=ModelSpec("residual")), lambda _: True)
 
 
 def test_a_schedule_that_is_not_admitted_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Case, "refusal", lambda self: None if self.schedule == "lockstep" else "schedule='sequential'"
     )
-    assert {case.schedule for case in drawn(cases(schedules=["sequential", "lockstep"]))} == {"lockstep"}
+    assert {case.schedule for case in drawn(cases(schedules=["sequential", "lockstep"]), 30)} == {"lockstep"}
     with pytest.raises(Unsatisfiable):
-        find(cases(schedules=["sequential"]), lambda _: True)
+        find(cases(model=ModelSpec("residual"), schedules=["sequential"]), lambda _: True)
 
 
 # ---- without Hypothesis -------------------------------------------------------------------------

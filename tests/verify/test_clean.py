@@ -62,12 +62,8 @@ def test_verification_leaves_a_live_program_as_it_was(method: str, shape: str) -
     assert first.complete
 
 
-QUICK = ("bp",)
-
-
-@pytest.mark.parametrize(
-    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in sorted(locc.methods())]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(locc.methods()))
 @pytest.mark.parametrize("name", ["resnet50", "gpt24"])
 def test_the_checks_take_under_two_seconds(method: str, name: str, request: pytest.FixtureRequest) -> None:
     """ResNet-50 and a GPT of 24 layers, about 20 million parameters each; others may run beside: CPU time."""
