@@ -53,7 +53,8 @@ def keep_norms(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.dim() > 1]
+    """Return the weights that a step moves: within a backward pass, others are still to be read by it."""
+    return [p for g in optimizer.param_groups for p in g["params"] if p.dim() > 1 and p.grad is not None]
 
 
 def take_step(optimizer: torch.optim.Optimizer) -> None:

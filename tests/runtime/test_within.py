@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.meter import peak
-from locc import LoccError, MethodError
+from locc import LoccError, MethodError, testing
 from support import Residual, batch, compiled, mlp, same, sgd, snapshot, usual_case
 
 X, Y = batch()
@@ -31,6 +31,18 @@ def test_the_same_bits_are_trained(method, optimizer):
     assert same(one, other)
     torch.testing.assert_close(states, others, rtol=0, atol=0)
     assert losses == again
+
+
+def test_strict_norms_leave_weights_alone_that_are_still_to_be_read():
+    model = testing.ModelSpec("branching", ("constant", "twice"), frozen=("stem",))
+    case = testing.Case(model, "ss-usf", {"normalize": True}, ("blocks.0",))
+    found = []
+    for update in ("after_backward", "in_backward"):
+        program = case.compile(update=update, seed=0)
+        for number in range(3):
+            program.step(*case.batch(number))
+        found.append(snapshot(program))
+    assert same(*found)
 
 
 def test_gradients_are_dropped_one_by_one():
