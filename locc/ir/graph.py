@@ -175,8 +175,9 @@ class TrainingGraph(Writer):
             wanted: nodes of the owner's forward whose new values are returned.
             role: the role of the new nodes.
             alike: what draws random numbers (dropout) draws those of the forward; else it draws others.
-            moves: buffers (BatchNorm's statistics) move as they do in the forward, after it and in each round
-                of a region; else they stay unchanged. One to which the forward assigns a new tensor stays.
+            moves: what runs moves buffers (BatchNorm's statistics) as the forward does, after it and in each
+                round of a region; else they stay unchanged. One that the forward replaces by a new tensor
+                stays.
 
         Raises:
             GraphError: the values asked for do not read one of `inputs`, or what takes its place has another
