@@ -16,6 +16,7 @@ import locc
 from locc import Program
 from locc.rewrite import Method
 from locc.runtime import checkpoint
+from locc.runtime.streams import seed_all, stream
 from locc.testing import CONFORMANCE_MODELS, Case
 
 
@@ -145,3 +146,11 @@ def compiled(model: nn.Module, method: Any = "bp", splits: Any = (), **options: 
     """Compile for `batch()` unless example inputs are given."""
     options.setdefault("example_inputs", batch(dtype=next(model.parameters()).dtype)[0])
     return locc.compile(model, method, splits, **options)
+
+
+def drawn(step: int, node: str, share: float, y: Tensor) -> Tensor:
+    """Positions of [B,T] by the random stream of a node; those where nobody has a class come last."""
+    with torch.random.fork_rng():
+        seed_all(stream(0, step, node))
+        keys = torch.rand(y.shape[1]) + (y == -100).all(0)
+    return keys.argsort()[: round(share * y.shape[1])].sort().values

@@ -7,7 +7,7 @@ from locc.ir.ops import Rebuild, assign, call_with, carry, gradient, inner, obje
 from locc.ir.spec import BatchDim, TensorSpec
 from locc.ir.tape import tape_of
 from locc.ir.task import Task
-from locc.ir.view import Boundary, Owner, Phase, Repeat, node_parameters
+from locc.ir.view import Boundary, Owner, Phase, Repeat, node_parameters, node_tensors
 
 __all__ = [
     "BatchDim",
@@ -31,6 +31,7 @@ __all__ = [
     "gradient",
     "inner",
     "node_parameters",
+    "node_tensors",
     "objective",
     "owned_tensor",
     "stop_gradient",

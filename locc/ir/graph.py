@@ -165,15 +165,19 @@ class TrainingGraph(Writer):
         role: str,
         *,
         alike: bool = False,
+        moves: bool = False,
     ) -> list[fx.Node]:
         """Run the owner's forward once more on other inputs.
 
         Args:
-            owner: whose forward to run; its parameters are used live, its buffers stay unchanged.
+            owner: whose forward to run; its parameters are used live.
             inputs: boundary entry (or any value of the owner) -> what takes its place, of the same spec.
             wanted: nodes of the owner's forward whose new values are returned.
             role: the role of the new nodes.
             alike: what draws random numbers (dropout) draws those of the forward; else it draws others.
+            moves: what runs moves buffers (BatchNorm's statistics) as the forward does, after it and in each
+                round of a region; else they stay unchanged. One that the forward replaces by a new tensor
+                stays.
 
         Raises:
             GraphError: the values asked for do not read one of `inputs`, or what takes its place has another
@@ -184,14 +188,15 @@ class TrainingGraph(Writer):
         self._check_replay(owner, inputs, needed | set(wanted))
         copies: dict[fx.Node, fx.Node] = dict(inputs)
         self._replays += 1
+        run = 0 if moves else self._replays
         order = dependencies(self.graph, needed)
         position = {node: i for i, node in enumerate(order)}
         for node in nx.lexicographical_topological_sort(order, key=position.__getitem__):
-            copies[node] = self._copy_quietly(node, copies, role)
-            copies[node].meta["replay"] = self._replays, node
+            copies[node] = self._copy(node, copies, role, moves)
+            copies[node].meta["replay"] = run, node
             if alike and draws(self.root, node):
                 copies[node].meta["stream"] = node.meta.get("stream", node)
-        return [copies[n] for n in wanted]
+        return [copies.get(n, n) for n in wanted]
 
     def feed(self, owner: str, old: fx.Node, new: fx.Node) -> None:
         """Let the owner read `new` where it reads `old`, in training; what inference computes stays as it is.
@@ -269,10 +274,10 @@ class TrainingGraph(Writer):
                     "batches before or after"
                 )
 
-    def _copy_quietly(self, node: fx.Node, copies: dict[fx.Node, fx.Node], role: str) -> fx.Node:
+    def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node], role: str, moves: bool) -> fx.Node:
         owner, spec = node.meta["owner"], node.meta.get("spec")
         for state in node.meta.get("mutates", ()):
-            if state.op == "get_attr" and state not in copies:
+            if state.op == "get_attr" and state not in copies and not moves:
                 copies[state] = self.emit(owner, torch.clone, state, role=role)
                 copies[state].meta["replay"] = self._replays, node
 
@@ -281,7 +286,7 @@ class TrainingGraph(Writer):
 
         op, target = node.op, node.target
         args, kwargs = fx.map_arg(node.args, follow), fx.map_arg(node.kwargs, follow)
-        if op == "call_module":
+        if op == "call_module" and not moves:
             module = owned_tensor(self.root, str(target))
             assert isinstance(module, nn.Module)
             if any(True for _ in module.buffers()):

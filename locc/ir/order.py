@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping
 import networkx as nx
 from torch import fx
 
+from locc.ir import ops
 from locc.ir.view import Owner
 
 
@@ -16,7 +17,8 @@ def dependencies(code: fx.Graph, chosen: Container[fx.Node] | None = None) -> nx
 
     Beside the data edges, the nodes of an owner's captured forward keep the order in which the user's
     code runs them: in-place ops and buffers depend on it. So do those of each replay, which sees buffers as
-    the forward has left them.
+    the forward has left them; one that moves them has a place in the forward's own order, behind it. An
+    `assign` has none: it commits at the end.
     """
     result: nx.DiGraph[fx.Node] = nx.DiGraph()
     previous: dict[tuple[str, int], fx.Node] = {}
@@ -25,8 +27,8 @@ def dependencies(code: fx.Graph, chosen: Container[fx.Node] | None = None) -> nx
     for node in nodes:
         result.add_edges_from((source, node) for source in node.all_input_nodes if source in result)
         replay, original = node.meta.get("replay", (0, None))
-        runs = node.op in ("call_function", "call_method", "call_module")
-        if runs and (replay or node.meta.get("role") == "forward"):
+        runs = node.op in ("call_function", "call_method", "call_module") and node.target is not ops.assign
+        if runs and (original is not None or node.meta.get("role") == "forward"):
             key = (node.meta.get("owner", ""), replay)
             if key in previous:
                 result.add_edge(previous[key], node)

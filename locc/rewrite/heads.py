@@ -77,20 +77,27 @@ class AttachHeads(Pass):
     def rewrite(self, ir: TrainingGraph) -> None:
         """Build the heads and call them on the modules' outputs."""
         for owner, value in local_values(ir, self.undropped):
-            for task in ir.tasks:
-                layout = self.layout or layout_at(ir, value)
-                read, output = value, task.spec
-                if self._share is not None:
-                    part = part_of(ir, owner, value, task, self._share, layout)
-                    read, output = part.read, part.output
-                if self.head == LENS:
-                    head = lens(ir, owner, read, value)
-                else:
-                    network = self._build(ir, owner, read, task, output, layout)
-                    of_task = "_" + re.sub(r"\W+", "_", task.name) if len(ir.tasks) > 1 else ""
-                    path = ir.add_module(f"{owner}_head_{value.name}{of_task}", network)
-                    head = ir.call(owner, path, read, role="head")
-                head.meta.update(given=not isinstance(self.head, str) or self.head == LENS, reads=read)
+            self.attach(ir, owner, value)
+
+    def attach(self, ir: TrainingGraph, owner: str, value: fx.Node) -> list[fx.Node]:
+        """Build the heads of one value of a module, and return their results: one for each of `ir.tasks`."""
+        heads = []
+        for task in ir.tasks:
+            layout = self.layout or layout_at(ir, value)
+            read, output = value, task.spec
+            if self._share is not None:
+                part = part_of(ir, owner, value, task, self._share, layout)
+                read, output = part.read, part.output
+            if self.head == LENS:
+                head = lens(ir, owner, read, value)
+            else:
+                network = self._build(ir, owner, read, task, output, layout)
+                of_task = "_" + re.sub(r"\W+", "_", task.name) if len(ir.tasks) > 1 else ""
+                path = ir.add_module(f"{owner}_head_{value.name}{of_task}", network)
+                head = ir.call(owner, path, read, role="head")
+            head.meta.update(given=not isinstance(self.head, str) or self.head == LENS, reads=read)
+            heads.append(head)
+        return heads
 
     @property
     def _share(self) -> float | None:

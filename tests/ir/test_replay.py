@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import networkx as nx
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 import locc
 from locc.ir import TrainingGraph
+from locc.ir.order import dependencies
 from locc.testing import assert_lowered
 from rules import Rule, finish, mean_square, sent
 from support import batch, compiled, mlp, sgd
@@ -107,27 +109,29 @@ class InPlace(nn.Module):
         return self.third(torch.tanh(h))
 
 
-def replayed(ir: TrainingGraph) -> None:
-    owner = ir.last.name
-    (boundary,) = ir.boundaries(consumer=owner)
-    other = ir.emit(owner, torch.neg, boundary.entry)
-    (output,) = ir.replay(owner, {boundary.entry: other}, [ir.output], "replay")
-    ir.objective(owner, ir.emit(owner, mean_square, output), "size")
-    finish(ir, owner)
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_replay_changes_in_place_what_the_forward_does_and_moves_buffers_if_asked(moves: bool) -> None:
+    def replayed(ir: TrainingGraph) -> None:
+        owner = ir.last.name
+        (boundary,) = ir.boundaries(consumer=owner)
+        other = ir.emit(owner, torch.neg, boundary.entry)
+        (output,) = ir.replay(owner, {boundary.entry: other}, [ir.output], "replay", moves=moves)
+        ir.objective(owner, ir.emit(owner, mean_square, output), "size")
+        finish(ir, owner)
 
-
-def test_a_replay_changes_in_place_what_the_forward_does_and_leaves_buffers_alone():
     model = InPlace().double()
     program = compiled(model, Rule(replayed), ["first"], optimizer=sgd(0.1))
+    _, again = [node for node in program.ir.graph.nodes if node.target == "add_"]
+    assert nx.has_path(dependencies(program.ir.graph), program.ir.output, again) == moves
     x, y = batch(dtype=torch.float64)
     for step in (1, 2):
         with torch.no_grad():
             h = model.second(-model.first(x))
             h[:, 0] = 0.5
-            h[:, 1:3] *= step + 1
+            h[:, 1:3] *= 2 * step if moves else step + 1
             wanted = mean_square(model.third(torch.tanh(h)))
         report = program.step(x, y)
-        assert float(model.count) == step
+        assert float(model.count) == (2 * step if moves else step)
         assert float(report.objectives["output.size"]) == pytest.approx(float(wanted), abs=1e-12)
 
 

@@ -25,9 +25,13 @@ class AltMin(Method):
     energy of the codes, and the inner steps diverge once rate x curvature is above
     2 (1 + momentum) / (1 + 2 momentum) = 1.36.
 
+    As in that code, BatchNorm's statistics move with each forward of a step: those of the first module twice
+    (to make codes, and to learn), of the others once more with each inner step on the codes that they read.
+    One thing differs: here a code is pulled to its first value, as in the paper; in that code the pull has no
+    gradient, for the first value is a clone on the same tape.
+
     With memory=True the hidden weights are set by coordinate descent on running sums of all codes so far, as
-    the released code's second variant does; its networks have no BatchNorm. One thing differs from that code:
-    BatchNorm's statistics move once in a step, not with each of its forwards.
+    the released code's second variant does; its networks have no BatchNorm.
     """
 
     family: ClassVar[str] = "auxiliary variables"

@@ -129,10 +129,10 @@ class InnerSteps(Pass):
             return ir.emit(owner, function, *args, role="energy")
 
         if owner == ir.last.name:
-            (output,) = ir.replay(owner, moved, [ir.output], role="replay")
+            (output,) = ir.replay(owner, moved, [ir.output], role="replay", moves=True)
             terms = [scalar(operator.truediv, ir.loss_of(owner, output, "energy"), mu)]
         else:
-            found = ir.replay(owner, moved, [b.value for b in coded(ir, owner)], role="replay")
+            found = ir.replay(owner, moved, [b.value for b in coded(ir, owner)], role="replay", moves=True)
             terms = [scalar(functional.mse_loss, f, t) for f, t in zip(found, targets, strict=True)]
         terms += [scalar(functional.mse_loss, leaf, b.entry) for b, leaf in zip(entries, leaves, strict=True)]
         if self.lambda_c:

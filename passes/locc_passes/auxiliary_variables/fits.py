@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from locc.ir import TensorSpec, TrainingGraph, owned_tensor, strip
+from locc.ir import TensorSpec, TrainingGraph, node_tensors, owned_tensor, strip
 from locc.rewrite import Pass, add_all, spec_of
 from locc_passes.auxiliary_variables.codes import code_of, coded, mean_abs
 
@@ -54,7 +54,11 @@ class FitCodes(Pass):
     def _run(
         ir: TrainingGraph, owner: str, codes: dict[fx.Node, fx.Node], wanted: list[fx.Node]
     ) -> list[fx.Node]:
-        return ir.replay(owner, codes, wanted, role="replay") if codes else wanted
+        """Run the owner's forward on codes; on the data once more only where that moves statistics."""
+        held = (t for n in ir.nodes(owner) for _, t in node_tensors(ir.root, n))
+        if codes or any(not isinstance(t, nn.Parameter) for t in held):
+            return ir.replay(owner, codes, wanted, role="replay", moves=True)
+        return wanted
 
     def _sparsity(self, ir: TrainingGraph, owner: str) -> list[fx.Node]:
         if not self.lambda_w:

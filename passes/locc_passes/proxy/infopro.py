@@ -14,7 +14,19 @@ from torch import Tensor, fx, nn
 from locc.errors import MethodError, nearest
 from locc.ir import BatchDim, TensorSpec, TrainingGraph
 from locc.nn import build_decoder, build_head, supervised_contrast
-from locc.rewrite import CLASS_IDS, LossLike, Method, OptimizerSpec, OutputLoss, Pass, Recipe, own_target
+from locc.rewrite import (
+    CLASS_IDS,
+    POSITIONS,
+    RANK,
+    AttachHeads,
+    LossLike,
+    Method,
+    OptimizerSpec,
+    OutputLoss,
+    Pass,
+    Recipe,
+    own_target,
+)
 from locc_passes.proxy.terms import HeadTerm, LocalTerm, one_label_a_row
 
 TASKS = ("softmax", "contrast")
@@ -122,8 +134,9 @@ class InfoPro(Method):
     T the user's loss of a head (task="softmax") or the supervised contrast of its features
     (task="contrast"); both weights are linear in k. The last module has the user's loss. As published, R is
     the binary cross-entropy with the image in [0, 1]: `mean` and `std` say how the inputs were normalised
-    (0 and 1: not at all). Unless they are given, R is the mean square distance to the input as it is. Wang
-    et al., "Revisiting locally supervised learning" (ICLR 2021), and its released code.
+    (0 and 1: not at all). Unless they are given, R is the mean square distance to the input as it is. With
+    `positions`, T reads some of them and R all. Wang et al., "Revisiting locally supervised learning" (ICLR
+    2021), and its released code.
     """
 
     family: ClassVar[str] = "proxy"
@@ -162,6 +175,8 @@ class InfoPro(Method):
         default=12,
         metadata={"help": "hidden channels of image decoders", "range": (4, 64), "scale": "log"},
     )
+    positions: float | None = field(default=None, metadata=POSITIONS)
+    rank: int | None = field(default=None, metadata=RANK)
     local_loss: LossLike | None = field(
         default=None,
         metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
@@ -183,11 +198,16 @@ class InfoPro(Method):
         if any(r + w == 0 for r, w in zip(self.reconstruction, self.weight, strict=True)):
             raise MethodError("reconstruction and weight are both 0 for a module, which nothing would train")
         if self.task == "contrast":
+            if self.positions is not None or self.rank is not None:
+                raise MethodError(
+                    "positions= and rank= are of task='softmax', whose heads predict; leave them out"
+                )
             object.__setattr__(self, "target", (CLASS_IDS,))
 
     def passes(self) -> Sequence[Pass]:
         """Return the two terms, and the loss at the output."""
-        term: LocalTerm = HeadTerm("head", self.weight, "infopro", self.local_loss)
+        heads = AttachHeads("infopro", positions=self.positions, rank=self.rank)
+        term: LocalTerm = HeadTerm("head", self.weight, heads, self.local_loss)
         if self.task == "contrast":
             term = Contrast("contrast", self.weight, temperature=self.temperature)
         loss = ImageLoss(self.mean, self.std)

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor, fx, nn
 
-from locc.ir import Phase, Task, TrainingGraph
-from locc.nn import build_head
+from locc.ir import Phase, TrainingGraph
 from locc.rewrite import (
+    AttachHeads,
     LossLike,
     Pass,
     add_all,
@@ -22,7 +22,6 @@ from locc.rewrite import (
     layout_at,
     local_modules,
     local_values,
-    output_layout,
     own_target,
     prediction_spec,
     spec_of,
@@ -86,31 +85,25 @@ class LocalTerm(Pass):
         owner: str,
         value: fx.Node,
         made: Callable[..., nn.Module],
-        task: Task | None = None,
     ) -> fx.Node:
         """Return the result of an auxiliary network of a value; `made` takes (boundary, output, layout=)."""
         make = partial(made, layout=layout_at(ir, value))
-        network = build(make, owner, spec_of(value), (task or ir.tasks[0]).spec)
-        of_task = f"_{ir.tasks.index(task)}" if task is not None and len(ir.tasks) > 1 else ""
-        path = ir.add_module(f"{owner}_{self.name}_{value.name}{of_task}", network)
+        network = build(make, owner, spec_of(value), ir.tasks[0].spec)
+        path = ir.add_module(f"{owner}_{self.name}_{value.name}", network)
         return ir.call(owner, path, value, role=self.name)
 
 
 @dataclass(frozen=True)
 class HeadTerm(LocalTerm):
-    """The user's loss of an auxiliary head, of a kind of `locc.nn.build_head`."""
+    """The user's loss, or another, of auxiliary heads."""
 
     name: str = "head"
-    kind: str = "linear"
+    heads: AttachHeads = field(default_factory=AttachHeads)
     loss: LossLike | None = field(default=None)
 
     def term(self, ir: TrainingGraph, owner: str, value: fx.Node) -> fx.Node:
         """Return the loss of the results of a head for each task."""
-        heads = []
-        for task in ir.tasks:
-            make = partial(build_head, kind=self.kind, output_layout=output_layout(ir, task))
-            heads.append(self.network(ir, owner, value, make, task))
-        return head_loss(ir, heads, self.loss)
+        return head_loss(ir, self.heads.attach(ir, owner, value), self.loss)
 
 
 @dataclass(frozen=True)

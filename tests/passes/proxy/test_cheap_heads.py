@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import locc
 from locc.losses import cross_entropy
-from locc.runtime.streams import seed_all, stream
-from support import batch, everything, mlp, same, sgd, snapshot
+from support import batch, drawn, everything, mlp, same, sgd, snapshot
 
 WORDS, LENGTH = 11, 12
 
@@ -23,7 +22,7 @@ class LM(nn.Module):
     def __init__(self, *, axis: int = 2, folded: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed = nn.Embedding(WORDS, 8)
+        self.embed: nn.Module = nn.Embedding(WORDS, 8)
         self.a, self.b = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
         self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, WORDS)
         self.axis, self.folded = axis, folded
@@ -37,14 +36,6 @@ def tokens(seed: int, samples: int = 3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randint(WORDS, (2, samples, LENGTH), generator=generator)
     return x, y
-
-
-def drawn(step: int, node: str, share: float, y: Tensor) -> Tensor:
-    """Positions by the random stream of a node; those where nobody has a class come last."""
-    with torch.random.fork_rng():
-        seed_all(stream(0, step, node))
-        keys = torch.rand(LENGTH) + (y == -100).all(0)
-    return keys.argsort()[: round(share * LENGTH)].sort().values
 
 
 def numbers(output: Tensor, target: Tensor) -> Tensor:
@@ -138,22 +129,33 @@ def same_numbers(one: nn.Module, other: nn.Module) -> bool:
     return True
 
 
-def test_positions_are_drawn_anew_and_resume_and_every_schedule_have_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "share"), [("dgl", {"head": "sr"}), ("infopro", {"positions": 0.25})])
+def test_positions_are_drawn_anew_and_resume_and_every_schedule_have_them(
+    method: str, share: dict[str, Any], tmp_path: Path
+) -> None:
+    def data(step: int) -> tuple[Tensor, Tensor]:
+        x, y = tokens(step)
+        return (x if method == "dgl" else F.one_hot(x, WORDS).float()), y
+
     def program(**options: Any) -> locc.Program:
-        return locc.compile(LM(), "dgl", ["a", "b"], head="sr", example_inputs=X, seed=0, **options)
+        model = LM()
+        if method == "infopro":  # it reconstructs numbers
+            model.embed = nn.Linear(WORDS, 8)
+        example = data(0)[0]
+        return locc.compile(model, method, ["a", "b"], example_inputs=example, seed=0, **share, **options)
 
     whole = program()
     for step in range(4):
-        whole.step(*tokens(step))
+        whole.step(*data(step))
         if step == 1:
             whole.save(tmp_path / "half.safetensors")
     resumed = program()
     resumed.load(tmp_path / "half.safetensors")
     for step in (2, 3):
-        resumed.step(*tokens(step))
+        resumed.step(*data(step))
     assert same(everything(whole), everything(resumed))
     wave = program(schedule="wave", batches=4)
-    wave.fit([tokens(step) for step in range(4)], epochs=1, progress=False)
+    wave.fit([data(step) for step in range(4)], epochs=1, progress=False)
     assert same(snapshot(whole.model), snapshot(wave.model))
     node = whole.ir.nodes("a", "positions")[0].name
     assert len({tuple(drawn(step, node, 0.25, tokens(step)[1]).tolist()) for step in range(4)}) > 1

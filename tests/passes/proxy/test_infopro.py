@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from locc.ir import BatchDim, TensorSpec
 from locc.nn import build_decoder, build_head, supervised_contrast
 from locc_passes.proxy.infopro import ImageLoss
 from locc_passes.proxy.terms import between
-from support import compiled, sgd
+from support import compiled, drawn, sgd
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "infopro.npz"
 B = BatchDim()
@@ -78,11 +79,24 @@ def images() -> tuple[nn.Module, Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("task", ["softmax", "contrast"])
-def test_a_step_equals_the_formulas(task: str) -> None:
-    """Module k descends lambda1 BCE(decoder(h_k), x std + mean) + lambda2 T; the last the loss alone."""
-    model, x, y = images()
-    mean, std = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)
+def sequences() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)]
+    x = torch.randn(5, 8, 4, dtype=torch.float64)
+    return nn.Sequential(*layers).double(), x, torch.randint(3, (5, 8))
+
+
+@pytest.mark.parametrize(
+    "options", [{"task": "softmax"}, {"task": "contrast"}, {"positions": 0.5}, {"positions": 0.5, "rank": 2}]
+)
+def test_a_step_equals_the_formulas(options: dict[str, Any]) -> None:
+    """Module k descends lambda1 BCE(decoder(h_k), x std + mean) + lambda2 T; the last the loss alone.
+
+    T reads h_k, or a part of its positions.
+    """
+    share, task = options.get("positions"), options.get("task", "softmax")
+    model, x, y = sequences() if share else images()
+    mean, std = (0.5, 0.2) if share else ((0.5, 0.4, 0.6), (0.2, 0.25, 0.3))
     shift, scale = (torch.tensor(v, dtype=x.dtype).view(-1, 1, 1) for v in (mean, std))
     x = (torch.rand_like(x) - shift) / scale
     program = locc.compile(
@@ -91,11 +105,12 @@ def test_a_step_equals_the_formulas(task: str) -> None:
         ["0", "1"],
         example_inputs=x,
         optimizer=sgd(0.1),
-        task=task,
+        seed=0,
         mean=mean,
         std=std,
         reconstruction=(3.0, 1.0),
         weight=(0.5, 2.0),
+        **options,
     )
     before = {k: v.clone() for k, v in program.root.state_dict().items()}
     aux, h, expected = dict(program.root.aux.named_children()), x, {}
@@ -103,16 +118,24 @@ def test_a_step_equals_the_formulas(task: str) -> None:
     program.train()
     for k, layer in enumerate(model):
         h = layer(h.detach())
-        loss = F.cross_entropy(h, y) if k == 2 else h.new_zeros(())
+        loss = F.cross_entropy(h.flatten(0, -2), y.flatten()) if k == 2 else h.new_zeros(())
         parts = [layer]
         if k < 2:
             networks = [
                 next(m for n, m in aux.items() if n.startswith(f"{k}_{what}"))
                 for what in ("reconstruction", kind)
             ]
+            read, labels = h, y
+            if share:
+                at = drawn(0, program.ir.nodes(str(k), "positions")[0].name, share, y)
+                read, labels = h[:, at], y[:, at]
+            if rank := options.get("rank"):
+                assert [layer.out_features for layer in networks[1].net[-1]] == [rank, 3]
             image = x * scale + shift
-            decoded, result = networks[0](h), networks[1](h)
-            task_loss = F.cross_entropy(result, y) if task == "softmax" else contrast_by_hand(result, y)
+            decoded, result = networks[0](h), networks[1](read)
+            task_loss = F.cross_entropy(result.flatten(0, -2), labels.flatten())
+            if task == "contrast":
+                task_loss = contrast_by_hand(result, y)
             loss = (3.0, 1.0)[k] * -(image * decoded.log() + (1 - image) * (1 - decoded).log()).mean()
             loss = loss + (0.5, 2.0)[k] * task_loss
             parts += networks
@@ -157,6 +180,8 @@ def test_what_cannot_be_is_refused() -> None:
     for options, message in (
         ({"mean": 0.5}, "both mean and std"),
         ({"task": "soft"}, "softmax"),
+        ({"task": "contrast", "rank": 2}, "of task='softmax'"),
+        ({"positions": 0.5}, "a head on a part of the positions needs a sequence"),
         ({"reconstruction": (0.0, 1.0), "weight": (0.0, 1.0)}, "nothing would train"),
         ({"weight": (1.0, -1.0)}, "two weights of 0 or more"),
     ):
