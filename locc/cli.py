@@ -173,7 +173,7 @@ def inspect(
     found = examine(
         network,
         method,
-        splits_of(splits),
+        splits_of(splits, batch_size),
         loss=loss_of(loss),
         tied=tied,
         prediction=prediction,
@@ -215,8 +215,8 @@ def train(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="lockstep, sequential (one module after the other), wave (8 batches each) or replay; "
-            "default: lockstep, or the method's own"
+            help="lockstep, sequential (one module after the other), wave (8 batches each), replay, or "
+            "pipelined (`torchrun -m locc train ...`); default: lockstep, or the method's own"
         ),
     ] = None,
     features: Annotated[
@@ -230,6 +230,15 @@ def train(
         str | None, typer.Option(help="keep what does not train now in files (disk, a folder)")
     ] = None,
     clip: Annotated[float | None, typer.Option(help="largest gradient norm of a module")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="a further argument of locc.compile, such as backend=inductor, batches=16 or "
+            "update=in_backward; may be given several times",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     input_shape: ShapeOption = None,
@@ -248,7 +257,15 @@ def train(
     import torch
 
     from locc import compile
-    from locc.commands.loading import data_of, load_model, loss_of, placed, recipe_of, splits_of
+    from locc.commands.loading import (
+        data_of,
+        load_model,
+        loss_of,
+        placed,
+        recipe_of,
+        settings_of,
+        splits_of,
+    )
 
     if data is None:
         raise MisuseError(
@@ -260,10 +277,11 @@ def train(
     torch.manual_seed(seed)
     loaders = data_of(data, batch_size, seed, input_shape, loss)
     assert loaders is not None
+    further = settings_of(set_ or (), {*ctx.params, "model", "example_inputs"})
     program = compile(
         placed(load_model(model)[0], device),
         method,
-        splits_of(splits),
+        splits_of(splits, batch_size),
         loss=loss_of(loss),
         tied=tied,
         prediction=prediction,
@@ -277,6 +295,7 @@ def train(
         clip=clip,
         seed=seed,
         cache=cache,
+        **further,
         **method_options(ctx),
     )
     out().print(Text(f"trains with {program.built.training}"), soft_wrap=True)
@@ -431,8 +450,8 @@ def _compiled(
     network, own = load_model(model)
     example = inputs_of(data, shapes, dtype, batch_size, own)
     return compile(
-        network, method, splits_of(splits), loss=loss_of(loss), tied=tied, seed=seed, verify=False,
-        prediction=prediction, dynamic=_free(dynamic), example_inputs=example, cache=cache,
+        network, method, splits_of(splits, batch_size), loss=loss_of(loss), tied=tied, seed=seed,
+        verify=False, prediction=prediction, dynamic=_free(dynamic), example_inputs=example, cache=cache,
         **method_options(ctx),
     )  # fmt: skip
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from locc import registry
+from locc.budget import MemoryBudget, fit
 from locc.commands.flags import MisuseError
-from locc.compiler import Splits
+from locc.compiler import Splits, compile
 from locc.errors import nearest
 from locc.losses import MODEL
 from locc.recipes import OPTIMIZERS, OptimizerSpec, Recipe
@@ -218,11 +222,39 @@ def example_of(shapes: Sequence[str], dtype: str, batch: int) -> Any:
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
-def splits_of(text: str) -> Splits:
-    """Read the value of --splits."""
+def splits_of(text: str, batch: int = 1) -> Splits | MemoryBudget:
+    """Read the value of --splits; a budget is for steps of so many samples."""
     if text.strip().isdigit():
         return int(text)
+    if re.fullmatch(r"\s*[\d.]+\s*[KMGT]?i?B\s*", text):
+        return fit(memory=text, batch=batch)
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def settings_of(texts: Iterable[str], elsewhere: Iterable[str]) -> dict[str, Any]:
+    """Read the values of --set: further arguments of `locc.compile`, each as NAME=VALUE.
+
+    Args:
+        texts: what was given; a value is a Python literal, or else text.
+        elsewhere: the arguments that have flags of their own.
+
+    Raises:
+        MisuseError: there is no such argument, or it has a flag, or none is meant.
+    """
+    own = set(elsewhere)
+    named = [p.name for p in signature(compile).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    known, found = [name for name in named if name not in own], {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if name in own:
+            raise MisuseError(f"--set {text}: give --{name.replace('_', '-')}")
+        if not equals or name not in known:
+            raise MisuseError(f"--set {text}: give NAME=VALUE; {nearest(name, known)}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 def loss_of(text: str) -> Any:

@@ -28,7 +28,8 @@ SplitsOption = Annotated[
     typer.Option(
         "--splits", "-s",
         help="cut after these submodules: names or globs with commas between them; or the number of modules "
-        "of balanced cost (a submodule called 3 is written '3,')",
+        "of balanced cost (a submodule called 3 is written '3,'); or 2GiB, say, for the fewest modules whose "
+        "steps of --batch-size keep to that memory",
     ),
 ]  # fmt: skip
 LossOption = Annotated[

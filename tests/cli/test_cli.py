@@ -221,6 +221,9 @@ def test_export(tmp_path: Path) -> None:
         (["train", *MLP, *DIGITS, "--optimizer", "adan"], "nearest: 'adam'"),
         (["train", *MLP, *DIGITS, "--save", "/nowhere/at/all"], "does not exist"),
         (["train", *MLP, *DIGITS, "--device", "gpu"], "--device gpu"),
+        (["train", *MLP, *DIGITS, "--set", "bakend=inductor"], "nearest: 'backend'"),
+        (["train", *MLP, *DIGITS, "--set", "backend"], "give NAME=VALUE"),
+        (["train", *MLP, *DIGITS, "--set", "clip=1"], "give --clip"),
         (["train", *MLP, "--data", f"{MODEL}:number"], "must give a DataLoader"),
         (["inspect", *MLP], "give --input-shape"),
         (["inspect", *MLP, "--input-shape", "a"], "--input-shape a"),
@@ -256,6 +259,31 @@ def test_splits() -> None:
     assert splits_of("3,") == ["3"]
     assert splits_of("a, b.*") == ["a", "b.*"]
     assert splits_of("") == []
+    assert splits_of("2GiB", 64) == locc.fit(memory="2GiB", batch=64)
+
+
+def test_further_arguments_of_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
+    compile = locc.compile
+
+    def noted(*args: Any, **options: Any) -> locc.Program:
+        given.update(options)
+        return compile(*args, **options)
+
+    monkeypatch.setattr(locc, "compile", noted)
+    run(
+        "train",
+        *MLP,
+        *DIGITS,
+        *QUIET,
+        "--epochs",
+        "0",
+        "--set",
+        "accumulate=2",
+        "--set",
+        "update = after_backward",
+    )
+    assert (given["accumulate"], given["update"]) == (2, "after_backward")
 
 
 def test_models_are_found_in_the_working_directory(tmp_path: Path) -> None:
