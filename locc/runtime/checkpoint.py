@@ -15,7 +15,7 @@ import os
 import secrets
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from locc.losses import NAMED
 from locc.runtime.mapped import Stored, read
 from locc.runtime.program import Compiled
 from locc.runtime.progress import Progress
-from locc.runtime.ranks import Ranks, forget
+from locc.runtime.ranks import Ranks, forget, gather, homes, leave
 
 FORMAT = 3
 
@@ -50,40 +50,70 @@ def save(program: Compiled, path: Path) -> None:
     if ranks is None:
         _write(path, *_live(program))
         return
-    program.gather()
-    state, problem = _merged(program, ranks), None
-    if state is not None:
-        try:
-            _write(path, *state)
-        except CheckpointError as error:
-            problem = str(error)
-    problem = ranks.told(problem)
+    program.count()
+    with _on_rank_0(program, ranks):
+        state, problem = _merged(program, ranks), None
+        if state is not None:
+            try:
+                _write(path, *state)
+            except CheckpointError as error:
+                problem = str(error)
+        problem = ranks.told(problem)
     if problem is not None:
         raise CheckpointError(problem)
 
 
+@contextlib.contextmanager
+def _on_rank_0(program: Compiled, ranks: Ranks) -> Iterator[None]:
+    """Let rank 0 have what all ranks hold, and let go of it afterwards."""
+    if not ranks.stale:
+        yield
+        return
+    gather(ranks, program.ir, lead=True)
+    try:
+        yield
+    finally:
+        leave(ranks, program.ir)
+
+
 def _merged(program: Compiled, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return the state of all ranks on rank 0, where the others hand in that of what they train."""
-    tensors, header = _live(program)
-    numbers = {str(i): ranks.answers(owner) for i, owner in enumerate(program.ir.owners)}
+    own = _share(program, ranks)
 
-    def own(name: str) -> bool:
-        kind, number, *_ = name.split("/")
-        return kind not in ("optimizer", "grad") or numbers[number]
+    def wanted(name: str, tensor: Tensor) -> bool:
+        return ranks.leads if name.startswith("state/") else own(name, tensor)
 
-    per_owner = ("optimizers", "schedulers")
-    mine = {n: t for n, t in tensors.items() if n.startswith(("optimizer/", "grad/")) and own(n)}
+    tensors, header = _live(program, wanted)
+    merged = _merged_header(header, ranks)
+    found = ranks.collected({} if ranks.leads else tensors)
+    if found is None or merged is None:
+        return None
+    return tensors | {name: t for theirs in found for name, t in theirs.items()}, merged
+
+
+def _merged_header(header: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
+    """Return the header of all ranks on rank 0, None elsewhere."""
+    parts = ("optimizers", "schedulers")
     found = ranks.collected(
-        (mine, {key: {o: held for o, held in header[key].items() if ranks.answers(o)} for key in per_owner})
+        {key: {o: held for o, held in header[key].items() if ranks.answers(o)} for key in parts}
     )
     if found is None:
         return None
-    tensors = {n: t for n, t in tensors.items() if own(n)}
-    for theirs, parts in found:
-        tensors |= theirs
-        for key in per_owner:
-            header[key] |= parts[key]
-    return tensors, header
+    return header | {key: {o: h for theirs in found for o, h in theirs[key].items()} for key in parts}
+
+
+def _share(program: Compiled, ranks: Ranks) -> Callable[[str, Tensor], bool]:
+    """Return what tells whether this rank is the one to hand in a tensor of the state."""
+    numbers = {str(i): ranks.answers(owner) for i, owner in enumerate(program.ir.owners)}
+    source = homes(ranks, program.ir)
+
+    def own(name: str, tensor: Tensor) -> bool:
+        kind, number, *_ = name.split("/")
+        if kind in ("optimizer", "grad"):
+            return numbers[number]
+        return source[id(tensor)] == ranks.rank if kind == "state" else ranks.leads
+
+    return own
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -121,6 +151,7 @@ def load(program: Compiled, path: Path) -> None:
             stays as it was.
     """
     tensors, header = _read(path)
+    program.gather()
     graph = graph_hash(program)
     if header["graph"] != graph:
         raise CheckpointError(
@@ -213,7 +244,9 @@ def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {n: t.clone() if offload is None else offload.copy(t) for n, t in tensors.items()}, header
 
 
-def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _live(
+    program: Compiled, wanted: Callable[[str, Tensor], bool] = lambda *_: True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in _own(program).items():
         tensors[f"state/{name}"] = tensor
@@ -271,7 +304,7 @@ def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "phases": [phase.name for phase in program.phases],
     }
     # safetensors refuses shared or strided storage; what is neither may not fit in memory twice.
-    found = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    found = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if wanted(n, t)}
     times = Counter(memory_of(t) for t in found.values())
     return {n: t.clone() if times[memory_of(t)] > 1 else t for n, t in found.items()}, header
 
@@ -378,7 +411,6 @@ def _apply(program: Compiled, tensors: Mapping[str, Tensor], header: dict[str, A
             kept = _under(tensors, f"replay/{number}/")
             program.workers(phase).restore(plain, kept, program.device)
     if program.ranks is not None:
-        program.ranks.stale = False
         forget(program.ranks, program.built.learners)
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and program.device.type == "cuda":

@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -350,6 +350,9 @@ class Compiled(nn.Module):
             ranks.place(own, self.ir, stages, self.device)
             ranks.forget(own, self.built.learners)
             self.built.executor.replicas = own.replicas
+            self.built.states = [state for state in self.built.states if own.owns(state.owner)]
+        if not own.stale:
+            ranks.leave(own, self.ir)
         if self.phase not in self.built.shares:
             self.built.shares[self.phase] = program_of(self.ir, plan, own.owners).plan
         share = self.built.shares[self.phase]
@@ -396,6 +399,7 @@ class Compiled(nn.Module):
             RunError: see `step`.
         """
         self.complete(x, FEW)
+        self.whole()
         waves.check(self.ir, self.method, self.built.certificate, "pipelined")
         with self.in_phase():
             costs = self._costs(self.plan(self.phase), self.bind(x, y))
@@ -404,15 +408,21 @@ class Compiled(nn.Module):
     def gather(self) -> None:
         """Bring what the other ranks have trained into this process; every rank calls it.
 
-        Under the schedule "pipelined", after steps made by hand; `fit` and `save` do so themselves. Elsewhere
-        there is nothing to do.
+        Under the schedule "pipelined" a rank holds its own modules alone while it trains; after this, all of
+        them until the next step. `fit` ends with it (see its `gather`). Elsewhere there is nothing to do.
 
         Raises:
             RunError: a rank is gone.
         """
         if self.ranks is not None and self.ranks.stages:
+            ranks.gather(self.ranks, self.ir)
+            self.count()
+
+    def count(self) -> None:
+        """Bring the sums of the other ranks' objectives in the pass under way; every rank calls it."""
+        if self.ranks is not None and self.ranks.stages and self.progress is not None:
             part = self.built.shares.get(self.phase)
-            ranks.gather(self.ranks, self.ir, self.progress, part is not None and part.loss is not None)
+            ranks.count(self.ranks, self.progress, part is not None and part.loss is not None, self.device)
 
     def whole(self) -> None:
         """Refuse to go on where other ranks hold newer parameters than this one.
@@ -420,11 +430,8 @@ class Compiled(nn.Module):
         Raises:
             RunError: they do.
         """
-        if self.ranks is not None and self.ranks.stale:
-            raise RunError(
-                "other ranks have trained their modules since this one has seen them; call program.gather() "
-                "on every rank first"
-            )
+        if self.ranks is not None:
+            self.ranks.check_whole()
 
     def _diagonal(self, phase: str | None) -> Diagonal:
         diagonals = self.built.diagonals
@@ -438,6 +445,17 @@ class Compiled(nn.Module):
             waves.check(self.ir, self.method, self.built.certificate, schedule)
             self.built.parts[phase] = waves.ordered(module_programs(self.ir, self.plan(phase)))
         return self.built.parts[phase]
+
+    def tried(self, x: Any, y: Any) -> Tensor | None:
+        """Evaluate a batch among the ranks, all of which call it; see `locc.losses.judged`.
+
+        Returns:
+            What is known on those ranks that run the last module.
+        """
+        assert self.ranks is not None
+        inputs = self.ir.captured.signature.bind(Inputs.of(self.model, self._move(x)))
+        plainly = replace(self.built.executor, autocast=None, replicas=None, recompute=())
+        return self.ranks.evaluate(plainly, [*inputs, self._move(y)], self.steps)
 
     def bind(self, x: Any, y: Any = None) -> list[Any]:
         """Return the values of a plan's inputs for a batch as `step` takes it, on the model's device.
@@ -525,7 +543,9 @@ class Compiled(nn.Module):
     def _backup(self) -> Callable[[], None]:
         """Return a function that undoes everything a step changes."""
         self._follow_device()
-        tensors = [(t, t.detach().clone()) for t in (*self.root.parameters(), *self.root.buffers())]
+        every = (*self.root.parameters(), *self.root.buffers())
+        here = [t for t in every if self.ranks is None or t not in self.ranks.away]
+        tensors = [(t, t.detach().clone()) for t in here]
         held = [(state, state.value) for _, state in states(self.root)]  # another batch size replaces it
         learners = [learner.backup() for learner in self.built.learners.values()]
 
@@ -580,6 +600,7 @@ class Compiled(nn.Module):
                     raise LoccError(
                         f"the program is compiled for {dtype}; cast the model before compiling it"
                     )
+        self.whole()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         object.__setattr__(self, "_folded", None)  # it holds buffers, which a move replaces
         if self._built is not None:

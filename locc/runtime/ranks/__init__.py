@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from .joint import check_stages, forget, gather, join, place
+from .joint import check_stages, count, forget, gather, homes, join, leave, lent, place
 from .placement import Cost, measured
-from .ranks import END, OVER, PASS, STOP, Ranks
+from .ranks import END, JUDGED, OVER, PASS, STOP, Ranks
 
 __all__ = [
     "END",
+    "JUDGED",
     "OVER",
     "PASS",
     "STOP",
     "Cost",
     "Ranks",
     "check_stages",
+    "count",
     "forget",
     "gather",
+    "homes",
     "join",
+    "leave",
+    "lent",
     "measured",
     "place",
 ]
