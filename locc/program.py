@@ -34,7 +34,7 @@ class Program(Compiled):
 
     def save(self, path: str | Path) -> None:
         """Write everything that training needs to go on bit for bit; see `locc.runtime.checkpoint`."""
-        checkpoint.save(self, Path(path))
+        checkpoint.save(self, path)
 
     def load(self, path: str | Path) -> None:
         """Go on from a saved state; see `locc.runtime.checkpoint`."""

@@ -19,7 +19,7 @@ from locc.callbacks import Callback, Fit, ProgressBar
 from locc.errors import CheckpointError, LoccError
 from locc.facts.traffic import couplings
 from locc.runtime import waves
-from locc.runtime.checkpoint import load, save
+from locc.runtime.checkpoint import exists, load, save
 from locc.runtime.evaluation import batch_of, evaluate
 from locc.runtime.features import Keeping, Storage
 from locc.runtime.history import Epoch, History
@@ -66,9 +66,9 @@ def fit(
         scheduler_interval: when the learning-rate schedulers advance: after each "epoch" (pass) in which
             their module trains, or after each "step" that updates it (every `accumulate`-th).
         resume: False forgets a fit that was cut and starts a new one.
-        checkpoint: a file to write after each pass, as `Program.save` does; `Program.load` in a new process
-            and the same call of `fit` go on from there, also where this process was killed (and train no
-            more where the fit was over).
+        checkpoint: a file or "folder/" to write after each pass, as `Program.save` does; `Program.load` in a
+            new process and the same call of `fit` go on from there, also where this process was killed (and
+            train no more where the fit was over).
         every: write `checkpoint` after so many steps as well; under waves, after the wave that made them.
         gather: of "pipelined", whether every rank has the whole model at the end, and where there are
             callbacks after each pass. False keeps each rank to its own modules; `program.gather()`, called on
@@ -89,14 +89,14 @@ def fit(
     if type(epochs) is not int or epochs < 0:
         raise LoccError(f"epochs={epochs}: give a number of at least 0")
     if every is not None and (type(every) is not int or every < 1 or checkpoint is None):
-        raise LoccError(f"every={every!r}: give a number of steps, at least 1, and the file checkpoint=")
+        raise LoccError(f"every={every!r}: give a number of steps, at least 1, and checkpoint=")
     if not isinstance(loader, Iterable):
         raise LoccError(f"loader must be iterable; found {type(loader).__name__}")
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise LoccError(f"callbacks must be instances of locc.callbacks.Callback; found {callback!r}")
     first = _complete(program, loader)
-    if checkpoint is not None and _restarted() and program.steps == 0 and Path(checkpoint).is_file():
+    if checkpoint is not None and _restarted() and program.steps == 0 and exists(checkpoint):
         load(program, Path(checkpoint))
     resumed = resume and program.progress is not None
     left = _begin(program, loader, epochs, resume)
@@ -108,7 +108,6 @@ def fit(
     training = program.training and program.model.training
     if not training:
         program.train()
-    saved = None if checkpoint is None else Path(checkpoint)
     run = _Fit(
         state,
         loader,
@@ -116,7 +115,7 @@ def fit(
         validation,
         taking_part,
         scheduler_interval == "step",
-        saved,
+        checkpoint,
         every,
         Interrupts(held=ranks is not None),
         _keeping(program),
@@ -255,7 +254,7 @@ class _Fit:
     validation: Iterable[Any] | None
     callbacks: Sequence[Callback]
     stepwise: bool
-    checkpoint: Path | None
+    checkpoint: str | Path | None
     every: int | None
     interrupts: Interrupts
     keeping: Keeping | None

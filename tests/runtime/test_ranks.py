@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import locc
 from locc import CheckpointError, LoccError, MethodError, RunError
 from locc.callbacks import Callback
+from locc.runtime import checkpoint, folder
 from locc.runtime.backends import Eager
 from locc.runtime.ranks import lent
 from locc.runtime.ranks.forecast import forecast
@@ -75,6 +76,12 @@ def fitted(rank: int, method: str, schedule: str, file: str, epochs: int = 2, st
     return program.steps, metrics, {n: t.clone() for n, t in program.state_dict().items()}
 
 
+def stored(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, of a file or a folder."""
+    found = {n: t for part in folder.parts(path) or [path] for n, t in load_file(part).items()}
+    return {name: tensor for name, tensor in found.items() if name != "locc"}
+
+
 USUAL = ("al",)
 
 
@@ -100,12 +107,15 @@ def test_ranks_end_with_the_bits_of_lockstep(method: str, tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_of_some_ranks_goes_on_with_any_number_of_them(tmp_path: Path) -> None:
-    files = [str(tmp_path / name) for name in ("whole", "first", "second", "third")]
+    files = [f"{tmp_path}/{name}" for name in ("whole", "first/", "second", "third/")]
     fitted(0, "dgl", "lockstep", files[0], 4)
     together(3, cut, files[1], 8)  # in the midst of a pass
+    parts = [set(load_file(part)) for part in folder.parts(Path(files[1]))]
+    assert len(parts) == 3
+    assert sum(map(len, parts)) == len(set.union(*parts))  # none writes what another one holds
     together(2, cut, files[2], 14, files[1])
     fitted(0, "dgl", "lockstep", files[3], 4, files[2])
-    assert same(load_file(files[0]), load_file(files[3]))
+    assert same(stored(Path(files[0])), stored(Path(files[3])))
 
 
 class Measured:
@@ -473,7 +483,7 @@ def mortal(rank: int, schedule: str, file: str, victim: int, seconds: float) -> 
     """Train from the last checkpoint on, and return the seconds; `victim` is killed after so many of them."""
     torch.manual_seed(0)
     program = program_of("dgl", schedule)
-    if Path(file).exists():
+    if checkpoint.exists(file):
         program.load(file)
     if rank == victim:
         threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -483,18 +493,28 @@ def mortal(rank: int, schedule: str, file: str, victim: int, seconds: float) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["lockstep", "sequential", "wave", "pipelined"])
-def test_killed_at_any_moment_it_goes_on_with_the_same_bits(schedule: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "end"),
+    [
+        ("lockstep", ""),
+        ("sequential", ""),
+        ("wave", ""),
+        ("pipelined", ""),
+        ("lockstep", "/"),
+        ("pipelined", "/"),
+    ],
+)
+def test_killed_at_any_moment_it_goes_on_with_the_same_bits(schedule: str, end: str, tmp_path: Path) -> None:
     size, whole = 2 if schedule == "pipelined" else 1, str(tmp_path / "whole")
     (span, *_) = together(size, mortal, schedule, whole, -1, 0.0)
     draw = random.Random(schedule)
     died = 0
     for number in range(15):
-        file = str(tmp_path / str(number))
+        file = f"{tmp_path}/{number}{end}"
         found = together(size, mortal, schedule, file, draw.randrange(size), draw.uniform(0.0, span))
         died += any(isinstance(one, Died) for one in found)
         together(size, mortal, schedule, file, -1, 0.0)
-        assert same(load_file(whole), load_file(file)), number
+        assert same(load_file(whole), stored(Path(file))), number
     assert died >= 8
 
 

@@ -182,6 +182,10 @@ class Ranks:
         self._call(lambda: dist.broadcast_object_list(held, src=self._global(0), group=self._calls))
         return held[0]
 
+    def together(self, work: Callable[[dist.ProcessGroup], Any]) -> None:
+        """Run collectives of another library among all ranks; every rank calls it."""
+        self._call(lambda: work(self._calls))
+
     def share(self, tensors: Sequence[tuple[Tensor, int]]) -> None:
         """Set each tensor to what the rank beside it holds; every rank calls it with the same ones.
 
