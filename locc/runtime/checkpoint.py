@@ -302,8 +302,8 @@ def _live(
     if program.progress is not None:
         progress, parts = program.progress.packed()
         tensors |= {f"progress/{name}": tensor for name, tensor in parts.items()}
-    replay = {}
-    for number, (phase, workers) in enumerate(program.built.workers.items()):
+    replay = {}  # not among ranks: what is kept there, and on its way, is none of one moment
+    for number, (phase, workers) in enumerate(program.built.workers.items() if program.ranks is None else ()):
         kept: dict[str, Tensor] = {}
         replay[str(number)] = [phase, workers.packed(kept)]
         tensors |= {f"replay/{number}/{name}": tensor for name, tensor in kept.items()}
@@ -420,7 +420,7 @@ def _apply(program: Compiled, tensors: Mapping[str, Tensor], header: dict[str, A
     program.built.executor.seed = header["seed"]
     program.built.workers.clear()
     for number, (phase, held) in header.get("replay", {}).items():
-        if program.settings.replay is not None:
+        if program.settings.replay is not None and program.ranks is None:
             kept = _under(tensors, f"replay/{number}/")
             program.workers(phase).restore(held, kept, program.device)
     if program.ranks is not None:

@@ -98,6 +98,10 @@ def fit(
     first = _complete(program, loader)
     if checkpoint is not None and _restarted() and program.steps == 0 and exists(checkpoint):
         load(program, Path(checkpoint))
+    if every is not None and program.ranks is not None and program.settings.replay is not None:
+        raise LoccError(
+            f"every={every}: in schedule='replay' ranks meet at the end of a pass alone; leave it out"
+        )
     resumed = resume and program.progress is not None
     left = _begin(program, loader, epochs, resume)
     ranks = program.ranks
@@ -268,6 +272,12 @@ class _Fit:
     def progress(self) -> Progress:
         return self.state.progress
 
+    @property
+    def receives(self) -> bool:
+        """Whether this rank reads no data: it trains, at its own pace, on what the one before it makes."""
+        ranks = self.program.ranks
+        return self.program.settings.replay is not None and ranks is not None and not ranks.leads
+
     def leave_if_asked(self) -> None:
         """Go the way of Ctrl-C where a callback has asked for the end; among ranks, where Ctrl-C came."""
         ranks = self.program.ranks
@@ -316,7 +326,7 @@ class _Fit:
         for callback in self.callbacks:
             callback.on_epoch_start(self.state)
         self._train(one)
-        if progress.batches == 0:
+        if progress.batches == 0 and not self.receives:
             raise LoccError(
                 "the loader yielded no batch; a generator can be iterated only once, use a DataLoader or a "
                 "list"
@@ -348,6 +358,10 @@ class _Fit:
 
     def _train(self, one: Pass) -> None:
         """Train on the batches of the pass that are not done yet, or make the steps of one without data."""
+        if self.receives:
+            while self.program.awaits():
+                self._steps([(None, None)], advance=self.stepwise and one.steps is None)
+            return
         if one.steps is not None:
             self.progress.random.restore(self.loader, self.program.device)
             steps = one.steps - self.progress.batches

@@ -275,6 +275,65 @@ def test_a_replica_that_dies_ends_the_others() -> None:
     ), text
 
 
+def paced(rank: int, file: str, dies: bool) -> Any:
+    """Train three ranks at their own pace; the first one takes its time, or dies after three batches."""
+    options = {"optimizer": lambda ps: torch.optim.Adam(ps, lr=0.01), "example_inputs": batch(4)[0]}
+    program = locc.compile(
+        network(),
+        "dgl",
+        SPLITS,
+        schedule="replay",
+        stages=[["0"], ["1"], ["2", "3"]],
+        timeout=20.0,
+        **options,
+    )
+
+    def steps() -> list[int]:
+        workers = program.workers(None)
+        return [workers.steps[i] for i in workers.own]
+
+    class Late:
+        def __iter__(self) -> Iterator[Any]:
+            for number, one in enumerate(loader()):
+                if dies and number == 3:
+                    time.sleep(1.0)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0.1)
+                yield one
+
+    if dies:
+        with pytest.raises(RunError) as caught:
+            program.fit(Late(), progress=False)
+        return steps(), str(caught.value)
+    with pytest.raises(LoccError, match="every=3: in schedule='replay' ranks meet at the end of a pass"):
+        program.fit(Late(), checkpoint=file, every=3)
+    history = program.fit(Late(), 2, progress=False, validation=[batch(5)], checkpoint=file, gather=False)
+    one = locc.compile(network(), "dgl", SPLITS, schedule="lockstep", **options)
+    one.load(file)
+    assert one.evaluate([batch(5)]) == history.epochs[-1].validation
+    return steps(), program.steps, history.epochs[-1].metrics
+
+
+@pytest.mark.slow
+def test_at_their_own_pace_no_rank_waits_while_it_has_something_to_read(tmp_path: Path) -> None:
+    (first, *_), (second, *_), (third, *_) = every = together(3, paced, f"{tmp_path}/parts/", False)
+    assert first == [12]  # of batches of 4 in 22 samples, twice
+    assert second[0] > 2 * 12  # from what it keeps
+    assert min(third) > 2 * 12
+    assert [found[1:] for found in every] == [every[0][1:]] * 3
+    assert set(every[0][2]) >= {"loss", "0.loss", "1.loss", "2.loss", "3.loss", "validation_loss"}
+
+
+@pytest.mark.slow
+def test_where_the_rank_below_is_dead_training_goes_on_with_what_is_kept(tmp_path: Path) -> None:
+    died, (second, said), (third, also) = together(3, paced, str(tmp_path / "file"), True)
+    assert isinstance(died, Died)
+    assert second == [3 * 10]  # three batches, each read ten times
+    assert third[0] == 30 * 10
+    assert re.search(r"rank 0 \('0'\) is gone .*; rank 1 waited for a batch to train on", str(said)), said
+    assert said == also
+
+
 def by_hand(rank: int) -> Any:
     program = program_of("dgl", "pipelined", rank, stages=[["0", "1"], ["2", "3"]])
     x, y = batch(4)
@@ -376,11 +435,12 @@ def misfit(rank: int, kind: str) -> str:
         options["stages"] = [["0", "1", "2", "3"]]
     if kind == "odd":
         options["replicas"] = 3
+    if kind == "buffer":
+        options |= {"schedule": "replay", "buffer": 0}
     splits = SPLITS[: 0 if kind == "few" else 3]
+    options = {"schedule": "pipelined", "timeout": 20.0} | options
     with pytest.raises(LoccError) as caught:
-        locc.compile(
-            model, "dgl", splits, example_inputs=batch(4)[0], schedule="pipelined", timeout=20.0, **options
-        )
+        locc.compile(model, "dgl", splits, example_inputs=batch(4)[0], **options)
     return str(caught.value)
 
 
@@ -391,6 +451,9 @@ def misfit(rank: int, kind: str) -> str:
         ("few", "2 processes were started, and the program has 1 modules: start at most 1, or split"),
         ("stages", "stages=.* is for 1 ranks, and 2 were started"),
         ("odd", "2 processes were started, and replicas=3 of each .* start a multiple of 3"),
+        pytest.param(
+            "buffer", "buffer=0 trains in lock-step, and 2 processes were started", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(kind: str, said: str) -> None:
@@ -413,8 +476,11 @@ def test_alone_it_trains_as_lockstep() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"stages": [["first"]]}, "stages= is of schedule='pipelined', and schedule='lockstep' was asked"),
-        ({"timeout": 3.0}, "timeout= is of schedule='pipelined'"),
+        (
+            {"stages": [["first"]]},
+            "stages= is of schedule='pipelined' and 'replay', and schedule='lockstep' was",
+        ),
+        ({"timeout": 3.0}, "timeout= is of schedule='pipelined' and 'replay'"),
         ({"schedule": "pipelined", "timeout": 0}, "timeout=0: give seconds"),
         ({"replicas": 2}, "replicas= is of schedule='pipelined'"),
         ({"schedule": "pipelined", "replicas": 0}, "replicas=0: give how many ranks"),

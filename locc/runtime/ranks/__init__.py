@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .joint import check_stages, count, forget, gather, homes, join, leave, lent, place
+from .pace import Pace
 from .placement import Cost, measured
 from .ranks import END, JUDGED, OVER, PASS, STOP, Ranks
 
@@ -13,6 +14,7 @@ __all__ = [
     "PASS",
     "STOP",
     "Cost",
+    "Pace",
     "Ranks",
     "check_stages",
     "count",

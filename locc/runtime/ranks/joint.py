@@ -119,12 +119,25 @@ def gather(ranks: Ranks, ir: TrainingGraph, lead: bool = False) -> None:
             ranks.guards.pop().remove()
 
 
-def count(ranks: Ranks, progress: Progress, loss_here: bool, device: torch.device) -> None:
-    """Take over the sums of the objectives that the other ranks compute; all ranks call it."""
+def count(ranks: Ranks, progress: Progress, steps: int, loss_here: bool, device: torch.device) -> int:
+    """Take over the sums of the objectives that the other ranks compute; all ranks call it.
+
+    Where each has trained on as many batches as it could, these count as sums over those of rank 0.
+
+    Returns:
+        The steps of rank 0.
+    """
     own = {n: v.cpu() for n, v in progress.sums.items() if _counts(ranks, n, loss_here)}
-    found = {n: v for theirs in ranks.gathered(own) for n, v in theirs.items()}
+    every = ranks.gathered((own, progress.batches, steps))
+    _, progress.batches, steps = every[0]
+    found = {
+        n: v if batches == progress.batches else v * (progress.batches / batches)
+        for theirs, batches, _ in every
+        for n, v in theirs.items()
+    }
     first = {"loss": found["loss"]} if "loss" in found else {}
     progress.sums = {n: v.to(device) for n, v in (first | found).items()}
+    return steps
 
 
 def homes(ranks: Ranks, ir: TrainingGraph) -> dict[int, int]:

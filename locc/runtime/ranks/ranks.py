@@ -263,7 +263,7 @@ class Ranks:
     def _among(self, wait: Callable[[Callable[[], None]], None]) -> None:
         """Wait for the other ranks of the stage."""
         beside = [self._rank(self.stage, c) for c in range(self.width) if c != self.column]
-        look = self._idle("its share of a mean")
+        look = self.idle("its share of a mean")
         who = self._named(beside[0]) if len(beside) == 1 else f"one of the ranks {beside}"
         self._call(lambda: wait(lambda: look(beside[0])), f"{who} is gone at step {self.at}")
 
@@ -314,8 +314,8 @@ class Ranks:
             RunError: they do not, or another rank has stopped.
             KeyboardInterrupt: rank 0 says so.
         """
-        self.at, self.stale = step, len(self.stages) > 1
-        self._opened().begin(self._clock, self._idle("room for what it sends"))
+        self.at = step
+        self._opened().begin(self._clock, self.idle("room for what it sends"))
         self.follow(word, step, _digest(batch))
         self._clock += 1
 
@@ -357,7 +357,7 @@ class Ranks:
             for rank in range(1, self.size):
                 links.send(rank, "", (word, digest))
             return
-        said, seen = links.receive(0, "", self._idle("rank 0's next batch"))
+        said, seen = links.receive(0, "", self.idle("rank 0's next batch"))
         if said == STOP:
             raise KeyboardInterrupt
         if said != word:
@@ -372,6 +372,12 @@ class Ranks:
                 "what shuffles alike"
             )
 
+    def called(self) -> bool:
+        """Whether rank 0 has said what comes next."""
+        links = self._opened()
+        links.at(self._clock)
+        return links.has_arrived(0, "")
+
     def send(self, instruction: Send, value: Any) -> None:
         """Hand a value to the ranks that read it; returns at once."""
         for stage in dict.fromkeys(self.homes[owner] for owner in instruction.to):
@@ -384,7 +390,7 @@ class Ranks:
             RunError: a rank has stopped, or says nothing for too long.
         """
         source = self._rank(self.homes[instruction.source], self.column)
-        return self._opened().receive(source, instruction.value, self._idle(f"'{instruction.value}'"))
+        return self._opened().receive(source, instruction.value, self.idle(f"'{instruction.value}'"))
 
     def _opened(self) -> Links:
         if self._links is None or self.failed:
@@ -419,7 +425,8 @@ class Ranks:
             sys.stdout.flush()
             os._exit(1)  # a rank hangs, and nothing else lets go of a receive from it
 
-    def _idle(self, what: str) -> Callable[[int], None]:
+    def idle(self, what: str) -> Callable[[int], None]:
+        """Return what to call now and then, with the rank that is waited for, in a wait that begins now."""
         return partial(self._wait, time.monotonic(), what)
 
     def _wait(self, started: float, what: str, rank: int) -> None:
