@@ -161,7 +161,7 @@ def compile(
             gradients and objectives are means over the whole, weighted by samples, and buffers those of the
             first share, as with `DistributedDataParallel`. The loss has to be a mean over samples; what
             compares samples (BatchNorm, similarities) sees those of a share.
-        timeout: of "pipelined" and "replay", seconds after which a silent rank counts as lost, by default 600.
+        timeout: of "pipelined" and "replay", seconds after which a silent rank is lost, 600 by default.
         backend: "eager"; or "inductor": `torch.compile` compiles each module's code, forward and backward,
             when it first runs, and once more when sizes vary (on the CPU this needs a C++ compiler). What it
             cannot compile runs eagerly, and is logged; `program.backend_report` lists it with the reason.
