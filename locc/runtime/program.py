@@ -346,6 +346,8 @@ class Compiled(nn.Module):
         self.ranks, built.executor.seed = ranks.join(
             built.ir, timeout, settings.replicas or 1, self.steps, built.executor.seed
         )
+        if self.ranks is not None and settings.offload is not None:
+            self.ranks.away = ranks.Away(settings.offload)
         if self.ranks is not None and settings.stages is not None:
             ranks.check_stages(built.ir, settings.stages, self.ranks)
         if self.ranks is not None and settings.replay is not None and not settings.replay.buffer:

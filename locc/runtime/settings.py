@@ -159,11 +159,6 @@ class Settings:
                 f"offload={str(self.offload)!r} is for training that does not fit in memory, and atomic=True "
                 "keeps a copy of everything there during a step; leave one of them out"
             )
-        if self.schedule == "pipelined":
-            raise LoccError(
-                f"offload={str(self.offload)!r} is for training in one process, and schedule='pipelined' "
-                "is for several; leave one of them out"
-            )
 
     def _check_replay(self) -> None:
         if self.replay is not None and self.schedule != "replay":

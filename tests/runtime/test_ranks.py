@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import locc
-from locc import CheckpointError, LoccError, MethodError, RunError
+from locc import CheckpointError, LoccError, MethodError, RunError, files
 from locc.callbacks import Callback
 from locc.runtime import checkpoint, folder
 from locc.runtime.backends import Eager
-from locc.runtime.ranks import lent
+from locc.runtime.ranks import Away, lent
 from locc.runtime.ranks.forecast import forecast
 from locc.runtime.ranks.placement import Cost, shared_out
 from runtime.processes import Died, together
@@ -136,10 +136,10 @@ def held(program: locc.Program) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def apart(rank: int, file: str) -> Any:
+def apart(rank: int, file: str, offload: str | None) -> Any:
     """As `fitted`, where each rank keeps to its modules until the end; return what it held."""
     torch.manual_seed(rank)
-    program = program_of("dgl", "pipelined", rank, stages=[["0"], ["1"], ["2", "3"]])
+    program = program_of("dgl", "pipelined", rank, stages=[["0"], ["1"], ["2", "3"]], offload=offload)
     every = held(program)
     training, validation = Measured(program, loader()), Measured(program, [batch(5)])
     history = program.fit(
@@ -167,14 +167,37 @@ def apart(rank: int, file: str) -> Any:
     return found, own, [epoch.metrics for epoch in history.epochs], state
 
 
-def test_a_rank_holds_the_parameters_of_its_modules_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", [None, pytest.param("disk", marks=pytest.mark.slow)])
+def test_a_rank_holds_the_parameters_of_its_modules_alone(offload: str | None, tmp_path: Path) -> None:
     one, three = str(tmp_path / "one"), str(tmp_path / "three")
     _, metrics, state = fitted(0, "dgl", "lockstep", one)
-    for bytes_held, own, found, left in together(3, apart, three):
+    for bytes_held, own, found, left in together(3, apart, three, offload):
         assert bytes_held == {own + 4}  # one number stands for all the others
         assert found == metrics
         assert same(left, state)
     assert same(load_file(one), load_file(three))
+
+
+@pytest.mark.parametrize("filed", [False, True])
+def test_what_was_away_returns_to_where_it_was(filed: bool, tmp_path: Path) -> None:
+    whole, kept = torch.rand(64, 64), torch.rand(4)
+    part, alias, number = whole.t()[1:], kept[1:3], torch.rand(())
+    before = (whole.shape, whole.stride()), (part.shape, part.stride(), part.storage_offset())
+    if filed:
+        files.move(tmp_path, [whole, part])
+    away = Away(tmp_path)
+    away.leave([whole, part, alias, number], [kept])
+    assert whole in away
+    assert part in away
+    assert whole.untyped_storage().nbytes() == 4
+    assert part.isnan().all()
+    assert alias not in away  # in the memory of what is kept
+    assert number not in away  # what stands for it would be as large
+    away.back()
+    assert before == ((whole.shape, whole.stride()), (part.shape, part.stride(), part.storage_offset()))
+    assert files.in_file(whole.untyped_storage()) is filed
+    whole.fill_(2.0)
+    assert (part == 2.0).all()
 
 
 def test_what_inference_reads_elsewhere_than_it_trains_is_lent() -> None:

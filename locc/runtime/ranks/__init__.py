@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .away import Away
 from .joint import check_stages, count, forget, gather, homes, join, leave, lent, place
 from .pace import Pace
 from .placement import Cost, measured
@@ -13,6 +14,7 @@ __all__ = [
     "OVER",
     "PASS",
     "STOP",
+    "Away",
     "Cost",
     "Pace",
     "Ranks",

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from locc import files
+from locc.files import Place
 from locc.ir.memory import memory_of
 
 
 @dataclass(frozen=True)
 class _Lot:
-    """Tensors that lay in one storage, each with its offset, shape and strides."""
+    """Tensors that lay in one storage, perhaps a file, each with its offset, shape and strides."""
 
     size: int
+    in_file: bool
     tensors: list[tuple[Tensor, int, torch.Size, tuple[int, ...]]]
 
 
@@ -28,7 +31,9 @@ class Away:
     tensor, or to add to it, raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place = files.DISK) -> None:
+        """Start with nothing away; what was in a file returns to one in this place."""
+        self._place = place
         self._lots: list[_Lot] = []
         self._ids: set[int] = set()
         self._stubs: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -45,7 +50,8 @@ class Away:
                 lying.setdefault(memory_of(tensor), []).append(tensor)
         for held in lying.values():
             places = [(t, int(t.storage_offset()), t.shape, t.stride()) for t in held]
-            self._lots.append(_Lot(held[0].untyped_storage().nbytes(), places))
+            storage = held[0].untyped_storage()
+            self._lots.append(_Lot(storage.nbytes(), files.in_file(storage), places))
             self._ids.update(map(id, held))
             for tensor in held:
                 tensor.data = self._stub(tensor).expand(tensor.shape)
@@ -57,6 +63,8 @@ class Away:
             storage = torch.UntypedStorage(lot.size, device=lot.tensors[0][0].device)
             for tensor, *place in lot.tensors:
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, *place)
+            if lot.in_file:
+                files.move(self._place, [tensor for tensor, *_ in lot.tensors])
         self._ids.clear()
 
     def _stub(self, tensor: Tensor) -> Tensor:
