@@ -141,8 +141,9 @@ def compile(
             (each module is trained to the end, then frozen); "wave" (each module trains on `batches` batches
             before the next one starts); "pipelined" (modules train at the same time in the processes that
             `torchrun` starts with one script, without a backward wave); or "replay" (each module trains at
-            its own pace, on what it has kept of the one below). "wave" and "pipelined" end with the bits of
-            "lockstep"; these three are refused where a program is not pipeline-exact.
+            its own pace, on what it has kept of the one below; in one process, or in those of `torchrun`).
+            "wave" and "pipelined" end with the bits of "lockstep"; these three are refused where a program is
+            not pipeline-exact.
         batches: of a wave, 8 by default: how often a module's parameters serve once they are loaded. What
             passes between modules is kept for all of them.
         features: where `fit` keeps what the modules before the one that trains hand to it: "memory", "disk"
@@ -154,13 +155,13 @@ def compile(
             default) or "fifo" (each once).
         reuse: of "replay", how often a module may train on one batch, 10 by default.
         slow: of "replay", the share of its turns that a module loses, by its name: {"layer1": 0.5}.
-        stages: of "pipelined", the modules of each rank, in order: [["layer1"], ["layer2", "output"]]. None:
-            neighbours together, by seconds that rank 0 measures on the first batch.
+        stages: of "pipelined" and "replay", the modules of each rank, in order: [["layer1"], ["layer2",
+            "output"]]. None: neighbours together, by seconds that rank 0 measures on the first batch.
         replicas: of "pipelined", how many ranks run each stage, 1 by default, each a share of every batch:
             gradients and objectives are means over the whole, weighted by samples, and buffers those of the
             first share, as with `DistributedDataParallel`. The loss has to be a mean over samples; what
             compares samples (BatchNorm, similarities) sees those of a share.
-        timeout: of "pipelined", seconds after which a silent rank counts as lost, 600 by default.
+        timeout: of "pipelined" and "replay", seconds after which a silent rank is lost, 600 by default.
         backend: "eager"; or "inductor": `torch.compile` compiles each module's code, forward and backward,
             when it first runs, and once more when sizes vary (on the CPU this needs a C++ compiler). What it
             cannot compile runs eagerly, and is logged; `program.backend_report` lists it with the reason.

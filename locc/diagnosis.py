@@ -18,7 +18,7 @@ from locc.lower import Instruction, Plan, lower
 from locc.nn import guess_layout
 from locc.rewrite import has_rows, layout_at, spec_of
 from locc.runtime import Compiled
-from locc.runtime.fit import batch_of
+from locc.runtime.evaluation import batch_of
 from locc.runtime.program import FEW
 from locc.runtime.progress import RandomState
 from locc.runtime.streams import autocast, preserved_rng

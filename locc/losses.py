@@ -339,4 +339,21 @@ def correct(loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Ten
     return (classes == target)[target != IGNORED]
 
 
-__all__ = ["MODEL", "NAMED", "Loss", "correct", "cross_entropy", "described", "mse", "prediction_of"]
+def judged(loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
+    """Return the loss, how many targets are met, and of how many (see `correct`): [3], in float64."""
+    found = correct(loss, output, target)
+    hits = (0.0, 0.0) if found is None else (float(found.sum()), float(found.numel()))
+    return torch.tensor([float(loss(output, target)), *hits], dtype=torch.float64, device="cpu")
+
+
+__all__ = [
+    "MODEL",
+    "NAMED",
+    "Loss",
+    "correct",
+    "cross_entropy",
+    "described",
+    "judged",
+    "mse",
+    "prediction_of",
+]

@@ -8,7 +8,8 @@ from typing import Any
 
 from locc.diagnosis import Diagnosis, diagnose
 from locc.runtime import Compiled, checkpoint
-from locc.runtime.fit import evaluate, fit
+from locc.runtime.evaluation import evaluate
+from locc.runtime.fit import fit
 from locc.runtime.history import Evaluation, History
 
 
@@ -24,7 +25,7 @@ class Program(Compiled):
         return fit(self, loader, epochs, **options)
 
     def evaluate(self, loader: Iterable[Any]) -> Evaluation:
-        """Return loss and accuracy of the inference path; see `locc.runtime.fit.evaluate`."""
+        """Return loss and accuracy of the inference path; see `locc.runtime.evaluation`."""
         return evaluate(self, loader)
 
     def diagnose(self, loader: Iterable[Any], steps: int = 10) -> Diagnosis:
@@ -33,7 +34,7 @@ class Program(Compiled):
 
     def save(self, path: str | Path) -> None:
         """Write everything that training needs to go on bit for bit; see `locc.runtime.checkpoint`."""
-        checkpoint.save(self, Path(path))
+        checkpoint.save(self, path)
 
     def load(self, path: str | Path) -> None:
         """Go on from a saved state; see `locc.runtime.checkpoint`."""

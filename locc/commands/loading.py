@@ -25,7 +25,7 @@ from locc.compiler import Splits, compile
 from locc.errors import nearest
 from locc.losses import MODEL
 from locc.recipes import OPTIMIZERS, OptimizerSpec, Recipe
-from locc.runtime.fit import batch_of
+from locc.runtime.evaluation import batch_of
 
 DTYPES = {
     "float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16,

@@ -16,13 +16,14 @@ from locc.export.chain import FORMAT, VERSION, read_manifest, run_chain
 from locc.export.compare import agree, difference, to_numpy
 from locc.export.exporters import Options, Written, write
 from locc.export.files import publish, staging
-from locc.export.names import flat_outputs, unique
+from locc.export.names import unique
 from locc.export.network import Network, graph_module
 from locc.export.proto import digest
 from locc.export.samples import Sample, buffers_kept, inference_mode_of, onnx_shape, spec_of
-from locc.export.stages import Recorder, Stage, stage_graph, stages, unmarked
 from locc.export.whole import network_of, properties
 from locc.ir import TensorSpec, TrainingGraph
+from locc.ir.calls import Interpreter
+from locc.lower.inference import Stage, flat_outputs, stage_graph, stages, unmarked
 from locc.runtime import Compiled
 
 MANIFEST = "manifest.json"
@@ -270,3 +271,24 @@ class _Chain:
             except ExportError as error:
                 off = "; after ".join(f"'{owner}' it is {gap:.1e}" for owner, gap in gaps.items())
                 raise ExportError(f"{error}, in the chain of modules (after {off})") from error
+
+
+class Recorder(Interpreter):
+    """Runs the whole inference graph and keeps the values that cross between stages."""
+
+    def __init__(self, module: fx.GraphModule, wanted: set[str]) -> None:
+        super().__init__(module)
+        self.wanted = wanted
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; a copy is kept, since a later node may change the value in place."""
+        result = super().run_node(n)
+        if n.name in self.wanted:
+            if not isinstance(result, Tensor):
+                raise ExportError(
+                    f"'{n.name}' leaves module '{n.meta.get('owner')}' but is a {type(result).__name__}, "
+                    "which cannot pass between two ONNX files; split elsewhere, or use export_onnx"
+                )
+            self.values[n.name] = result.detach().clone()
+        return result

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from locc.ir import TrainingGraph
+from locc.lower.inference import flat_outputs
 
 Path = tuple[tuple[str, Any], ...]
 """Steps into a nested value: ("item", key) or ("attr", name)."""
@@ -56,13 +57,6 @@ def output_paths(ir: TrainingGraph) -> list[Path]:
 def output_names(ir: TrainingGraph, taken: Iterable[str]) -> list[str]:
     """Return the names of the outputs: dict keys and field names; "output" for a bare tensor."""
     return unique((_spell(path) for path in output_paths(ir)), taken, mark="output")
-
-
-def flat_outputs(ir: TrainingGraph) -> list[Any]:
-    """Return what the inference graph returns, one entry for each output tensor."""
-    end = next(iter(reversed(ir.inference.nodes)))
-    found = end.args[0]
-    return list(found) if isinstance(found, (tuple, list)) else [found]
 
 
 def follow(path: Path, value: Any) -> Any:

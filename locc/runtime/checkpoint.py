@@ -1,8 +1,8 @@
 """Saving and resuming, bit for bit: safetensors, with JSON in its header.
 
-One file holds the parameters and buffers of the model and of the auxiliaries, the optimizers, the
-schedulers, gradients of an accumulation under way, the counters, the random state, and where a fit that is
-not over stands.
+One file, or a folder with one for each rank, holds the parameters and buffers of the model and of the
+auxiliaries, the optimizers, the schedulers, gradients of an accumulation under way, the counters, the random
+state, and where a fit that is not over stands.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import secrets
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,62 +28,116 @@ from locc.errors import CheckpointError
 from locc.ir.memory import memory_of
 from locc.ir.state import states
 from locc.losses import NAMED
+from locc.runtime import folder
 from locc.runtime.mapped import Stored, read
+from locc.runtime.plain import plain, restored
 from locc.runtime.program import Compiled
 from locc.runtime.progress import Progress
-from locc.runtime.ranks import Ranks, forget
+from locc.runtime.ranks import Ranks, forget, gather, homes, leave
 
 FORMAT = 3
 
 
-def save(program: Compiled, path: Path) -> None:
-    """Write the program's state; the previous file at `path` stays whole until the new one is complete.
+def save(program: Compiled, path: str | Path) -> None:
+    """Write the program's state; what was saved at `path` before stays whole until the new one is complete.
 
-    Among ranks (schedule "pipelined") all call it, and rank 0 writes the state of all: a file is the same
-    whatever their number, and any number of ranks, or one process, can load it.
+    Among ranks (schedule "pipelined") all call it. Into a file rank 0 writes the state of all; into a folder,
+    which all have to see, each rank its own part. Any number of ranks, or one process, can load either.
+
+    Args:
+        program: the program.
+        path: a file; or a folder, by a path that ends in a slash, or in which a checkpoint is already.
 
     Raises:
-        CheckpointError: the folder does not exist, the file cannot be written, or the state of an
+        CheckpointError: the folder does not exist, a file cannot be written, or the state of an
             optimizer or a scheduler is not JSON.
     """
     ranks = program.ranks
+    program.count()
+    if folder.is_meant(path):
+        _save_parts(program, Path(path))
+        return
+    path = Path(path)
     if ranks is None:
         _write(path, *_live(program))
         return
-    program.gather()
-    state, problem = _merged(program, ranks), None
-    if state is not None:
-        try:
-            _write(path, *state)
-        except CheckpointError as error:
-            problem = str(error)
-    problem = ranks.told(problem)
+    with _on_rank_0(program, ranks):
+        state, problem = _merged(program, ranks), None
+        if state is not None:
+            try:
+                _write(path, *state)
+            except CheckpointError as error:
+                problem = str(error)
+        problem = ranks.told(problem)
     if problem is not None:
         raise CheckpointError(problem)
 
 
+def _save_parts(program: Compiled, path: Path) -> None:
+    ranks = program.ranks
+    tensors, header = _live(program, None if ranks is None else _share(program, ranks))
+    digests = [_digest(tensors, "")]
+    whole: dict[str, Any] | None = header
+    if ranks is not None:
+        whole, digests = _merged_header(header, ranks), ranks.gathered(digests[0] if tensors else None)
+    if whole is not None:
+        text, own = json.dumps(whole), [digest for digest in digests if digest is not None]
+        sealed = json.dumps({"locc": text, "digest": _digest({}, text + "".join(own))})
+        tensors["locc"] = torch.frombuffer(bytearray(sealed.encode()), dtype=torch.uint8)
+    folder.write(path, tensors, program.steps, ranks)
+
+
+@contextlib.contextmanager
+def _on_rank_0(program: Compiled, ranks: Ranks) -> Iterator[None]:
+    """Let rank 0 have what all ranks hold, and let go of it afterwards."""
+    if not ranks.stale:
+        yield
+        return
+    gather(ranks, program.ir, lead=True)
+    try:
+        yield
+    finally:
+        leave(ranks, program.ir)
+
+
 def _merged(program: Compiled, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return the state of all ranks on rank 0, where the others hand in that of what they train."""
-    tensors, header = _live(program)
-    numbers = {str(i): ranks.answers(owner) for i, owner in enumerate(program.ir.owners)}
+    own = _share(program, ranks)
 
-    def own(name: str) -> bool:
-        kind, number, *_ = name.split("/")
-        return kind not in ("optimizer", "grad") or numbers[number]
+    def wanted(name: str, tensor: Tensor) -> bool:
+        return ranks.leads if name.startswith("state/") else own(name, tensor)
 
-    per_owner = ("optimizers", "schedulers")
-    mine = {n: t for n, t in tensors.items() if n.startswith(("optimizer/", "grad/")) and own(n)}
+    tensors, header = _live(program, wanted)
+    merged = _merged_header(header, ranks)
+    found = ranks.collected({} if ranks.leads else tensors)
+    if found is None or merged is None:
+        return None
+    return tensors | {name: t for theirs in found for name, t in theirs.items()}, merged
+
+
+def _merged_header(header: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
+    """Return the header of all ranks on rank 0, None elsewhere."""
+    parts = ("optimizers", "schedulers")
     found = ranks.collected(
-        (mine, {key: {o: held for o, held in header[key].items() if ranks.answers(o)} for key in per_owner})
+        {key: {o: held for o, held in header[key].items() if ranks.answers(o)} for key in parts}
     )
     if found is None:
         return None
-    tensors = {n: t for n, t in tensors.items() if own(n)}
-    for theirs, parts in found:
-        tensors |= theirs
-        for key in per_owner:
-            header[key] |= parts[key]
-    return tensors, header
+    return header | {key: {o: h for theirs in found for o, h in theirs[key].items()} for key in parts}
+
+
+def _share(program: Compiled, ranks: Ranks) -> Callable[[str, Tensor], bool]:
+    """Return what tells whether this rank is the one to hand in a tensor of the state."""
+    numbers = {str(i): ranks.answers(owner) for i, owner in enumerate(program.ir.owners)}
+    source = homes(ranks, program.ir)
+
+    def own(name: str, tensor: Tensor) -> bool:
+        kind, number, *_ = name.split("/")
+        if kind in ("optimizer", "grad"):
+            return numbers[number]
+        return source[id(tensor)] == ranks.rank if kind == "state" else ranks.leads
+
+    return own
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -121,6 +175,7 @@ def load(program: Compiled, path: Path) -> None:
             stays as it was.
     """
     tensors, header = _read(path)
+    program.gather()
     graph = graph_hash(program)
     if header["graph"] != graph:
         raise CheckpointError(
@@ -213,7 +268,9 @@ def _state(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {n: t.clone() if offload is None else offload.copy(t) for n, t in tensors.items()}, header
 
 
-def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _live(
+    program: Compiled, wanted: Callable[[str, Tensor], bool] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in _own(program).items():
         tensors[f"state/{name}"] = tensor
@@ -223,7 +280,7 @@ def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
         number = list(program.ir.owners).index(owner)
         groups[owner] = {
             "kind": type(learner.optimizer).__name__,
-            "groups": _plain(state["param_groups"], f"optimizer of '{owner}'"),
+            "groups": plain(state["param_groups"], f"optimizer of '{owner}'"),
             "plain": {},
         }
         for index, values in state["state"].items():
@@ -231,7 +288,7 @@ def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 if isinstance(value, Tensor):
                     tensors[f"optimizer/{number}/{index}/{key}"] = value
                 else:
-                    groups[owner]["plain"].setdefault(str(index), {})[key] = _plain(
+                    groups[owner]["plain"].setdefault(str(index), {})[key] = plain(
                         value, f"optimizer of '{owner}'"
                     )
         groups[owner]["pending"] = learner.pending
@@ -245,8 +302,8 @@ def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if program.progress is not None:
         progress, parts = program.progress.packed()
         tensors |= {f"progress/{name}": tensor for name, tensor in parts.items()}
-    replay = {}
-    for number, (phase, workers) in enumerate(program.built.workers.items()):
+    replay = {}  # not among ranks: what is kept there, and on its way, is none of one moment
+    for number, (phase, workers) in enumerate(program.built.workers.items() if program.ranks is None else ()):
         kept: dict[str, Tensor] = {}
         replay[str(number)] = [phase, workers.packed(kept)]
         tensors |= {f"replay/{number}/{name}": tensor for name, tensor in kept.items()}
@@ -265,13 +322,13 @@ def _live(program: Compiled) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "replay": replay,
         "optimizers": groups,
         "schedulers": {
-            n: {"kind": type(s).__name__, "state": _plain(s.state_dict(), f"scheduler of '{n}'")}
+            n: {"kind": type(s).__name__, "state": plain(s.state_dict(), f"scheduler of '{n}'")}
             for n, s in program.schedulers.items()
         },
         "phases": [phase.name for phase in program.phases],
     }
     # safetensors refuses shared or strided storage; what is neither may not fit in memory twice.
-    found = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    found = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if wanted is None or wanted(n, t)}
     times = Counter(memory_of(t) for t in found.values())
     return {n: t.clone() if times[memory_of(t)] > 1 else t for n, t in found.items()}, header
 
@@ -283,35 +340,6 @@ def _own(program: Compiled) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def _plain(value: Any, what: str) -> Any:
-    """Return a value as JSON keeps it, tensors of one element included."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return {"__tensor__": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, Mapping):
-        return {"__dict__": [[_plain(k, what), _plain(v, what)] for k, v in value.items()]}
-    if isinstance(value, tuple):
-        return {"__tuple__": [_plain(v, what) for v in value]}
-    if isinstance(value, list):
-        return [_plain(v, what) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise CheckpointError(
-        f"the {what} holds a {type(value).__name__}, which a checkpoint without pickle cannot keep"
-    )
-
-
-def _restore(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_restore(v) for v in value]
-    if isinstance(value, dict):
-        if "__tensor__" in value:
-            return torch.tensor(value["__tensor__"], dtype=getattr(torch, value["dtype"]))
-        if "__tuple__" in value:
-            return tuple(_restore(v) for v in value["__tuple__"])
-        return {_restore(k): _restore(v) for k, v in value["__dict__"]}
-    return value
-
-
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
@@ -321,18 +349,36 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is a checkpoint at a path."""
+    return Path(path).is_file() or bool(folder.parts(Path(path)))
+
+
+def _read_file(path: Path) -> tuple[Stored, dict[str, str], str]:
+    tensors, metadata = read(path)
+    return tensors, metadata, _digest(tensors.lying, metadata.get("locc", ""))
+
+
+def _read_parts(path: Path) -> tuple[Stored, dict[str, str], str]:
+    parts = [read(part)[0].lying for part in folder.parts(path)]
+    sealed = next((part.pop("locc") for part in parts if "locc" in part), None)
+    metadata = {} if sealed is None else json.loads(bytes(sealed.numpy()))
+    digest = _digest({}, metadata.get("locc", "") + "".join(_digest(part, "") for part in parts))
+    return Stored({name: t for part in parts for name, t in part.items()}), metadata, digest
+
+
 def _read(path: Path) -> tuple[Stored, dict[str, Any]]:
-    if not path.is_file():
+    if not exists(path):
         raise CheckpointError(f"there is no checkpoint at '{path}'")
     try:
-        tensors, metadata = read(path)
+        tensors, metadata, digest = _read_parts(path) if path.is_dir() else _read_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is torn or no safetensors file: {error}") from error
     if "locc" not in metadata:
         raise CheckpointError(
             f"'{path}' is a safetensors file, but locc did not write it: its header has no 'locc'"
         )
-    if _digest(tensors.lying, metadata["locc"]) != metadata.get("digest"):
+    if digest != metadata.get("digest"):
         raise CheckpointError(f"'{path}' is damaged: the digest of what it holds differs from the one saved")
     header = json.loads(metadata["locc"])
     if header["format"] != FORMAT:
@@ -351,12 +397,12 @@ def _apply(program: Compiled, tensors: Mapping[str, Tensor], header: dict[str, A
     for owner, learner in program.built.learners.items():
         saved = header["optimizers"][owner]
         state: dict[int, dict[str, Any]] = {}
-        for index, plain in saved["plain"].items():
-            state[int(index)] = {k: _restore(v) for k, v in plain.items()}
+        for index, held in saved["plain"].items():
+            state[int(index)] = {k: restored(v) for k, v in held.items()}
         for name, tensor in _under(tensors, f"optimizer/{numbers[owner]}/").items():
             index, _, key = name.partition("/")
             state.setdefault(int(index), {})[key] = tensor
-        learner.optimizer.load_state_dict({"state": state, "param_groups": _restore(saved["groups"])})
+        learner.optimizer.load_state_dict({"state": state, "param_groups": restored(saved["groups"])})
         learner.clear()
         learner.pending = saved["pending"]
         for i, parameter in enumerate(learner.parameters):
@@ -365,7 +411,7 @@ def _apply(program: Compiled, tensors: Mapping[str, Tensor], header: dict[str, A
         if offload is not None:
             offload.keep(owner)
     for name, scheduler in program.schedulers.items():
-        scheduler.load_state_dict(_restore(header["schedulers"][name]["state"]))
+        scheduler.load_state_dict(restored(header["schedulers"][name]["state"]))
     program.steps, program.epochs, program.phase = header["steps"], header["epochs"], header["phase"]
     program.warm, program.progress = set(header["warm"]), None
     if header["progress"] is not None:
@@ -373,12 +419,11 @@ def _apply(program: Compiled, tensors: Mapping[str, Tensor], header: dict[str, A
         program.progress = Progress.unpacked(header["progress"], parts, program.device)
     program.built.executor.seed = header["seed"]
     program.built.workers.clear()
-    for number, (phase, plain) in header.get("replay", {}).items():
-        if program.settings.replay is not None:
+    for number, (phase, held) in header.get("replay", {}).items():
+        if program.settings.replay is not None and program.ranks is None:
             kept = _under(tensors, f"replay/{number}/")
-            program.workers(phase).restore(plain, kept, program.device)
+            program.workers(phase).restore(held, kept, program.device)
     if program.ranks is not None:
-        program.ranks.stale = False
         forget(program.ranks, program.built.learners)
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and program.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Training and evaluation loops."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -18,41 +18,16 @@ from torch import Tensor
 from locc.callbacks import Callback, Fit, ProgressBar
 from locc.errors import CheckpointError, LoccError
 from locc.facts.traffic import couplings
-from locc.losses import correct
 from locc.runtime import waves
-from locc.runtime.checkpoint import load, save
+from locc.runtime.checkpoint import exists, load, save
+from locc.runtime.evaluation import batch_of, evaluate
 from locc.runtime.features import Keeping, Storage
-from locc.runtime.history import Epoch, Evaluation, History
+from locc.runtime.history import Epoch, History
 from locc.runtime.interrupts import Interrupts
 from locc.runtime.program import FEW, Compiled
 from locc.runtime.progress import Pass, Progress, RandomState, Rest, passes
 from locc.runtime.ranks import END, OVER, PASS, STOP, Ranks
 from locc.runtime.records import LIMIT
-from locc.runtime.stops import empty
-
-
-def batch_of(batch: Any, within: bool = False) -> tuple[Any, Any]:
-    """Split what a loader yields into (x, y).
-
-    A pair is (x, y); a longer tuple is (inputs..., y); a dict gives up its "labels" or "target", unless the
-    labels belong `within` the model's inputs.
-
-    Raises:
-        LoccError: there is no target to be found.
-    """
-    if isinstance(batch, Mapping):
-        if within:
-            return batch, None
-        for key in ("labels", "target", "targets", "label"):
-            if key in batch:
-                return {k: v for k, v in batch.items() if k != key}, batch[key]
-        raise LoccError(f"a batch is a dict with keys {list(batch)} and none of them is 'labels' or 'target'")
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
-    raise LoccError(
-        f"the loader must yield (x, y) pairs, (inputs..., y) or a dict with 'labels';"
-        f" found {type(batch).__name__}"
-    )
 
 
 def fit(
@@ -67,6 +42,7 @@ def fit(
     resume: bool = True,
     checkpoint: str | Path | None = None,
     every: int | None = None,
+    gather: bool = True,
 ) -> History:
     """Train for some epochs, with a progress bar and the objectives of every module.
 
@@ -90,10 +66,13 @@ def fit(
         scheduler_interval: when the learning-rate schedulers advance: after each "epoch" (pass) in which
             their module trains, or after each "step" that updates it (every `accumulate`-th).
         resume: False forgets a fit that was cut and starts a new one.
-        checkpoint: a file to write after each pass, as `Program.save` does; `Program.load` in a new process
-            and the same call of `fit` go on from there, also where this process was killed (and train no
-            more where the fit was over).
+        checkpoint: a file or "folder/" to write after each pass, as `Program.save` does; `Program.load` in a
+            new process and the same call of `fit` go on from there, also where this process was killed (and
+            train no more where the fit was over).
         every: write `checkpoint` after so many steps as well; under waves, after the wave that made them.
+        gather: of "pipelined", whether every rank has the whole model at the end, and where there are
+            callbacks after each pass. False keeps each rank to its own modules; `program.gather()`, called on
+            all ranks, brings the others.
 
     Returns:
         The history of the passes that this call has ended. After Ctrl-C, which in the main thread waits for
@@ -110,15 +89,19 @@ def fit(
     if type(epochs) is not int or epochs < 0:
         raise LoccError(f"epochs={epochs}: give a number of at least 0")
     if every is not None and (type(every) is not int or every < 1 or checkpoint is None):
-        raise LoccError(f"every={every!r}: give a number of steps, at least 1, and the file checkpoint=")
+        raise LoccError(f"every={every!r}: give a number of steps, at least 1, and checkpoint=")
     if not isinstance(loader, Iterable):
         raise LoccError(f"loader must be iterable; found {type(loader).__name__}")
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise LoccError(f"callbacks must be instances of locc.callbacks.Callback; found {callback!r}")
     first = _complete(program, loader)
-    if checkpoint is not None and _restarted() and program.steps == 0 and Path(checkpoint).is_file():
+    if checkpoint is not None and _restarted() and program.steps == 0 and exists(checkpoint):
         load(program, Path(checkpoint))
+    if every is not None and program.ranks is not None and program.settings.replay is not None:
+        raise LoccError(
+            f"every={every}: in schedule='replay' ranks meet at the end of a pass alone; leave it out"
+        )
     resumed = resume and program.progress is not None
     left = _begin(program, loader, epochs, resume)
     ranks = program.ranks
@@ -129,7 +112,6 @@ def fit(
     training = program.training and program.model.training
     if not training:
         program.train()
-    saved = None if checkpoint is None else Path(checkpoint)
     run = _Fit(
         state,
         loader,
@@ -137,20 +119,25 @@ def fit(
         validation,
         taking_part,
         scheduler_interval == "step",
-        saved,
+        checkpoint,
         every,
         Interrupts(held=ranks is not None),
         _keeping(program),
+        ranks is not None and ranks.told(gather and bool(callbacks)),
     )
     with ExitStack() as ends:
         try:
             with run.interrupts.handled():
                 _start(state, taking_part, ends)
                 run.passes(left)
+                if gather:
+                    program.gather()
             program.progress = None
         except KeyboardInterrupt:  # Ctrl-C, or a callback
             if ranks is not None:
                 _stop_together(program, ranks, state.history)
+                if gather:
+                    program.gather()
             state.history.interrupted = state.history.stopped is None
         except BaseException as error:
             if ranks is not None:
@@ -177,14 +164,14 @@ def _restarted() -> bool:
 
 
 def _stop_together(program: Compiled, ranks: Ranks, history: History) -> None:
-    """Stop on all ranks after the same batch, each with the whole program."""
+    """Stop on all ranks after the same batch."""
     if ranks.failed or not ranks.stages:
         error = KeyboardInterrupt()
         ranks.fail(error)
         raise error
     if ranks.leads:
         ranks.follow(STOP, program.steps)
-    program.gather()
+    program.count()
     history.stopped = ranks.told(history.stopped)
 
 
@@ -271,10 +258,11 @@ class _Fit:
     validation: Iterable[Any] | None
     callbacks: Sequence[Callback]
     stepwise: bool
-    checkpoint: Path | None
+    checkpoint: str | Path | None
     every: int | None
     interrupts: Interrupts
     keeping: Keeping | None
+    shown: bool
 
     @property
     def program(self) -> Compiled:
@@ -283,6 +271,12 @@ class _Fit:
     @property
     def progress(self) -> Progress:
         return self.state.progress
+
+    @property
+    def receives(self) -> bool:
+        """Whether this rank reads no data: it trains, at its own pace, on what the one before it makes."""
+        ranks = self.program.ranks
+        return self.program.settings.replay is not None and ranks is not None and not ranks.leads
 
     def leave_if_asked(self) -> None:
         """Go the way of Ctrl-C where a callback has asked for the end; among ranks, where Ctrl-C came."""
@@ -332,19 +326,21 @@ class _Fit:
         for callback in self.callbacks:
             callback.on_epoch_start(self.state)
         self._train(one)
-        if progress.batches == 0:
+        if progress.batches == 0 and not self.receives:
             raise LoccError(
                 "the loader yielded no batch; a generator can be iterated only once, use a DataLoader or a "
                 "list"
             )
         if program.ranks is not None:
             self.together(END)
-            program.gather()
+            program.count()
         means = {name: float(value) / progress.batches for name, value in progress.sums.items()}
         program.built.executor.raise_deferred()
         seconds = time.perf_counter() - started
         reused = None if program.features is None else program.features.end()
         checked = None if self.validation is None else evaluate(program, self.validation)
+        if self.shown:
+            program.gather()
         with self.interrupts.waiting():
             if not self.stepwise and one.steps is None:
                 _advance(program, means, _trained(program))
@@ -362,6 +358,10 @@ class _Fit:
 
     def _train(self, one: Pass) -> None:
         """Train on the batches of the pass that are not done yet, or make the steps of one without data."""
+        if self.receives:
+            while self.program.awaits():
+                self._steps([(None, None)], advance=self.stepwise and one.steps is None)
+            return
         if one.steps is not None:
             self.progress.random.restore(self.loader, self.program.device)
             steps = one.steps - self.progress.batches
@@ -444,45 +444,3 @@ def _length(loader: Any) -> int | None:
         return len(loader)
     except (TypeError, NotImplementedError):  # a DataLoader over an iterable data set has a len that raises
         return None
-
-
-@torch.no_grad()
-def evaluate(program: Compiled, loader: Iterable[Any]) -> Evaluation:
-    """Evaluate the inference path in eval mode, and return to the mode of before.
-
-    The loss is the mean over the batches, weighted by their number of samples.
-
-    Raises:
-        LoccError: the loader yields nothing.
-        RunError: it yields a batch without samples.
-    """
-    mode = {module: module.training for module in program.modules()}
-    program.eval()
-    loss = total = hits = asked = 0.0
-    function = program.loss_function
-    try:
-        for batch in loader:
-            x, y = batch_of(batch, program.settings.labels_within)
-            size = _size(y, x)
-            if size == 0:
-                raise empty()
-            output, y = program.predict(x), program._move(y)
-            loss += float(function(output, y)) * size
-            total += size
-            found = correct(function, output, y)
-            if found is not None:
-                hits += float(found.sum())
-                asked += found.numel()
-    finally:
-        for module, training in mode.items():
-            module.training = training
-    if total == 0:
-        raise LoccError("the loader yielded no batch to evaluate")
-    return Evaluation(loss / total, hits / asked if asked else None, int(total))
-
-
-def _size(y: Any, x: Any) -> int:
-    for value in torch.utils._pytree.tree_leaves((y, x)):
-        if isinstance(value, Tensor) and value.dim():
-            return int(value.shape[0])
-    return 1

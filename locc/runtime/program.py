@@ -6,8 +6,8 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -96,6 +96,7 @@ class Compiled(nn.Module):
         self.features: Features | None = None
         self.warm: set[str] = set()
         self.ranks: ranks.Ranks | None = None
+        self.pace: ranks.Pace | None = None
         self._build = build
         self._built: Built | None = None
         self._folded: Folded | None = None
@@ -151,7 +152,7 @@ class Compiled(nn.Module):
                 if few is inputs:
                     raise
                 self._built = self._build(self, inputs)
-            if self.settings.schedule == "pipelined":
+            if self.settings.schedule in ("pipelined", "replay"):
                 self._join()
             if self.settings.schedule == "sequential":
                 self.phase = self._built.phases[0].name
@@ -282,6 +283,8 @@ class Compiled(nn.Module):
         tried = self.settings.strict and built.executor.codes.unknown(plan)
         backup = self._backup() if self.settings.atomic or tried else None
         try:
+            if self.ranks is not None and self.settings.replay is not None:
+                return [self._paced(self.ranks, batches[0], updated or (lambda *_: None))]
             values = [self.bind(x, y) for x, y in batches]
             with self.in_phase():
                 if self.ranks is not None:
@@ -324,7 +327,11 @@ class Compiled(nn.Module):
                     f"state '{held.name}' of '{held.owner}' has a row for each sample of the batch before, "
                     "and with schedule='replay' there is no such batch; use schedule='lockstep'"
                 )
-            self.built.workers[phase] = Workers.of(self.settings.replay, parts, self.steps)
+            self.built.workers[phase] = workers = Workers.of(self.settings.replay, parts, self.steps)
+            if self.ranks is not None and self.pace is not None:
+                mine = [i for i, part in enumerate(parts) if part.name in self.ranks.names]
+                workers.own = range(mine[0], mine[-1] + 1)
+                workers.hand = partial(self.pace.hand, phase)
         return self.built.workers[phase]
 
     def _run(self, plan: Plan, values: list[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -339,24 +346,73 @@ class Compiled(nn.Module):
         self.ranks, built.executor.seed = ranks.join(
             built.ir, timeout, settings.replicas or 1, self.steps, built.executor.seed
         )
+        if self.ranks is not None and settings.offload is not None:
+            self.ranks.away = ranks.Away(settings.offload)
         if self.ranks is not None and settings.stages is not None:
             ranks.check_stages(built.ir, settings.stages, self.ranks)
+        if self.ranks is not None and settings.replay is not None and not settings.replay.buffer:
+            raise LoccError(
+                f"buffer=0 trains in lock-step, and {self.ranks.size} processes were started; give a buffer, "
+                "or use schedule='pipelined'"
+            )
 
-    def _ranked(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> StepReport:
-        """Run this rank's modules on a batch."""
+    def _take_place(self, own: ranks.Ranks, values: list[Any]) -> None:
+        """Share out the modules, if that has not been done, and let go of those of other ranks."""
         if not own.stages:
             chosen = self.settings.stages
-            stages = chosen or own.shared_out(lambda: self._costs(plan, values))
+            stages = chosen or own.shared_out(lambda: self._costs(self.plan(self.phase), values))
             ranks.place(own, self.ir, stages, self.device)
             ranks.forget(own, self.built.learners)
             self.built.executor.replicas = own.replicas
+            self.built.states = [state for state in self.built.states if own.owns(state.owner)]
+            if self.settings.replay is not None:
+                self.pace = ranks.Pace(own, self.settings.replay.buffer, self.device)
+        if not own.stale:
+            ranks.leave(own, self.ir)
+            own.stale = len(own.stages) > 1
+
+    def awaits(self) -> bool:
+        """Wait until this rank, which is not the first, has something to train on in schedule "replay".
+
+        Returns:
+            False where rank 0 has ended the pass.
+
+        Raises:
+            RunError: there is nothing, and another rank has stopped, or is silent for too long.
+        """
+        assert self.ranks is not None
+        self._take_place(self.ranks, [])
+        assert self.pace is not None
+        return self.pace.awaits(self.workers(self.phase), self.phase)
+
+    def _paced(self, own: ranks.Ranks, batch: tuple[Any, Any], updated: waves.Updated) -> StepReport:
+        """Let rank 0 train on a batch, any other rank on one that it has received, when there is one."""
+        values = self.bind(*batch) if own.leads else []
+        with self.in_phase():
+            self._take_place(own, values)
+            workers = self.workers(self.phase)
+            if own.leads:
+                found = workers.run(self.built.executor, values, updated)
+                self.steps += 1
+            elif workers.ready() or self.awaits():
+                found = workers.turn(self.built.executor, updated)
+            else:
+                found = workers.last
+        return StepReport(*found, self._elsewhere(own))
+
+    def _elsewhere(self, own: ranks.Ranks) -> str:
+        runs = ", ".join(f"'{name}'" for name in own.names)
+        return f"it is of all modules, and rank {own.rank} runs only {runs}"
+
+    def _ranked(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> StepReport:
+        """Run this rank's modules on a batch."""
+        self._take_place(own, values)
         if self.phase not in self.built.shares:
             self.built.shares[self.phase] = program_of(self.ir, plan, own.owners).plan
         share = self.built.shares[self.phase]
         objectives, loss = own.run(self.built.executor, self.ir, share, values, self.steps)
         self.steps += 1
-        runs = ", ".join(f"'{name}'" for name in own.names)
-        return StepReport(objectives, loss, f"it is of all modules, and rank {own.rank} runs only {runs}")
+        return StepReport(objectives, loss, self._elsewhere(own))
 
     def _costs(self, plan: Plan, values: list[Any]) -> dict[str, ranks.Cost]:
         """Return what each module takes of a step, which is undone."""
@@ -396,6 +452,7 @@ class Compiled(nn.Module):
             RunError: see `step`.
         """
         self.complete(x, FEW)
+        self.whole()
         waves.check(self.ir, self.method, self.built.certificate, "pipelined")
         with self.in_phase():
             costs = self._costs(self.plan(self.phase), self.bind(x, y))
@@ -404,15 +461,21 @@ class Compiled(nn.Module):
     def gather(self) -> None:
         """Bring what the other ranks have trained into this process; every rank calls it.
 
-        Under the schedule "pipelined", after steps made by hand; `fit` and `save` do so themselves. Elsewhere
-        there is nothing to do.
+        Under the schedule "pipelined" a rank holds its own modules alone while it trains; after this, all of
+        them until the next step. `fit` ends with it (see its `gather`). Elsewhere there is nothing to do.
 
         Raises:
             RunError: a rank is gone.
         """
         if self.ranks is not None and self.ranks.stages:
-            part = self.built.shares.get(self.phase)
-            ranks.gather(self.ranks, self.ir, self.progress, part is not None and part.loss is not None)
+            ranks.gather(self.ranks, self.ir)
+            self.count()
+
+    def count(self) -> None:
+        """Bring the sums of the other ranks' objectives in the pass under way; every rank calls it."""
+        if self.ranks is not None and self.ranks.stages and self.progress is not None:
+            loss_here = self.ranks.owns(self.ir.last.name)
+            self.steps = ranks.count(self.ranks, self.progress, self.steps, loss_here, self.device)
 
     def whole(self) -> None:
         """Refuse to go on where other ranks hold newer parameters than this one.
@@ -420,11 +483,8 @@ class Compiled(nn.Module):
         Raises:
             RunError: they do.
         """
-        if self.ranks is not None and self.ranks.stale:
-            raise RunError(
-                "other ranks have trained their modules since this one has seen them; call program.gather() "
-                "on every rank first"
-            )
+        if self.ranks is not None:
+            self.ranks.check_whole()
 
     def _diagonal(self, phase: str | None) -> Diagonal:
         diagonals = self.built.diagonals
@@ -438,6 +498,17 @@ class Compiled(nn.Module):
             waves.check(self.ir, self.method, self.built.certificate, schedule)
             self.built.parts[phase] = waves.ordered(module_programs(self.ir, self.plan(phase)))
         return self.built.parts[phase]
+
+    def tried(self, x: Any, y: Any) -> Tensor | None:
+        """Evaluate a batch among the ranks, all of which call it; see `locc.losses.judged`.
+
+        Returns:
+            What is known on those ranks that run the last module.
+        """
+        assert self.ranks is not None
+        inputs = self.ir.captured.signature.bind(Inputs.of(self.model, self._move(x)))
+        plainly = replace(self.built.executor, autocast=None, replicas=None, recompute=())
+        return self.ranks.evaluate(plainly, [*inputs, self._move(y)], self.steps)
 
     def bind(self, x: Any, y: Any = None) -> list[Any]:
         """Return the values of a plan's inputs for a batch as `step` takes it, on the model's device.
@@ -525,7 +596,9 @@ class Compiled(nn.Module):
     def _backup(self) -> Callable[[], None]:
         """Return a function that undoes everything a step changes."""
         self._follow_device()
-        tensors = [(t, t.detach().clone()) for t in (*self.root.parameters(), *self.root.buffers())]
+        every = (*self.root.parameters(), *self.root.buffers())
+        here = [t for t in every if self.ranks is None or t not in self.ranks.away]
+        tensors = [(t, t.detach().clone()) for t in here]
         held = [(state, state.value) for _, state in states(self.root)]  # another batch size replaces it
         learners = [learner.backup() for learner in self.built.learners.values()]
 
@@ -580,6 +653,7 @@ class Compiled(nn.Module):
                     raise LoccError(
                         f"the program is compiled for {dtype}; cast the model before compiling it"
                     )
+        self.whole()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         object.__setattr__(self, "_folded", None)  # it holds buffers, which a move replaces
         if self._built is not None:

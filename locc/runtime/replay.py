@@ -7,7 +7,8 @@ code.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +99,9 @@ class Workers:
         steps: that each module has made, from which its random streams are counted.
         turns: that were drawn.
         batches: that the first module has taken.
+        own: those that run here, by place; all of them in one process.
+        hand: takes what the last of these makes for the next ones, where they run elsewhere.
+        seconds: that the last step here has taken.
     """
 
     rules: Replay
@@ -107,11 +111,15 @@ class Workers:
     turns: int = 0
     batches: int = 0
     last: tuple[dict[str, Tensor], Tensor | None] = field(default_factory=lambda: ({}, None))
+    own: range = range(0)
+    hand: Callable[[Batch], None] | None = None
+    seconds: float = 0.0
 
     @classmethod
     def of(cls, rules: Replay, programs: Sequence[ModuleProgram], step: int) -> Workers:
         """Return workers with empty buffers, that have made `step` steps."""
-        return cls(rules, programs, [[] for _ in programs], [step] * len(programs))
+        every = range(len(programs))
+        return cls(rules, programs, [[] for _ in every], [step for _ in every], own=every)
 
     def run(
         self, executor: Executor, values: list[Any], updated: Updated
@@ -132,18 +140,35 @@ class Workers:
         batch, moved = Batch(values, {}), list[str]()
         for index in self._turns(executor.seed):
             read = batch if index == 0 else self._read(index)
-            if read is None:
-                continue  # nothing to train on: the turn passes
-            part, mail = self.programs[index], Held(dict(read.values))
-            objectives, loss = executor.run(part.plan, read.inputs, self.steps[index], mail, moved)
-            self.steps[index] += 1
-            known, before = self.last
-            self.last = known | objectives, before if loss is None else loss
-            if index + 1 < len(self.programs):
-                self._write(index + 1, Batch(read.inputs, self._left(mail.values, index + 1)))
-            updated(0, part.owners, objectives)
+            if read is not None:  # otherwise there is nothing to train on, and the turn passes
+                self._train(executor, index, read, moved, updated)
         self.batches += 1
         return self.last
+
+    def turn(self, executor: Executor, updated: Updated) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Draw turns until a module has trained, where the first one runs elsewhere and one is `ready`."""
+        while True:
+            index = self._drawn(executor.seed)
+            read = None if index is None else self._read(index)
+            if index is not None and read is not None:
+                self._train(executor, index, read, [], updated)
+                return self.last
+
+    def ready(self) -> bool:
+        """Whether a module that runs here has something to read, but for the first of all."""
+        return any(self._next(index) is not None for index in self.own if index)
+
+    def _train(self, executor: Executor, index: int, read: Batch, moved: list[str], updated: Updated) -> None:
+        started = time.perf_counter()
+        part, mail = self.programs[index], Held(dict(read.values))
+        objectives, loss = executor.run(part.plan, read.inputs, self.steps[index], mail, moved)
+        self.steps[index] += 1
+        known, before = self.last
+        self.last = known | objectives, before if loss is None else loss
+        if index + 1 < len(self.programs):
+            self.write(index + 1, Batch(read.inputs, self._left(mail.values, index + 1)))
+        updated(0, part.owners, objectives)
+        self.seconds = time.perf_counter() - started
 
     def packed(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Return this as JSON, for a checkpoint; its tensors are added to `tensors`, each once.
@@ -176,34 +201,61 @@ class Workers:
 
     def _turns(self, seed: int) -> Iterator[int]:
         """Yield whose turn it is; the first module's ends them, unless all go in order."""
-        every = range(len(self.programs))
         if not self.rules.buffer or self.batches < WARM:
-            yield from every
+            yield from self.own
             return
-        weights = [1.0 - self.rules.slow.get(part.name, 0.0) for part in self.programs]
         drawn = None
         while drawn != 0:
-            (drawn,) = random.Random(stream(seed, self.turns, "turns")).choices(every, weights)
-            self.turns += 1
-            yield drawn
+            drawn = self._drawn(seed)
+            if drawn is not None:
+                yield drawn
 
-    def _read(self, index: int) -> Batch | None:
+    def _drawn(self, seed: int) -> int | None:
+        """Draw whose turn it is: None, after the time of a step, where all who run here are slowed down."""
+        weights = [1.0 - self.rules.slow.get(self.programs[index].name, 0.0) for index in self.own]
+        generator = random.Random(stream(seed, self.turns, "turns"))
+        self.turns += 1
+        if self.hand is not None and generator.random() > max(weights):
+            time.sleep(self.seconds)
+            return None
+        return generator.choices(self.own, weights)[0]
+
+    def _next(self, index: int) -> Batch | None:
+        """Return what a module reads next, if it has anything to train on."""
         buffer = self.buffers[index]
         if not buffer:
             return None
         if not self.rules.buffer or self.rules.policy == FIFO:
-            return buffer.pop(0)
+            return buffer[0]
         fewest = min(batch.uses for batch in buffer)
         if fewest > self.rules.reuse:
             return None
-        found = next(batch for batch in reversed(buffer) if batch.uses == fewest)
-        found.uses += 1
+        return next(batch for batch in reversed(buffer) if batch.uses == fewest)
+
+    def _read(self, index: int) -> Batch | None:
+        found = self._next(index)
+        if found is not None and (not self.rules.buffer or self.rules.policy == FIFO):
+            self.buffers[index].pop(0)
+        elif found is not None:
+            found.uses += 1
         return found
 
-    def _write(self, index: int, batch: Batch) -> None:
+    def write(self, index: int, batch: Batch) -> None:
+        """Keep a batch for a module; the oldest one goes where there are too many."""
+        if index not in self.own:
+            if self.hand is not None:
+                self.hand(self._needed(batch, index))
+            return
         buffer = self.buffers[index]
         buffer.append(batch)
         del buffer[: -max(self.rules.buffer, 1)]
+
+    def _needed(self, batch: Batch, start: int) -> Batch:
+        """Return a batch without what no module from `start` on reads of the data."""
+        read = frozenset[str]().union(*(part.plan.read for part in self.programs[start:]))
+        names = self.programs[start].plan.inputs
+        inputs = [v if name in read else None for name, v in zip(names, batch.inputs, strict=True)]
+        return Batch(inputs, batch.values)
 
     def _left(self, values: dict[str, Any], start: int) -> dict[str, Any]:
         """Return what modules from `start` on still read."""

@@ -27,6 +27,8 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
 SCHEDULES = ("lockstep", "sequential", "wave", "pipelined", "replay")
+_ASIDE = ("pipelined", "replay")
+"""Those that run in several processes."""
 UPDATES = ("after_backward", "in_backward")
 WAVE = 8
 """Batches of a wave, unless given."""
@@ -157,11 +159,6 @@ class Settings:
                 f"offload={str(self.offload)!r} is for training that does not fit in memory, and atomic=True "
                 "keeps a copy of everything there during a step; leave one of them out"
             )
-        if self.schedule == "pipelined":
-            raise LoccError(
-                f"offload={str(self.offload)!r} is for training in one process, and schedule='pipelined' "
-                "is for several; leave one of them out"
-            )
 
     def _check_replay(self) -> None:
         if self.replay is not None and self.schedule != "replay":
@@ -176,11 +173,12 @@ class Settings:
             )
 
     def _check_ranks(self) -> None:
-        for name in ("stages", "timeout", "replicas"):
-            if getattr(self, name) is not None and self.schedule != "pipelined":
+        schedules = {"stages": _ASIDE, "timeout": _ASIDE, "replicas": _ASIDE[:1]}
+        for name, of in schedules.items():
+            if getattr(self, name) is not None and self.schedule not in of:
                 raise LoccError(
-                    f"{name}= is of schedule='pipelined', and schedule={self.schedule!r} was asked for; "
-                    "leave it out"
+                    f"{name}= is of schedule={' and '.join(map(repr, of))}, and "
+                    f"schedule={self.schedule!r} was asked for; leave it out"
                 )
         if self.replicas is not None and (type(self.replicas) is not int or self.replicas < 1):
             raise LoccError(f"replicas={self.replicas!r}: give how many ranks run each stage, at least 1")

@@ -16,7 +16,7 @@ from torch import fx, nn
 import locc
 from locc.export import exporters, modules, run_manifest
 from locc.export.compare import difference
-from locc.export.stages import stages
+from locc.lower.inference import stages
 from zoo import CASES, Case, find
 
 QUICK = ("two_inputs", "dict_output", "dataclass_output", "hooks", "custom_function", "lstm_state",

@@ -322,6 +322,69 @@ def test_a_folder_that_does_not_exist_or_is_in_the_way(saved, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "state"]
 
 
+@pytest.fixture
+def parted(saved: tuple[Program, Path]) -> tuple[Program, Path, Path]:
+    """Return a program, the folder that it was saved to, and the file there; it has trained on since."""
+    program, path = saved
+    folder = path.with_name("parts")
+    program.load(path)
+    for _ in range(2):
+        program.save(f"{folder}/")
+    (part,) = folder.glob("step-1-*/*.safetensors")
+    program.step(*batch())
+    return program, folder, part
+
+
+def test_a_folder_keeps_what_a_file_does(parted):
+    program, folder, part = parted
+    program.load(folder.with_name("state"))
+    before = everything(program)
+    program.step(*batch())
+    (folder / "step-2-of-a-process-that-was-killed").mkdir()
+    program.load(folder)
+    assert unchanged(program, before)
+    program.save(folder)  # a checkpoint is in it
+    assert len(list(folder.iterdir())) == 2
+    assert not part.exists()
+    assert b"pickle" not in b"".join(f.read_bytes() for f in folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("broken", ["os.replace", "torch.distributed.checkpoint.filesystem.os.fsync"])
+def test_a_folder_that_cannot_be_written_is_as_before(broken, parted, monkeypatch):
+    program, folder, _ = parted
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(broken, full)
+    with pytest.raises(CheckpointError, match=r"parts': .*no space left.* unharmed"):
+        program.save(folder)
+    monkeypatch.undo()
+    assert len(list(folder.iterdir())) == 2
+    program.load(folder)
+    assert program.steps == 1
+    with pytest.raises(
+        CheckpointError, match=r"cannot save to '.*parts': the folder '.*missing' does not exist"
+    ):
+        program.save(f"{folder.parent}/missing/parts/")
+
+
+def test_a_part_that_is_damaged_or_missing_is_named(parted):
+    program, folder, part = parted
+    before = everything(program)
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="parts' is damaged"):
+        program.load(folder)
+    part.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="parts' is torn"):
+        program.load(folder)
+    part.unlink()
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        program.load(folder)
+    assert unchanged(program, before)
+
+
 def test_the_file_holds_no_pickle_and_ordinary_permissions(saved):
     _, path = saved
     assert b"pickle" not in path.read_bytes()

@@ -261,7 +261,6 @@ class Odd(nn.Sequential):
             "offload='/proc' needs files of 17600 bytes more, and there is no room or no file",
         ),
         ({"atomic": True}, "atomic=True keeps a copy of everything there"),
-        ({"schedule": "pipelined"}, "schedule='pipelined' is for several"),
         (
             {"model": Odd(torch.zeros(2, dtype=torch.complex64).conj())},
             "'odd' is no plain tensor",

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import locc
-from locc import CheckpointError, LoccError, MethodError, RunError
+from locc import CheckpointError, LoccError, MethodError, RunError, files
 from locc.callbacks import Callback
+from locc.runtime import checkpoint, folder
 from locc.runtime.backends import Eager
+from locc.runtime.ranks import Away, lent
 from locc.runtime.ranks.forecast import forecast
 from locc.runtime.ranks.placement import Cost, shared_out
 from runtime.processes import Died, together
@@ -74,7 +76,13 @@ def fitted(rank: int, method: str, schedule: str, file: str, epochs: int = 2, st
     return program.steps, metrics, {n: t.clone() for n, t in program.state_dict().items()}
 
 
-USUAL = ("al", "dgl")
+def stored(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, of a file or a folder."""
+    found = {n: t for part in folder.parts(path) or [path] for n, t in load_file(part).items()}
+    return {name: tensor for name, tensor in found.items() if name != "locc"}
+
+
+USUAL = ("al",)
 
 
 @pytest.mark.parametrize(
@@ -99,12 +107,108 @@ def test_ranks_end_with_the_bits_of_lockstep(method: str, tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_of_some_ranks_goes_on_with_any_number_of_them(tmp_path: Path) -> None:
-    files = [str(tmp_path / name) for name in ("whole", "first", "second", "third")]
+    files = [f"{tmp_path}/{name}" for name in ("whole", "first/", "second", "third/")]
     fitted(0, "dgl", "lockstep", files[0], 4)
     together(3, cut, files[1], 8)  # in the midst of a pass
+    parts = [set(load_file(part)) for part in folder.parts(Path(files[1]))]
+    assert len(parts) == 3
+    assert sum(map(len, parts)) == len(set.union(*parts))  # none writes what another one holds
     together(2, cut, files[2], 14, files[1])
     fitted(0, "dgl", "lockstep", files[3], 4, files[2])
-    assert same(load_file(files[0]), load_file(files[3]))
+    assert same(stored(Path(files[0])), stored(Path(files[3])))
+
+
+class Measured:
+    """Yields batches, and notes after each how many bytes of parameters a program holds."""
+
+    def __init__(self, program: locc.Program, batches: Any) -> None:
+        self.program, self.batches = program, batches
+        self.bytes: set[int] = set()
+
+    def __iter__(self) -> Iterator[Any]:
+        for one in self.batches:
+            yield one
+            self.bytes.add(held(self.program))
+
+
+def held(program: locc.Program) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in program.parameters()}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def apart(rank: int, file: str, offload: str | None) -> Any:
+    """As `fitted`, where each rank keeps to its modules until the end; return what it held."""
+    torch.manual_seed(rank)
+    program = program_of("dgl", "pipelined", rank, stages=[["0"], ["1"], ["2", "3"]], offload=offload)
+    every = held(program)
+    training, validation = Measured(program, loader()), Measured(program, [batch(5)])
+    history = program.fit(
+        training, 2, progress=False, validation=validation, scheduler_interval="step", gather=False
+    )
+    program.save(file)
+    found = training.bytes | validation.bytes | {held(program)}
+    x = batch(5)[0]
+    for ask in (
+        lambda: program(x),
+        lambda: program.model(x),
+        program.model.state_dict,
+        lambda: program.to("cpu"),
+    ):
+        with pytest.raises(RunError, match=r"call program.gather\(\) on every rank first"):
+            ask()
+    with pytest.raises(RuntimeError):
+        program.model[(rank + 1) % 3][0].weight.data.add_(1.0)
+    assert program.evaluate([batch(5)]) == history.epochs[-1].validation
+    own = sum(p.nbytes for o in program.ranks.owners for p in program.ir.parameters(o).values())
+    program.gather()
+    assert held(program) == every
+    assert program.evaluate([batch(5)]) == history.epochs[-1].validation
+    state = {n: t.clone() for n, t in program.state_dict().items()}
+    return found, own, [epoch.metrics for epoch in history.epochs], state
+
+
+@pytest.mark.parametrize("offload", [None, pytest.param("disk", marks=pytest.mark.slow)])
+def test_a_rank_holds_the_parameters_of_its_modules_alone(offload: str | None, tmp_path: Path) -> None:
+    one, three = str(tmp_path / "one"), str(tmp_path / "three")
+    _, metrics, state = fitted(0, "dgl", "lockstep", one)
+    for bytes_held, own, found, left in together(3, apart, three, offload):
+        assert bytes_held == {own + 4}  # one number stands for all the others
+        assert found == metrics
+        assert same(left, state)
+    assert same(load_file(one), load_file(three))
+
+
+@pytest.mark.parametrize("filed", [False, True])
+def test_what_was_away_returns_to_where_it_was(filed: bool, tmp_path: Path) -> None:
+    whole, kept = torch.rand(64, 64), torch.rand(4)
+    part, alias, number = whole.t()[1:], kept[1:3], torch.rand(())
+    before = (whole.shape, whole.stride()), (part.shape, part.stride(), part.storage_offset())
+    if filed:
+        files.move(tmp_path, [whole, part])
+    away = Away(tmp_path)
+    away.leave([whole, part, alias, number], [kept])
+    assert whole in away
+    assert part in away
+    assert whole.untyped_storage().nbytes() == 4
+    assert part.isnan().all()
+    assert alias not in away  # in the memory of what is kept
+    assert number not in away  # what stands for it would be as large
+    away.back()
+    assert before == ((whole.shape, whole.stride()), (part.shape, part.stride(), part.storage_offset()))
+    assert files.in_file(whole.untyped_storage()) is filed
+    whole.fill_(2.0)
+    assert (part == 2.0).all()
+
+
+def test_what_inference_reads_elsewhere_than_it_trains_is_lent() -> None:
+    program = compiled(mlp(), "dgl", ["first"])
+    homes = {owner: module.index for owner, module in program.ir.owners.items()}
+    weight = program.model.first.weight
+    path = SimpleNamespace(tensors={program.ir.last.name: [weight]})
+    ranks: Any = SimpleNamespace(homes=homes, path=path, first=lambda owner: homes.get(owner, 0))
+    ((tensor, rank),) = lent(ranks, program.ir)
+    assert tensor is weight
+    assert rank == 0
 
 
 class After(Callback):
@@ -198,6 +302,65 @@ def test_a_replica_that_dies_ends_the_others() -> None:
     assert re.search(
         r"stopped on every rank: rank 1 \('0', '1', '2', '3'\) is gone at step \d+ ", str(text)
     ), text
+
+
+def paced(rank: int, file: str, dies: bool) -> Any:
+    """Train three ranks at their own pace; the first one takes its time, or dies after three batches."""
+    options = {"optimizer": lambda ps: torch.optim.Adam(ps, lr=0.01), "example_inputs": batch(4)[0]}
+    program = locc.compile(
+        network(),
+        "dgl",
+        SPLITS,
+        schedule="replay",
+        stages=[["0"], ["1"], ["2", "3"]],
+        timeout=20.0,
+        **options,
+    )
+
+    def steps() -> list[int]:
+        workers = program.workers(None)
+        return [workers.steps[i] for i in workers.own]
+
+    class Late:
+        def __iter__(self) -> Iterator[Any]:
+            for number, one in enumerate(loader()):
+                if dies and number == 3:
+                    time.sleep(1.0)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0.1)
+                yield one
+
+    if dies:
+        with pytest.raises(RunError) as caught:
+            program.fit(Late(), progress=False)
+        return steps(), str(caught.value)
+    with pytest.raises(LoccError, match="every=3: in schedule='replay' ranks meet at the end of a pass"):
+        program.fit(Late(), checkpoint=file, every=3)
+    history = program.fit(Late(), 2, progress=False, validation=[batch(5)], checkpoint=file, gather=False)
+    one = locc.compile(network(), "dgl", SPLITS, schedule="lockstep", **options)
+    one.load(file)
+    assert one.evaluate([batch(5)]) == history.epochs[-1].validation
+    return steps(), program.steps, history.epochs[-1].metrics
+
+
+@pytest.mark.slow
+def test_at_their_own_pace_no_rank_waits_while_it_has_something_to_read(tmp_path: Path) -> None:
+    (first, *_), (second, *_), (third, *_) = every = together(3, paced, f"{tmp_path}/parts/", False)
+    assert first == [12]  # of batches of 4 in 22 samples, twice
+    assert second[0] > 2 * 12  # from what it keeps
+    assert min(third) > 2 * 12
+    assert [found[1:] for found in every] == [every[0][1:]] * 3
+    assert set(every[0][2]) >= {"loss", "0.loss", "1.loss", "2.loss", "3.loss", "validation_loss"}
+
+
+@pytest.mark.slow
+def test_where_the_rank_below_is_dead_training_goes_on_with_what_is_kept(tmp_path: Path) -> None:
+    died, (second, said), (third, also) = together(3, paced, str(tmp_path / "file"), True)
+    assert isinstance(died, Died)
+    assert second == [3 * 10]  # three batches, each read ten times
+    assert third[0] == 30 * 10
+    assert re.search(r"rank 0 \('0'\) is gone .*; rank 1 waited for a batch to train on", str(said)), said
+    assert said == also
 
 
 def by_hand(rank: int) -> Any:
@@ -301,11 +464,12 @@ def misfit(rank: int, kind: str) -> str:
         options["stages"] = [["0", "1", "2", "3"]]
     if kind == "odd":
         options["replicas"] = 3
+    if kind == "buffer":
+        options |= {"schedule": "replay", "buffer": 0}
     splits = SPLITS[: 0 if kind == "few" else 3]
+    options = {"schedule": "pipelined", "timeout": 20.0} | options
     with pytest.raises(LoccError) as caught:
-        locc.compile(
-            model, "dgl", splits, example_inputs=batch(4)[0], schedule="pipelined", timeout=20.0, **options
-        )
+        locc.compile(model, "dgl", splits, example_inputs=batch(4)[0], **options)
     return str(caught.value)
 
 
@@ -316,6 +480,9 @@ def misfit(rank: int, kind: str) -> str:
         ("few", "2 processes were started, and the program has 1 modules: start at most 1, or split"),
         ("stages", "stages=.* is for 1 ranks, and 2 were started"),
         ("odd", "2 processes were started, and replicas=3 of each .* start a multiple of 3"),
+        pytest.param(
+            "buffer", "buffer=0 trains in lock-step, and 2 processes were started", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(kind: str, said: str) -> None:
@@ -338,8 +505,11 @@ def test_alone_it_trains_as_lockstep() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"stages": [["first"]]}, "stages= is of schedule='pipelined', and schedule='lockstep' was asked"),
-        ({"timeout": 3.0}, "timeout= is of schedule='pipelined'"),
+        (
+            {"stages": [["first"]]},
+            "stages= is of schedule='pipelined' and 'replay', and schedule='lockstep' was",
+        ),
+        ({"timeout": 3.0}, "timeout= is of schedule='pipelined' and 'replay'"),
         ({"schedule": "pipelined", "timeout": 0}, "timeout=0: give seconds"),
         ({"replicas": 2}, "replicas= is of schedule='pipelined'"),
         ({"schedule": "pipelined", "replicas": 0}, "replicas=0: give how many ranks"),
@@ -408,7 +578,7 @@ def mortal(rank: int, schedule: str, file: str, victim: int, seconds: float) -> 
     """Train from the last checkpoint on, and return the seconds; `victim` is killed after so many of them."""
     torch.manual_seed(0)
     program = program_of("dgl", schedule)
-    if Path(file).exists():
+    if checkpoint.exists(file):
         program.load(file)
     if rank == victim:
         threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -418,18 +588,28 @@ def mortal(rank: int, schedule: str, file: str, victim: int, seconds: float) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["lockstep", "sequential", "wave", "pipelined"])
-def test_killed_at_any_moment_it_goes_on_with_the_same_bits(schedule: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "end"),
+    [
+        ("lockstep", ""),
+        ("sequential", ""),
+        ("wave", ""),
+        ("pipelined", ""),
+        ("lockstep", "/"),
+        ("pipelined", "/"),
+    ],
+)
+def test_killed_at_any_moment_it_goes_on_with_the_same_bits(schedule: str, end: str, tmp_path: Path) -> None:
     size, whole = 2 if schedule == "pipelined" else 1, str(tmp_path / "whole")
     (span, *_) = together(size, mortal, schedule, whole, -1, 0.0)
     draw = random.Random(schedule)
     died = 0
     for number in range(15):
-        file = str(tmp_path / str(number))
+        file = f"{tmp_path}/{number}{end}"
         found = together(size, mortal, schedule, file, draw.randrange(size), draw.uniform(0.0, span))
         died += any(isinstance(one, Died) for one in found)
         together(size, mortal, schedule, file, -1, 0.0)
-        assert same(load_file(whole), load_file(file)), number
+        assert same(load_file(whole), stored(Path(file))), number
     assert died >= 8
 
 

@@ -88,10 +88,10 @@ def test_the_newest_of_the_least_used_is_read_and_the_oldest_goes() -> None:
     program = compiled(mlp(), "dgl", ["first"], schedule="replay", buffer=3, reuse=2)
     workers = program.workers(None)
     for number in range(4):
-        workers._write(1, Batch([number], {}))
+        workers.write(1, Batch([number], {}))
     read = [workers._read(1) for _ in range(4)]
     assert [one and one.inputs[0] for one in read] == [3, 2, 1, 3]
-    workers._write(1, Batch([4], {}))  # the oldest goes: 1
+    workers.write(1, Batch([4], {}))  # the oldest goes: 1
     read = [workers._read(1) for _ in range(4)]
     assert [one and one.inputs[0] for one in read] == [4, 4, 2, None]
 
@@ -99,7 +99,7 @@ def test_the_newest_of_the_least_used_is_read_and_the_oldest_goes() -> None:
 def test_first_in_first_out_reads_each_once() -> None:
     workers = Workers.of(Replay(3, FIFO), [None, None], 0)  # type: ignore[list-item]
     for number in range(4):
-        workers._write(1, Batch([number], {}))
+        workers.write(1, Batch([number], {}))
     read = [workers._read(1) for _ in range(4)]
     assert [one and one.inputs[0] for one in read] == [1, 2, 3, None]
 
@@ -121,6 +121,24 @@ def test_turns_are_as_many_as_the_slow_down_leaves() -> None:
     assert took["third"] == pytest.approx(400, abs=85)
     assert set(report.objectives) == {"first.loss", "second.loss", "third.loss"}
     assert report.network_loss is not None
+
+
+def test_a_worker_hands_on_what_is_read_elsewhere_and_loses_turns_when_slowed_down() -> None:
+    program = compiled(mlp(), "dgl", ["first", "second"], schedule="replay", slow={"second": 0.75}, seed=0)
+    workers, sent = program.workers(None), list[Batch]()
+    workers.own, workers.hand = range(1, 2), sent.append
+    assert not workers.ready()
+    x, y = batch(5)
+    workers.write(1, Batch([x, y], {"first": torch.rand(5, 8)}))
+    assert workers.ready()
+    workers.turn(program.built.executor, lambda *_: None)
+    assert workers.steps == [0, 1, 0]
+    (handed,) = sent
+    assert handed.values.keys() == {"second"}
+    assert handed.inputs[0] is None  # of the data the last module reads the labels alone
+    assert handed.inputs[1] is y
+    workers.seconds = 0.0
+    assert [workers._drawn(0) for _ in range(400)].count(1) == pytest.approx(100, abs=30)  # three deviations
 
 
 def test_a_method_may_be_published_with_it() -> None:

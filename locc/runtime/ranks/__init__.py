@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from .joint import check_stages, forget, gather, join, place
+from .away import Away
+from .joint import check_stages, count, forget, gather, homes, join, leave, lent, place
+from .pace import Pace
 from .placement import Cost, measured
-from .ranks import END, OVER, PASS, STOP, Ranks
+from .ranks import END, JUDGED, OVER, PASS, STOP, Ranks
 
 __all__ = [
     "END",
+    "JUDGED",
     "OVER",
     "PASS",
     "STOP",
+    "Away",
     "Cost",
+    "Pace",
     "Ranks",
     "check_stages",
+    "count",
     "forget",
     "gather",
+    "homes",
     "join",
+    "leave",
+    "lent",
     "measured",
     "place",
 ]

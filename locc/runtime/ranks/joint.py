@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from locc.facts import graph_hash
 from locc.facts.names import Names
 from locc.ir import TrainingGraph
 from locc.ir.state import State, states
+from locc.losses import judged
+from locc.lower.inference import inference
 from locc.runtime.learner import Learner
 from locc.runtime.progress import Progress
 from locc.runtime.ranks.ranks import Ranks
@@ -62,10 +65,11 @@ def check_stages(ir: TrainingGraph, stages: Sequence[Sequence[str]], ranks: Rank
 
 def place(ranks: Ranks, ir: TrainingGraph, stages: Sequence[Sequence[str]], device: torch.device) -> None:
     """Give each rank its modules, and open the connections between ranks."""
-    ranks.place(ir, [list(stage) for stage in stages], device)
+    path = inference(ir, partial(judged, ir.loss_function))
+    ranks.place(ir, path, [list(stage) for stage in stages], device)
     if ranks.width > 1:
-        owners = _owners(ir)
-        ranks.replicate([b for b in ir.root.buffers() if owners.get(id(b)) in ranks.owners])
+        users = _users(ir, ranks)
+        ranks.replicate([b for b in ir.root.buffers() if _owner(users, b) in ranks.owners])
 
 
 def forget(ranks: Ranks, learners: Mapping[str, Learner]) -> None:
@@ -76,8 +80,28 @@ def forget(ranks: Ranks, learners: Mapping[str, Learner]) -> None:
             learner.clear()
 
 
-def gather(ranks: Ranks, ir: TrainingGraph, progress: Progress | None, loss_here: bool) -> None:
-    """Take over what the other ranks have trained, and the sums of their objectives; all ranks call it."""
+def leave(ranks: Ranks, ir: TrainingGraph) -> None:
+    """Let go of the memory of what only other ranks use; whoever asks for it is told that it is not here."""
+    users = _users(ir, ranks)
+    every = _tensors(ir.root)
+    away = [t for t in every if id(t) in users and not any(ranks.owns(o) for o in users[id(t)])]
+    known = set(map(id, away))
+    ranks.away.leave(away, [t for t in every if id(t) not in known])
+    if not ranks.guards:
+        model = ir.root.model
+        ranks.guards = [
+            model.register_forward_pre_hook(ranks.check_whole),
+            model.register_state_dict_pre_hook(ranks.check_whole),
+        ]
+
+
+def gather(ranks: Ranks, ir: TrainingGraph, lead: bool = False) -> None:
+    """Take over what the other ranks have trained; all ranks call it.
+
+    With `lead` rank 0 alone does, until `leave`; for the others nothing changes.
+    """
+    if ranks.leads or not lead:
+        ranks.away.back()
     held = dict(states(ir.root))
     if held:
         shapes = {path: state.value.shape for path, state in held.items()}
@@ -87,14 +111,49 @@ def gather(ranks: Ranks, ir: TrainingGraph, progress: Progress | None, loss_here
                     state.value = torch.empty(
                         theirs[path], dtype=state.value.dtype, device=state.value.device
                     )
-    owners = _owners(ir)
-    ranks.share([(t, ranks.first(owners.get(id(t), ""))) for t in _tensors(ir.root)])
-    if progress is not None:
-        own = {n: v.cpu() for n, v in progress.sums.items() if _counts(ranks, n, loss_here)}
-        found = {n: v for theirs in ranks.gathered(own) for n, v in theirs.items()}
-        first = {"loss": found["loss"]} if "loss" in found else {}
-        progress.sums = {n: v.to(_device(ir.root)) for n, v in (first | found).items()}
-    ranks.stale = False
+    source = homes(ranks, ir)
+    ranks.share([(t, source[id(t)]) for t in _tensors(ir.root)])
+    if not lead:
+        ranks.stale = False
+        while ranks.guards:
+            ranks.guards.pop().remove()
+
+
+def count(ranks: Ranks, progress: Progress, steps: int, loss_here: bool, device: torch.device) -> int:
+    """Take over the sums of the objectives that the other ranks compute; all ranks call it.
+
+    Where each has trained on as many batches as it could, these count as sums over those of rank 0.
+
+    Returns:
+        The steps of rank 0.
+    """
+    own = {n: v.cpu() for n, v in progress.sums.items() if _counts(ranks, n, loss_here)}
+    every = ranks.gathered((own, progress.batches, steps))
+    _, progress.batches, steps = every[0]
+    found = {
+        n: v if batches == progress.batches else v * (progress.batches / batches)
+        for theirs, batches, _ in every
+        for n, v in theirs.items()
+    }
+    first = {"loss": found["loss"]} if "loss" in found else {}
+    progress.sums = {n: v.to(device) for n, v in (first | found).items()}
+    return steps
+
+
+def homes(ranks: Ranks, ir: TrainingGraph) -> dict[int, int]:
+    """Return the rank that has each parameter and buffer, by id; of what no module uses, rank 0."""
+    users = _users(ir, ranks)
+    return {id(t): ranks.first(_owner(users, t)) for t in _tensors(ir.root)}
+
+
+def lent(ranks: Ranks, ir: TrainingGraph) -> list[tuple[Tensor, int]]:
+    """Return what the inference path reads on another rank than the one that trains it, with that one."""
+    users = _users(ir, ranks)
+    found = []
+    for tensor in _tensors(ir.root):
+        if len({ranks.homes[owner] for owner in users.get(id(tensor), ())}) > 1:
+            found.append((tensor, ranks.first(_owner(users, tensor))))
+    return found
 
 
 def _counts(ranks: Ranks, name: str, loss_here: bool) -> bool:
@@ -102,26 +161,30 @@ def _counts(ranks: Ranks, name: str, loss_here: bool) -> bool:
     return ranks.owns(owner) if owner else loss_here
 
 
-def _device(root: nn.Module) -> torch.device:
-    return next((p.device for p in root.parameters()), torch.device("cpu"))
-
-
 def _tensors(root: nn.Module) -> list[Tensor]:
     return list({id(t): t for t in (*root.parameters(), *root.buffers())}.values())
 
 
-def _owners(ir: TrainingGraph) -> dict[int, str]:
-    """Return whose each parameter and buffer is, by id."""
+def _owner(users: Mapping[int, tuple[str, ...]], tensor: Tensor) -> str:
+    return users.get(id(tensor), ("",))[0]
+
+
+def _users(ir: TrainingGraph, ranks: Ranks) -> dict[int, tuple[str, ...]]:
+    """Return who uses each parameter and buffer, by id: who trains it first."""
     names = Names.of(ir)
     found = {
-        key: held.owners[0]
+        key: held.owners
         for part in (names.parameters, names.buffers)
         for key, held in part.items()
         if held.owners
     }
     for owner in ir.owners:
-        found |= {id(p): owner for p in ir.parameters(owner).values()}
+        for parameter in ir.parameters(owner).values():
+            found[id(parameter)] = (owner, *found.get(id(parameter), ()))
     for module in ir.root.modules():
         if isinstance(module, State):
-            found |= {id(buffer): module.owner for buffer in module.buffers()}
+            found |= {id(buffer): (module.owner,) for buffer in module.buffers()}
+    for owner, tensors in ranks.path.tensors.items() if ranks.path is not None else ():
+        for tensor in tensors:
+            found[id(tensor)] = (*found.get(id(tensor), ()), owner)
     return found

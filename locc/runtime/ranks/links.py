@@ -49,10 +49,11 @@ class Links:
         targets: Collection[int],
         depth: int,
         device: torch.device,
+        most: int | None = None,
     ) -> None:
         self.depth = depth
         self.errors: dict[int, Exception] = {}
-        self._group, self._step, self._device = group, -1, device
+        self._group, self._step, self._device, self._most = group, -1, device, most
         self._changed = threading.Condition()
         self._out: dict[int, deque[Message]] = {rank: deque() for rank in targets}
         self._in: dict[int, defaultdict[tuple[int, str], deque[Any]]] = {
@@ -85,9 +86,17 @@ class Links:
             self._changed.notify_all()
 
     def send(self, rank: int, name: str, value: Any) -> None:
-        """Hand a value of the step under way to another rank; returns at once."""
+        """Hand a value of the step under way to another rank; returns at once.
+
+        Where more than `most` wait, the oldest goes; where the other rank is gone, all do.
+        """
         with self._changed:
-            self._out[rank].append((self._step, name, value))
+            queue = self._out[rank]
+            queue.append((self._step, name, value))
+            if self._most is not None and rank in self.errors:
+                queue.clear()
+            elif self._most is not None and len(queue) > self._most + 1:  # the first one may be on its way
+                del queue[1]
             self._changed.notify_all()
 
     def receive(self, rank: int, name: str, idle: Callable[[int], None]) -> Any:
@@ -99,6 +108,18 @@ class Links:
             if not box[key]:
                 del box[key]
             return value
+
+    def has_arrived(self, rank: int, name: str) -> bool:
+        """Whether a value of the step under way is here."""
+        with self._changed:
+            return bool(self._in[rank].get((self._step, name)))
+
+    def taken(self, rank: int) -> list[tuple[str, Any]]:
+        """Return all that has arrived of the step under way, by name, without waiting."""
+        with self._changed:
+            found = [(name, value) for (_, name), values in self._in[rank].items() for value in values]
+            self._in[rank].clear()
+            return found
 
     def close(self, timeout: float | None) -> bool:
         """End the links when what was sent has gone; every rank closes them.

@@ -22,11 +22,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from locc.errors import LoccError, RunError
 from locc.ir import TrainingGraph
-from locc.lower import Plan, Receive, Send
+from locc.lower import Plan, Receive, Send, project
+from locc.lower.inference import Inference
 from locc.runtime.executor import Executor
+from locc.runtime.ranks.away import Away
 from locc.runtime.ranks.links import Links
 from locc.runtime.ranks.placement import Cost, shared_out
 from locc.runtime.replicas import Replicas
@@ -40,6 +43,7 @@ PEEK = 1 << 16
 """Bytes of each tensor of a batch by which ranks compare what they have read."""
 
 BATCH, PASS, END, OVER, STOP = "a batch", "a pass", "the end of a pass", "the end of the fit", "stop"
+TRIED, JUDGED = "a batch to evaluate", "the end of an evaluation"
 """What rank 0 tells the others to do next."""
 
 
@@ -55,7 +59,12 @@ class Ranks:
         stages: the modules of each stage, once they are shared out; as many as ranks, where `width` is 1.
         homes: the stage of each owner.
         replicas: the ranks of this one's stage, where there are several.
-        stale: whether the modules of other ranks have trained since `Compiled.gather`.
+        stale: whether the modules of other ranks have trained since `Compiled.gather`; what they hold has
+            no memory here.
+        away: what has none.
+        guards: keep the user from what is away.
+        path: the inference path, once modules are shared out.
+        trial: what this rank runs of it.
         failed: whether training among them has broken off.
     """
 
@@ -69,6 +78,10 @@ class Ranks:
     stale: bool = False
     failed: bool = False
     at: int = 0
+    away: Away = field(default_factory=Away)
+    guards: list[RemovableHandle] = field(default_factory=list)
+    path: Inference | None = None
+    trial: Plan | None = None
 
     def __post_init__(self) -> None:
         Ranks._made += 1
@@ -77,6 +90,7 @@ class Ranks:
         self._wires = dist.new_group(backend="gloo", timeout=FOREVER)
         self._store = dist.distributed_c10d._get_default_store()
         self._links: Links | None = None
+        self._clock = 0  # the next batch's number, counting those that are evaluated
         self._looked = 0.0
         self._broken: dict[int, float] = {}
 
@@ -124,8 +138,8 @@ class Ranks:
         return not self.homes or self.homes[owner] == self.stage
 
     def answers(self, owner: str) -> bool:
-        """Whether this rank is the first of those that train an owner."""
-        return self.owns(owner) and self.column == 0
+        """Whether this rank is the first of those that train an owner; before they are shared out, rank 0."""
+        return self.first(owner) == self.rank
 
     def first(self, owner: str) -> int:
         """Return the first rank of those that train an owner; 0 for what has none."""
@@ -168,14 +182,21 @@ class Ranks:
         self._call(lambda: dist.broadcast_object_list(held, src=self._global(0), group=self._calls))
         return held[0]
 
+    def together(self, work: Callable[[dist.ProcessGroup], Any]) -> None:
+        """Run collectives of another library among all ranks; every rank calls it."""
+        self._call(lambda: work(self._calls))
+
     def share(self, tensors: Sequence[tuple[Tensor, int]]) -> None:
-        """Set each tensor to what the rank beside it holds; every rank calls it with the same ones."""
+        """Set each tensor to what the rank beside it holds; every rank calls it with the same ones.
+
+        One that is away here stays so.
+        """
         for tensor, source in tensors:
             held = tensor.detach().cpu().contiguous()
             if held.dtype == torch.bool:
                 held = held.view(torch.uint8)
             self._call(partial(dist.broadcast, held, src=self._global(source), group=self._calls))
-            if source != self.rank:
+            if source != self.rank and tensor not in self.away:
                 with torch.no_grad():
                     tensor.copy_(held.view(tensor.dtype))
 
@@ -191,18 +212,34 @@ class Ranks:
 
     # ---- placement ------------------------------------------------------------------------------
 
-    def place(self, ir: TrainingGraph, stages: list[list[str]], device: torch.device) -> None:
-        """Give each rank its modules, with their auxiliaries, and open the links between ranks."""
+    def place(
+        self, ir: TrainingGraph, path: Inference, stages: list[list[str]], device: torch.device
+    ) -> None:
+        """Give each rank its modules, with their auxiliaries, and open the links between ranks.
+
+        Args:
+            ir: what trains.
+            path: the inference path.
+            stages: the modules of each stage.
+            device: where what is received goes.
+        """
         of = {module.name: module.index for module in ir.modules}
         stage_of = {of[name]: stage for stage, names in enumerate(stages) for name in names}
         self.stages = stages
         self.homes = {owner.name: stage_of[owner.index] for owner in ir.owners.values()}
+        self.path, plan = path, path.plan
+        self.trial = project(plan, self.owners)
+        makers = {name: i.owner for i in plan.instructions for name in i.writes}
+        flows = [(makers.get(name, ""), i.owner) for i in plan.instructions for name in i.reads]
+        flows += [
+            (str(source.meta.get("owner")), str(node.meta.get("owner")))
+            for node in ir.graph.nodes
+            for source in node.all_input_nodes
+        ]
         pairs = {(0, rank) for rank in range(1, self.size)}
-        for node in ir.graph.nodes:
-            for source in node.all_input_nodes:
-                start, end = (self.homes.get(str(n.meta.get("owner"))) for n in (source, node))
-                if start is not None and end is not None and start != end:
-                    pairs |= {(self._rank(start, c), self._rank(end, c)) for c in range(self.width)}
+        for start, end in {(self.homes.get(a), self.homes.get(b)) for a, b in flows}:
+            if start is not None and end is not None and start != end:
+                pairs |= {(self._rank(start, c), self._rank(end, c)) for c in range(self.width)}
         self._links = Links(
             self._wires,
             [a for a, b in sorted(pairs) if b == self.rank],
@@ -226,7 +263,7 @@ class Ranks:
     def _among(self, wait: Callable[[Callable[[], None]], None]) -> None:
         """Wait for the other ranks of the stage."""
         beside = [self._rank(self.stage, c) for c in range(self.width) if c != self.column]
-        look = self._idle("its share of a mean")
+        look = self.idle("its share of a mean")
         who = self._named(beside[0]) if len(beside) == 1 else f"one of the ranks {beside}"
         self._call(lambda: wait(lambda: look(beside[0])), f"{who} is gone at step {self.at}")
 
@@ -270,16 +307,41 @@ class Ranks:
             self.replicas.settle()
             return found
 
-    def begin(self, step: int, batch: Sequence[Any]) -> None:
-        """Start a step on a batch, of which every rank has to hold the same.
+    def begin(self, step: int, batch: Sequence[Any], word: str = BATCH) -> None:
+        """Start a step on a batch, or its evaluation, of which every rank has to hold the same.
 
         Raises:
             RunError: they do not, or another rank has stopped.
             KeyboardInterrupt: rank 0 says so.
         """
-        self.at, self.stale = step, True
-        self._opened().begin(step, self._idle("room for what it sends"))
-        self.follow(BATCH, step, _digest(batch))
+        self.at = step
+        self._opened().begin(self._clock, self.idle("room for what it sends"))
+        self.follow(word, step, _digest(batch))
+        self._clock += 1
+
+    def check_whole(self, *_: Any) -> None:
+        """Refuse to go on where other ranks hold newer parameters than this one.
+
+        Raises:
+            RunError: they do.
+        """
+        if self.stale:
+            raise RunError(
+                "other ranks have trained their modules since this one has seen them; call program.gather() "
+                "on every rank first"
+            )
+
+    def evaluate(self, executor: Executor, values: Sequence[Any], step: int) -> Tensor | None:
+        """Run what this rank has of the inference path; return what the last module makes of the output.
+
+        Raises:
+            RunError: see `run`.
+            KeyboardInterrupt: rank 0 says so.
+        """
+        self.begin(step, values, TRIED)
+        assert self.trial is not None
+        with self.failing():
+            return executor.run(self.trial, values, step, self)[1]
 
     def follow(self, word: str, step: int, digest: int = 0) -> None:
         """Rank 0 tells the others what comes next; these check that it is what they are about to do.
@@ -290,13 +352,12 @@ class Ranks:
         """
         links = self._opened()
         self.at = step
+        links.at(self._clock)
         if self.leads:
-            links.at(step)
             for rank in range(1, self.size):
                 links.send(rank, "", (word, digest))
             return
-        links.at(step)
-        said, seen = links.receive(0, "", self._idle("rank 0's next batch"))
+        said, seen = links.receive(0, "", self.idle("rank 0's next batch"))
         if said == STOP:
             raise KeyboardInterrupt
         if said != word:
@@ -311,6 +372,12 @@ class Ranks:
                 "what shuffles alike"
             )
 
+    def called(self) -> bool:
+        """Whether rank 0 has said what comes next."""
+        links = self._opened()
+        links.at(self._clock)
+        return links.has_arrived(0, "")
+
     def send(self, instruction: Send, value: Any) -> None:
         """Hand a value to the ranks that read it; returns at once."""
         for stage in dict.fromkeys(self.homes[owner] for owner in instruction.to):
@@ -323,7 +390,7 @@ class Ranks:
             RunError: a rank has stopped, or says nothing for too long.
         """
         source = self._rank(self.homes[instruction.source], self.column)
-        return self._opened().receive(source, instruction.value, self._idle(f"'{instruction.value}'"))
+        return self._opened().receive(source, instruction.value, self.idle(f"'{instruction.value}'"))
 
     def _opened(self) -> Links:
         if self._links is None or self.failed:
@@ -358,7 +425,8 @@ class Ranks:
             sys.stdout.flush()
             os._exit(1)  # a rank hangs, and nothing else lets go of a receive from it
 
-    def _idle(self, what: str) -> Callable[[int], None]:
+    def idle(self, what: str) -> Callable[[int], None]:
+        """Return what to call now and then, with the rank that is waited for, in a wait that begins now."""
         return partial(self._wait, time.monotonic(), what)
 
     def _wait(self, started: float, what: str, rank: int) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx, nn
 
-from locc.errors import ExportError
-from locc.export.names import flat_outputs
 from locc.ir import TrainingGraph
-from locc.ir.calls import Interpreter
 from locc.ir.captured import owned_tensor
+from locc.ir.view import node_tensors
+from locc.lower.instructions import Plan, Segment, release
 from locc.markers import split
+
+JUDGED = "judged"
+"""The name of what a plan of the inference path makes of the output."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +79,72 @@ def stage_graph(stage: Stage) -> fx.Graph:
     return graph
 
 
-class Recorder(Interpreter):
-    """Runs the whole inference graph and keeps the values that cross between stages."""
+@dataclass(frozen=True)
+class Inference:
+    """The inference path as a plan, whose one result is what is made of output and target.
 
-    def __init__(self, module: fx.GraphModule, wanted: set[str]) -> None:
-        super().__init__(module)
-        self.wanted = wanted
-        self.values: dict[str, Tensor] = {}
+    Attributes:
+        plan: its `loss` is that result. It has one instruction for each stage, and no tape.
+        tensors: the parameters and buffers that each owner's stages read.
+    """
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; a copy is kept, since a later node may change the value in place."""
-        result = super().run_node(n)
-        if n.name in self.wanted:
-            if not isinstance(result, Tensor):
-                raise ExportError(
-                    f"'{n.name}' leaves module '{n.meta.get('owner')}' but is a {type(result).__name__}, "
-                    "which cannot pass between two ONNX files; split elsewhere, or use export_onnx"
-                )
-            self.values[n.name] = result.detach().clone()
-        return result
+    plan: Plan
+    tensors: dict[str, list[Tensor]]
+
+
+def inference(ir: TrainingGraph, judge: Callable[[Any, Any], Tensor]) -> Inference:
+    """Return the inference path as a plan, cut by owner, at whose end the last module judges the output.
+
+    Args:
+        ir: the training graph.
+        judge: makes a tensor of what the user's forward returns and the target.
+    """
+    inputs = (*(n.name for n in ir.inference.nodes if n.op == "placeholder"), ir.target.name)
+    instructions: list[Any] = []
+    tensors: dict[str, list[Tensor]] = {}
+    for stage in stages(ir):
+        reads, writes = ([n.name for n in held] for held in (stage.reads, stage.writes))
+        instructions.append(_segment(stage.owner, _code(ir.root, stage_graph(stage)), reads, writes))
+        lying = (s for n in stage.nodes for s in n.all_input_nodes if s.op == "get_attr")
+        every = dict.fromkeys((*stage.nodes, *lying))
+        tensors.setdefault(stage.owner, []).extend(t for n in every for _, t in node_tensors(ir.root, n))
+    outputs = [unmarked(o) if isinstance(o, fx.Node) else o for o in flat_outputs(ir)]
+    held = [o for o in outputs if isinstance(o, fx.Node) and o.op == "get_attr"]
+    tensors.setdefault(ir.last.name, []).extend(t for n in held for _, t in node_tensors(ir.root, n))
+    read = list(dict.fromkeys(o for o in outputs if isinstance(o, fx.Node) and o not in held))
+    rebuild = ir.captured.inference_output or ir.captured.output
+
+    def judged(*values: Any) -> tuple[Tensor]:
+        found = dict(zip(read, values, strict=False)) | {
+            n: owned_tensor(ir.root, str(n.target)) for n in held
+        }
+        return (
+            judge(rebuild.build([found[o] if isinstance(o, fx.Node) else o for o in outputs]), values[-1]),
+        )
+
+    names = [*(n.name for n in read), ir.target.name]
+    instructions.append(_segment(ir.last.name, judged, names, [JUDGED]))
+    release(instructions)
+    runs = tuple(dict.fromkeys(i.owner for i in instructions))
+    return Inference(Plan(instructions, (), inputs, JUDGED, runs), tensors)
+
+
+def _segment(owner: str, function: Callable[..., Any], reads: list[str], writes: list[str]) -> Segment:
+    return Segment(owner, False, lambda _, *values: function(*values), (), tuple(reads), tuple(writes))
+
+
+def _code(root: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    code = graph.python_code("self")
+    space: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, "<locc inference>", "exec"), space)
+    return partial(space["forward"], root)
+
+
+def flat_outputs(ir: TrainingGraph) -> list[Any]:
+    """Return what the inference graph returns, one entry for each output tensor."""
+    end = next(iter(reversed(ir.inference.nodes)))
+    found = end.args[0]
+    return list(found) if isinstance(found, (tuple, list)) else [found]
 
 
 def _needed(ir: TrainingGraph) -> list[fx.Node]:
