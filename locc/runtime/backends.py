@@ -50,7 +50,7 @@ class Eager(Machine):
     def begins(self, instruction: Instruction) -> None:
         """Let the owners take turns in memory."""
         if self.context.offload is not None:
-            self.context.offload.turn(instruction.owner)
+            self.context.offload.turn(instruction.owner, self.values)
 
     def ran(self, instruction: Instruction) -> None:
         """Tell the observer."""

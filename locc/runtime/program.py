@@ -28,6 +28,7 @@ from locc.runtime.features import Features
 from locc.runtime.fingerprint import Fingerprint
 from locc.runtime.folded import Folded
 from locc.runtime.learner import Learner
+from locc.runtime.offload import Offload
 from locc.runtime.progress import Progress
 from locc.runtime.ranks.forecast import Forecast, forecast
 from locc.runtime.replay import Workers
@@ -264,7 +265,14 @@ class Compiled(nn.Module):
         try:
             return self._steps(batches, updated)
         finally:
+            self._rest()
             self._turn.release()
+
+    def _rest(self) -> None:
+        """Have all tensors where what is outside of a step looks for them."""
+        offload = None if self._built is None else self._built.executor.offload
+        if offload is not None:
+            offload.rest()
 
     def _steps(self, batches: Sequence[tuple[Any, Any]], updated: waves.Updated | None) -> list[StepReport]:
         self.complete(batches[0][0], FEW)
@@ -297,6 +305,7 @@ class Compiled(nn.Module):
                     found = waves.run(built.executor, self._parts(self.phase), values, self.steps, updated)
         except BaseException:
             if backup is not None:
+                self._rest()
                 backup()
             raise
         self.steps += len(found)
@@ -365,6 +374,7 @@ class Compiled(nn.Module):
         try:
             return ranks.measured(self.built.executor, plan, programs, values, self.steps)
         finally:
+            self._rest()
             undo()
 
     def forecast(
@@ -518,9 +528,17 @@ class Compiled(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's first parameter is."""
+        """Where the model computes: where its first parameter is, unless its modules visit a device."""
+        if self._visits is not None and self._visits.device is not None:
+            return self._visits.device
         found = next(self.root.model.parameters(), None)
         return torch.device("cpu") if found is None else found.device
+
+    @property
+    def _visits(self) -> Offload | None:
+        """What brings modules to a device where the model is not, if they go there."""
+        offload = None if self._built is None else self._built.executor.offload
+        return None if offload is None or offload.device is None else offload
 
     def _backup(self) -> Callable[[], None]:
         """Return a function that undoes everything a step changes."""
@@ -543,13 +561,25 @@ class Compiled(nn.Module):
     # ---- inference --------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the inference path."""
+        """Run the inference path.
+
+        Raises:
+            RunError: with `offload="cpu"`, in train mode: that path is the one of eval mode.
+        """
         self.whole()
-        if self._built is None or not self._built.ir.folded:
+        offload = self._visits
+        if self._built is None or not (self._built.ir.folded or offload):
             return self.root.model(*args, **kwargs)
+        if offload is not None and self.model.training:
+            raise RunError(
+                "with offload='cpu' a program computes outside of a step in eval mode alone; call "
+                "program.eval() first"
+            )
         if self._folded is None:
-            object.__setattr__(self, "_folded", Folded(self.root, self._built.ir))
+            object.__setattr__(self, "_folded", Folded(self.root, self._built.ir, offload))
         assert self._folded is not None
+        if offload is not None:
+            args, kwargs = self._move((args, kwargs))
         return self._folded(*args, **kwargs)
 
     @property
@@ -574,7 +604,7 @@ class Compiled(nn.Module):
         before = {id(p): p for p in self.root.parameters()}
         if self._built is not None:
             for dtype in {p.dtype for p in before.values()}:
-                moved = fn(torch.empty(0, dtype=dtype, device=self.device))
+                moved = fn(torch.empty(0, dtype=dtype, device=next(self.root.parameters()).device))
                 self._check_place(moved.device)
                 if moved.dtype != dtype:
                     raise LoccError(
@@ -603,8 +633,8 @@ class Compiled(nn.Module):
     def _check_place(self, device: torch.device) -> None:
         if self.built.executor.offload is not None and device.type != "cpu":
             raise LoccError(
-                f"offload= keeps tensors of the CPU's memory in files, and the model is asked to be on "
-                f"{device}; leave it on the CPU, or compile it there without offload="
+                f"offload= keeps a model in the memory of the CPU, and the model is asked to be on {device}; "
+                "leave it there, or compile it without offload="
             )
 
     def extra_repr(self) -> str:

@@ -22,6 +22,7 @@ from locc.runtime.backends import BACKENDS
 from locc.runtime.learner import Learner
 from locc.runtime.records import LIMIT, MEMORY, size_of
 from locc.runtime.replay import Replay
+from locc.runtime.visits import IN_HOST
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -146,12 +147,7 @@ class Settings:
     def _check_offload(self) -> None:
         if self.offload is None:
             return
-        if self.offload == "cpu":
-            raise LoccError(
-                "offload='cpu', from a GPU to the memory of the CPU, is not available; offload='disk' takes "
-                "what waits from the memory of the CPU to files"
-            )
-        check_place("offload", self.offload, (DISK,))
+        check_place("offload", self.offload, (DISK, IN_HOST))
         if self.atomic:
             raise LoccError(
                 f"offload={str(self.offload)!r} is for training that does not fit in memory, and atomic=True "
@@ -234,6 +230,16 @@ class Settings:
             raise LoccError(
                 f"autocast={self.autocast!r} is unknown; {nearest(str(self.autocast), PRECISIONS)}"
             )
+
+    @property
+    def files(self) -> str | Path | None:
+        """Where the files are of what waits, if it does so on disk."""
+        return None if self.visits else self.offload
+
+    @property
+    def visits(self) -> bool:
+        """Whether modules visit a device that the model is not on."""
+        return self.offload == IN_HOST
 
     @property
     def wave(self) -> int | None:
