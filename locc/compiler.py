@@ -40,6 +40,7 @@ from locc.runtime import Built, Compiled, Executor, Settings, waves, within
 from locc.runtime import replicas as replication
 from locc.runtime.compiled import Codes
 from locc.runtime.fingerprint import fingerprint
+from locc.runtime.graphs import Graphs, recorder_for
 from locc.runtime.offload import Offload, OnDisk
 from locc.runtime.recompute import computed_again
 from locc.runtime.replay import Replay
@@ -167,8 +168,11 @@ def compile(
             cannot compile runs eagerly, and is logged; `program.backend_report` lists it with the reason.
             "vmap", for schedule="wave": modules of one structure run as one, each on another batch, the rest
             by themselves; `program.backend_report` says why.
-        strict: of "inductor", an error for what cannot be compiled instead; the step that first runs a phase
-            is then undone.
+            "cudagraphs", for a model on a GPU: a module's whole step is one CUDA graph for each shape of
+            batch, launched at once; what cannot be recorded runs eagerly, and `program.backend_report` says
+            why.
+        strict: of "inductor" and "cudagraphs", an error instead for what cannot be compiled or recorded; the
+            step that meets it is then undone.
         offload: "disk" or a folder: parameters, buffers and optimizer state are in files (without a name, in
             the folder of temporary files or in that one) and those of one module at a time in memory, for
             training that does not fit there. "cpu": they are in the memory of the CPU, and on the GPU are
@@ -320,6 +324,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         files.keeping(place, _tensors(request.root)),
     ):
         device = device_for(program.device) if request.settings.visits else program.device
+        recorder = recorder_for(device) if request.settings.backend == "cudagraphs" else None
         inputs = _on_device(inputs, program.device)
         torch.manual_seed(seed)
         ir = rewrite(request, inputs, TiedPolicy(request.tied, request.method.ties))
@@ -372,6 +377,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         in_backward=request.settings.update == "in_backward",
         recompute=recompute,
         codes=Codes(request.settings.strict),
+        graphs=None if recorder is None else Graphs(ir, recorder, request.settings.strict),
         backend=request.settings.backend,
     )
 

@@ -32,7 +32,7 @@ class Offload:
 
     def __init__(self, ir: TrainingGraph, learners: Mapping[str, Learner]) -> None:
         self._learners = learners
-        self._held = {owner: _slots(ir, owner) for owner in ir.owners}
+        self._held = {owner: slots(ir, owner) for owner in ir.owners}
         self._at: str | None = None
         self._before: str | None = None
         self._next: dict[tuple[str | None, str | None], str] = {}
@@ -133,7 +133,7 @@ class OnDisk(Offload):
             files.advise(self._tensors(following), mmap.MADV_WILLNEED)
 
 
-def _slots(ir: TrainingGraph, owner: str) -> list[tuple[dict[str, Any], str]]:
+def slots(ir: TrainingGraph, owner: str) -> list[tuple[dict[str, Any], str]]:
     """Return where the modules have what an owner reads, in training or inference: tables and names.
 
     A tensor may be replaced. Inference reads in its place what training is sent of another owner's.

@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from locc.facts.traffic import by_role
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.ir.state import State, begin_all, states
 from locc.ir.view import node_modules
-from locc.lower import ModuleProgram, Plan, lower, module_programs, program_of
+from locc.lower import ModuleProgram, Plan, gathered, lower, module_programs, program_of
 from locc.runtime import ranks, waves
 from locc.runtime.backends import BACKENDS
 from locc.runtime.compiled import BackendReport
@@ -208,7 +208,9 @@ class Compiled(nn.Module):
     def backend_report(self) -> BackendReport:
         """What of the code that has run is compiled, by module, and why the rest is not."""
         joined = [piece for diagonal in self.built.diagonals.values() for piece in diagonal.pieces]
-        return BackendReport(self.settings.backend, (*self.built.executor.codes.pieces.values(), *joined))
+        executor = self.built.executor
+        recorded = () if executor.graphs is None else executor.graphs.pieces
+        return BackendReport(self.settings.backend, (*executor.codes.pieces.values(), *joined, *recorded))
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -287,7 +289,8 @@ class Compiled(nn.Module):
                 "program.model and compile again"
             )
         plan = self.plan(self.phase)
-        tried = self.settings.strict and built.executor.codes.unknown(plan)
+        runs = [part.plan for part in self._parts(self.phase)] if self.settings.wave and updated else [plan]
+        tried = self.settings.strict and any(map(built.executor.unknown, runs))
         backup = self._backup() if self.settings.atomic or tried else None
         try:
             values = [self.bind(x, y) for x, y in batches]
@@ -446,7 +449,10 @@ class Compiled(nn.Module):
         if phase not in self.built.parts:
             schedule = "wave" if self.settings.replay is None else "replay"
             waves.check(self.ir, self.method, self.built.certificate, schedule)
-            self.built.parts[phase] = waves.ordered(module_programs(self.ir, self.plan(phase)))
+            parts = waves.ordered(module_programs(self.ir, self.plan(phase)))
+            if BACKENDS[self.settings.backend].gathers:
+                parts = [replace(part, plan=gathered(part.plan)) for part in parts]
+            self.built.parts[phase] = parts
         return self.built.parts[phase]
 
     def bind(self, x: Any, y: Any = None) -> list[Any]:
@@ -631,6 +637,11 @@ class Compiled(nn.Module):
         return device
 
     def _check_place(self, device: torch.device) -> None:
+        if self.settings.backend == "cudagraphs" and device != self.built.executor.device:
+            raise LoccError(
+                f"backend='cudagraphs' records on {self.built.executor.device}, where the model was when it "
+                f"was compiled, and it is asked to be on {device}; compile it there"
+            )
         if self.built.executor.offload is not None and device.type != "cpu":
             raise LoccError(
                 f"offload= keeps a model in the memory of the CPU, and the model is asked to be on {device}; "

@@ -82,10 +82,11 @@ class Settings:
                 f"backend={self.backend!r} is not available; {nearest(str(self.backend), BACKENDS)}"
             )
         self._check_vmap()
+        self._check_graphs()
         if self.strict and self.backend in ("eager", "vmap"):
             raise LoccError(
                 "strict=True refuses code that a backend cannot compile, and "
-                f"backend={self.backend!r} compiles none; use backend='inductor', or leave it out"
+                f"backend={self.backend!r} compiles none; use backend='inductor' or leave it out"
             )
         if type(self.accumulate) is not int or self.accumulate < 1:
             raise LoccError(
@@ -127,6 +128,24 @@ class Settings:
         given += ["update"] if self.update != "after_backward" else []
         if given:
             raise LoccError(f"backend='vmap' does not work with {given[0]}=; leave one of them out")
+
+    def _check_graphs(self) -> None:
+        if self.backend != "cudagraphs":
+            return
+        if self.schedule in ("pipelined", "replay"):
+            raise LoccError(
+                f"backend='cudagraphs' is for a step in one process, and schedule={self.schedule!r} hands on "
+                "values that outlive it; use schedule='lockstep', 'sequential' or 'wave'"
+            )
+        unlike = {
+            "offload": self.offload is not None,
+            "features": self.features is not None,
+            "atomic": self.atomic,
+            "accumulate": self.accumulate != 1,
+        }
+        given = [name for name, value in unlike.items() if value]
+        if given:
+            raise LoccError(f"backend='cudagraphs' does not work with {given[0]}=; leave one of them out")
 
     def _check_features(self) -> None:
         if self.features is None and self.features_limit is not None:

@@ -23,7 +23,7 @@ import locc
 from benchmarks import offload as larger
 from locc import LoccError, Program, RunError, files
 from locc.ir.memory import memory_of
-from support import Tied, everything, same, snapshot, usual_case
+from support import Lent, Tied, everything, same, snapshot, usual_case
 
 WIDTH = 40
 """A matrix is more than a page, what has one number a unit is less."""
@@ -270,23 +270,6 @@ def travelling(made: Program) -> list[Tensor]:
     states = [t for o in made.optimizers.values() for t in tree_leaves(list(o.state.values()))]
     held = [*made.root.parameters(), *made.root.buffers(), *(t for t in states if t.dim())]
     return [t for t in held if t.untyped_storage().nbytes()]
-
-
-class WithRow(nn.Embedding):
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(tokens), self.weight[1]
-
-
-class Lent(Tied):
-    """Whose last module reads a view of a parameter of the first one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = WithRow(11, 5), nn.Linear(5, 11)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x, row = self.embed(tokens)
-        return self.head(torch.tanh(self.mid(x)) + row)
 
 
 @pytest.mark.parametrize("kind", ["bp", "dgl", "dtp", "al", "cdni", Tied, Lent])
