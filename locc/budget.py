@@ -28,8 +28,8 @@ def fit(memory: int | str, batch: int) -> MemoryBudget:
     Within it stay parameters and buffers (auxiliary networks included), optimizer state, activations and
     gradients, as estimated for `Certificate.memory`, the last two with 2 % more, by which the estimate may
     be wrong; not what operators and optimizers allocate and free inside one call, nor PyTorch itself. With
-    `offload=`, parameters and state are those of one module at a time. Cuts fall between the blocks that
-    `splits=K` would cut between.
+    `offload=`, parameters and state are those of one module at a time ("cpu": and of the largest other one).
+    Cuts fall between the blocks that `splits=K` would cut between.
 
     Args:
         memory: in bytes, or as "500MB", "2GiB".

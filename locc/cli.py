@@ -227,7 +227,8 @@ def train(
     ] = None,
     features_limit: Annotated[str | None, typer.Option(help="how much of it; default: 2GiB")] = None,
     offload: Annotated[
-        str | None, typer.Option(help="keep what does not train now in files (disk, a folder)")
+        str | None,
+        typer.Option(help="keep what does not train now in files (disk, a folder), or off the GPU (cpu)"),
     ] = None,
     clip: Annotated[float | None, typer.Option(help="largest gradient norm of a module")] = None,
     set_: Annotated[

@@ -40,9 +40,11 @@ from locc.runtime import Built, Compiled, Executor, Settings, waves, within
 from locc.runtime import replicas as replication
 from locc.runtime.compiled import Codes
 from locc.runtime.fingerprint import fingerprint
-from locc.runtime.offload import Offload
+from locc.runtime.graphs import Graphs, recorder_for
+from locc.runtime.offload import Offload, OnDisk
 from locc.runtime.recompute import computed_again
 from locc.runtime.replay import Replay
+from locc.runtime.visits import InHostMemory, device_for
 from locc.snapshot import preserved, undone_on_failure
 from locc.tasks import tasks_of
 
@@ -167,11 +169,16 @@ def compile(
             cannot compile runs eagerly, and is logged; `program.backend_report` lists it with the reason.
             "vmap", for schedule="wave": modules of one structure run as one, each on another batch, the rest
             by themselves; `program.backend_report` says why.
-        strict: of "inductor", an error for what cannot be compiled instead; the step that first runs a phase
-            is then undone.
+            "cudagraphs", for a model on a GPU: a module's whole step is one CUDA graph for each shape of
+            batch, launched at once; what cannot be recorded runs eagerly, and `program.backend_report` says
+            why.
+        strict: of "inductor" and "cudagraphs", an error instead for what cannot be compiled or recorded; the
+            step that meets it is then undone.
         offload: "disk" or a folder: parameters, buffers and optimizer state are in files (without a name, in
             the folder of temporary files or in that one) and those of one module at a time in memory, for
-            training that does not fit there. It ends with the bits of training without; see below.
+            training that does not fit there. "cpu": they are in the memory of the CPU, and on the GPU are
+            those of the module whose turn it is and of the next. It ends with the bits of training without;
+            see below.
         tied: policy for a parameter that two modules use (an embedding that is the output layer's weight as
             well): "copy" (each module trains its own, which takes its place in the model), "owner" (the first
             one that uses it trains it, the others read it) or "error". "auto" is "owner" for `bp`, which then
@@ -209,14 +216,20 @@ def compile(
     depends on those beside it: the log says so. Features go with the end of their stage, or of `fit`,
     however that ends.
 
-    With `offload=` a tensor's storage is a file that is mapped into memory, on Linux and for models on the
-    CPU. A module's files are let go when the next one's turn comes, and those of the next one are asked for;
+    With `offload="disk"` a tensor's storage is a file that is mapped into memory, on Linux and for models on
+    the CPU. A module's files are let go when the next one's turn comes, and those of that one are asked for;
     gradients are in memory during a module's turn alone. The system reads and writes them, and keeps in
     memory what fits. With "wave" that is paid once for all batches of a wave; a step of `bp` pays it twice.
     Checkpoints, `evaluate`, `predict` and `export_onnx_modules` read the files as they go. In memory are all
     tensors under a page, what passes between modules, and one module's gradients; while compiling (the first
     step, without `example_inputs`) copies of tensors and their gradients are in files, too.
     `program.diagnose`, `program.forecast` and `export_onnx` keep a copy of the model while they run.
+
+    With `offload="cpu"` the model is one in the memory of the CPU (pinned), wherever it was, and its modules
+    visit the GPU that it was on, or the current one: a module is copied there with its optimizer state and
+    gradients that wait for more while the one before it computes, and back after its turn. A step ends when
+    all are back, so that checkpoints, exports and your own code find a model on the CPU. The program's own
+    calls (`predict`, `evaluate`) let modules visit as well, in eval mode and without gradients.
 
     A model that does not fit in memory is built within `locc.deferred()`, where its tensors are in files from
     the beginning; or on the `meta` device. Then compiling gives it memory (files, with `offload=`) module by
@@ -303,7 +316,7 @@ def _replay(schedule: str, **given: Any) -> Replay | None:
 def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
-    place = request.settings.offload
+    place = request.settings.files
     with (
         torch.random.fork_rng(),
         undone_on_failure(request.root),
@@ -311,6 +324,8 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         filled(request.root.model, request.weights, place, seed),
         files.keeping(place, _tensors(request.root)),
     ):
+        device = device_for(program.device) if request.settings.visits else program.device
+        recorder = recorder_for(device) if request.settings.backend == "cudagraphs" else None
         inputs = _on_device(inputs, program.device)
         torch.manual_seed(seed)
         ir = rewrite(request, inputs, TiedPolicy(request.tied, request.method.ties))
@@ -340,8 +355,13 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
             replication.check(ir, phases, request.name)
         recompute = computed_again(ir, request.settings.recompute)
         schedulers = request.settings.schedulers(learners)
-        offload = None if place is None else Offload(place, ir, learners)
         _tell(request.name, training, advice)
+        offload: Offload | None = None
+        if place is not None:
+            offload = OnDisk(place, ir, learners)
+        elif request.settings.visits:
+            offload = InHostMemory(ir, learners, device)
+            ir.captured.example = _on_device(inputs, torch.device("cpu"))
     with torch.no_grad():
         for parameter, value in ir.initial:
             parameter.copy_(value)
@@ -352,12 +372,13 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         seed,
         request.settings.accumulate,
         request.settings.dtype,
-        program.device,
+        device,
         atomic=request.settings.atomic,
         offload=offload,
         in_backward=request.settings.update == "in_backward",
         recompute=recompute,
         codes=Codes(request.settings.strict),
+        graphs=None if recorder is None else Graphs(ir, recorder, request.settings.strict),
         backend=request.settings.backend,
     )
 

@@ -107,6 +107,11 @@ def diagnose(program: Compiled, loader: Iterable[Any], steps: int = 10) -> Diagn
     """
     if type(steps) is not int or steps < 1:
         raise LoccError(f"steps={steps!r}: give a number of at least 1")
+    if program.settings.visits:
+        raise LoccError(
+            "program.diagnose backpropagates through the whole network at once, which with offload='cpu' is "
+            "never on the device; compile a smaller model without offload= for it"
+        )
     random = RandomState.now(loader, program.device)
     try:
         within = program.settings.labels_within

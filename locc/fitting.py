@@ -33,13 +33,21 @@ def loads(
     """
     found = _estimate(ir, name, settings, inputs, wanted)
     waits = settings.offload is not None
+
+    def own(owner: str) -> tuple[int, int]:
+        tensors = (t for node in ir.nodes(owner) for _, t in node_tensors(ir.root, node))
+        return _bytes(tensors), found.states.get(owner, 0)
+
     loads = []
     for owner, step in found.memory.owners:
         parameters, optimizer = found.memory.parameters, found.memory.optimizer
         of = [owner] if waits else list(ir.owners)
         if waits:
-            tensors = (t for node in ir.nodes(owner) for _, t in node_tensors(ir.root, node))
-            parameters, optimizer = _bytes(tensors), found.states.get(owner, 0)
+            parameters, optimizer = own(owner)
+            if settings.visits:  # whichever comes next
+                others = [own(o) for o in ir.owners if o != owner]
+                parameters += max((p for p, _ in others), default=0)
+                optimizer += max((o for _, o in others), default=0)
         step = math.ceil(step * _MARGIN)
         if settings.accumulate > 1:  # gradients wait for the next step
             step += _bytes(p for o in of for p in ir.parameters(o).values() if p.requires_grad)

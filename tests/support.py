@@ -64,6 +64,25 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.mid(self.embed(tokens))))
 
 
+class WithRow(nn.Embedding):
+    """Returns a view of its weight as well."""
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(tokens), self.weight[1]
+
+
+class Lent(Tied):
+    """Whose last module reads a view of a parameter of the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = WithRow(11, 5), nn.Linear(5, 11)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, row = self.embed(tokens)
+        return self.head(torch.tanh(self.mid(x)) + row)
+
+
 def mlp(dropout: float = 0.0) -> nn.Sequential:
     """Three linear layers, with names."""
     model = nn.Sequential()

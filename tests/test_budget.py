@@ -90,7 +90,7 @@ def least(**options: Any) -> list[int]:
     return [int(number) for number in found.groups()]
 
 
-def test_it_counts_what_a_setting_keeps_from_step_to_step() -> None:
+def test_it_counts_what_a_setting_keeps_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
     total, parameters, state, step = least()
     assert total == parameters + state + step
     assert least(accumulate=2) == [total + parameters, parameters, state, step + parameters]  # gradients
@@ -100,6 +100,8 @@ def test_it_counts_what_a_setting_keeps_from_step_to_step() -> None:
     assert one == sum(p.nbytes for m in (Block(48), head) for p in m.parameters()) < parameters
     assert of_one == pytest.approx(2 * one, rel=0.01)  # Adam's counters beside its two states
     assert (total, alike) == (one + of_one + step, step)
+    monkeypatch.setattr("locc.compiler.device_for", lambda model: torch.device("cpu"))
+    assert least(offload="cpu")[1] == parameters  # there are two modules, and the next one is on the device
 
 
 class _NeedsData(Block):

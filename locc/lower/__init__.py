@@ -16,7 +16,7 @@ from locc.lower.instructions import (
 )
 from locc.lower.plan import every_plan, lower
 from locc.lower.programs import ModuleProgram, Received, Sent, module_programs, program_of
-from locc.lower.project import project
+from locc.lower.project import gathered, project
 from locc.lower.resting import Resting, at_rest, runs_frozen
 from locc.lower.stages import stages
 
@@ -36,6 +36,7 @@ __all__ = [
     "Update",
     "at_rest",
     "every_plan",
+    "gathered",
     "instructions_of",
     "lower",
     "module_programs",

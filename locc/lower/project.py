@@ -32,6 +32,30 @@ def project(plan: Plan, owners: Iterable[str]) -> Plan:
     )
 
 
+def gathered(plan: Plan) -> Plan:
+    """Return a plan in which an owner receives before its code and sends after it.
+
+    What it waits for has to be there then: so it is where the programs run one after the other.
+    """
+    found: list[Instruction] = []
+    receives: list[Instruction] = []
+    sends: list[Instruction] = []
+    code: list[Instruction] = []
+    for instruction in [replace(i, frees=()) for i in plan.instructions]:
+        if isinstance(instruction, Receive):
+            receives.append(instruction)
+        elif isinstance(instruction, Send):
+            sends.append(instruction)
+        else:
+            if code and instruction.owner != code[-1].owner:
+                found += [*receives, *code, *sends]
+                receives, sends, code = [], [], []
+            code.append(instruction)
+    found += [*receives, *code, *sends]
+    release(found)
+    return replace(plan, instructions=found)
+
+
 @dataclass
 class _Cut:
     plan: Plan

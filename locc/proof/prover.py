@@ -101,7 +101,7 @@ def verify(program: Compiled, x: Any = None, y: Any = None, *, real: bool | None
     inputs = Inputs.of(program.model, x) if x is not None else ir.captured.example
     if inputs is None:
         raise LoccError("the program keeps no example inputs; call locc.verify(program, x) with a batch")
-    built, place = program.built, program.settings.offload
+    built, place = program.built, program.settings.files
     real = False if real is None and place is not None else real
     with files.keeping(place):
         proved = prove(ir, program.method, built.learners, inputs, y, real, built.training, built.advice)

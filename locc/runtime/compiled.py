@@ -60,6 +60,9 @@ class BackendReport:
         if self.backend == "vmap":
             alone = (f"{piece.module}: runs by itself, for {piece.reason}" for piece in self.eager)
             return "\n".join([f"backend 'vmap': {done} modules run with others as one", *alone])
+        if self.backend == "cudagraphs":
+            alone = (f"{piece.module}: runs eagerly, for {piece.reason}" for piece in self.eager)
+            return "\n".join([f"backend 'cudagraphs': {done} turns of modules are recorded", *alone])
         lines = [f"backend '{self.backend}': {done} pieces"]
         for name, pieces in self.modules.items():
             eager = [piece for piece in pieces if piece.reason is not None]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locc.lower import Instruction
+from locc.lower import Instruction, Plan
 from locc.runtime.compiled import Codes
+from locc.runtime.graphs import Graphs
 from locc.runtime.learner import Learner
 from locc.runtime.offload import Offload
 from locc.runtime.replicas import Replicas
@@ -31,8 +32,8 @@ class Context:
     objective that is not finite does not stop the step. `atomic` says that whoever runs the step undoes one
     that fails, so that a failure must be known before the step is over. With `in_backward` a parameter is
     updated as soon as the backward pass knows its gradient; the forward of `recompute` modules runs again
-    there. `codes` is what a backend has compiled, `replicas` the ranks that run the same on other shares of
-    the batch.
+    there. `codes` and `graphs` are what a backend has compiled or recorded, `replicas` the ranks that run the
+    same on other shares of the batch.
     """
 
     root: nn.Module
@@ -48,16 +49,24 @@ class Context:
     in_backward: bool = False
     recompute: tuple[nn.Module, ...] = ()
     codes: Codes = field(default_factory=Codes)
+    graphs: Graphs | None = None
     replicas: Replicas | None = None
-    flags: list[tuple[int, str, Tensor, torch.cuda.Event]] = field(default_factory=list)
+    flags: list[tuple[int, str, Tensor, torch.cuda.Event | None]] = field(default_factory=list)
 
     @cached_property
     def modules(self) -> list[nn.Module]:
         """Everything under the root; a walk that a step would spend on nothing."""
         return list(self.root.modules())
 
+    def unknown(self, plan: Plan) -> bool:
+        """Whether a step of a plan runs what the backend may have to refuse, which is not known yet."""
+        return self.codes.unknown(plan) if self.graphs is None else self.graphs.unknown(plan)
+
     def defer(self, step: int, name: str, flag: Tensor) -> None:
         """Note a flag on the device, to be read when it has arrived without waiting for it."""
+        if flag.device.type == "cpu":
+            self.flags.append((step, name, flag.clone(), None))
+            return
         arriving = torch.empty((), pin_memory=True).copy_(flag, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -70,9 +79,10 @@ class Context:
         """
         flags, self.flags = self.flags, []
         for i, (made, name, flag, event) in enumerate(flags):
-            if step is not None and made > step - 2 and not event.query():
+            if step is not None and made > step - 2 and event is not None and not event.query():
                 self.flags = flags[i:]
                 return
-            event.synchronize()
+            if event is not None:
+                event.synchronize()
             if bool(flag):
                 raise non_finite(name, float("nan"), LATE)

@@ -44,6 +44,14 @@ class Learner:
         """The largest learning rate of its parameters."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
+    def skipping(self, value: Tensor) -> Tensor:
+        """Have the device skip the next update where an objective is not finite; returns the flag, 1 or 0."""
+        flag = (~torch.isfinite(value)).float()
+        self.skip = flag if self.skip is None else torch.maximum(self.skip, flag)
+        self.optimizer.found_inf = self.skip  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        return flag
+
     def update(self, accumulate: int) -> bool:
         """Count a backward pass; on the last of `accumulate`, step on the mean gradient and clear it.
 

@@ -19,7 +19,7 @@ from locc.facts.traffic import by_role
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.ir.state import State, begin_all, states
 from locc.ir.view import node_modules
-from locc.lower import ModuleProgram, Plan, lower, module_programs, program_of
+from locc.lower import ModuleProgram, Plan, gathered, lower, module_programs, program_of
 from locc.runtime import ranks, waves
 from locc.runtime.backends import BACKENDS
 from locc.runtime.compiled import BackendReport
@@ -28,6 +28,7 @@ from locc.runtime.features import Features
 from locc.runtime.fingerprint import Fingerprint
 from locc.runtime.folded import Folded
 from locc.runtime.learner import Learner
+from locc.runtime.offload import Offload
 from locc.runtime.progress import Progress
 from locc.runtime.ranks.forecast import Forecast, forecast
 from locc.runtime.replay import Workers
@@ -208,7 +209,9 @@ class Compiled(nn.Module):
     def backend_report(self) -> BackendReport:
         """What of the code that has run is compiled, by module, and why the rest is not."""
         joined = [piece for diagonal in self.built.diagonals.values() for piece in diagonal.pieces]
-        return BackendReport(self.settings.backend, (*self.built.executor.codes.pieces.values(), *joined))
+        executor = self.built.executor
+        recorded = () if executor.graphs is None else executor.graphs.pieces
+        return BackendReport(self.settings.backend, (*executor.codes.pieces.values(), *joined, *recorded))
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -265,7 +268,14 @@ class Compiled(nn.Module):
         try:
             return self._steps(batches, updated)
         finally:
+            self._rest()
             self._turn.release()
+
+    def _rest(self) -> None:
+        """Have all tensors where what is outside of a step looks for them."""
+        offload = None if self._built is None else self._built.executor.offload
+        if offload is not None:
+            offload.rest()
 
     def _steps(self, batches: Sequence[tuple[Any, Any]], updated: waves.Updated | None) -> list[StepReport]:
         self.complete(batches[0][0], FEW)
@@ -280,7 +290,8 @@ class Compiled(nn.Module):
                 "program.model and compile again"
             )
         plan = self.plan(self.phase)
-        tried = self.settings.strict and built.executor.codes.unknown(plan)
+        runs = [part.plan for part in self._parts(self.phase)] if self.settings.wave and updated else [plan]
+        tried = self.settings.strict and any(map(built.executor.unknown, runs))
         backup = self._backup() if self.settings.atomic or tried else None
         try:
             if self.ranks is not None and self.settings.replay is not None:
@@ -300,6 +311,7 @@ class Compiled(nn.Module):
                     found = waves.run(built.executor, self._parts(self.phase), values, self.steps, updated)
         except BaseException:
             if backup is not None:
+                self._rest()
                 backup()
             raise
         self.steps += len(found)
@@ -421,6 +433,7 @@ class Compiled(nn.Module):
         try:
             return ranks.measured(self.built.executor, plan, programs, values, self.steps)
         finally:
+            self._rest()
             undo()
 
     def forecast(
@@ -496,7 +509,10 @@ class Compiled(nn.Module):
         if phase not in self.built.parts:
             schedule = "wave" if self.settings.replay is None else "replay"
             waves.check(self.ir, self.method, self.built.certificate, schedule)
-            self.built.parts[phase] = waves.ordered(module_programs(self.ir, self.plan(phase)))
+            parts = waves.ordered(module_programs(self.ir, self.plan(phase)))
+            if BACKENDS[self.settings.backend].gathers:
+                parts = [replace(part, plan=gathered(part.plan)) for part in parts]
+            self.built.parts[phase] = parts
         return self.built.parts[phase]
 
     def tried(self, x: Any, y: Any) -> Tensor | None:
@@ -589,9 +605,17 @@ class Compiled(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's first parameter is."""
+        """Where the model computes: where its first parameter is, unless its modules visit a device."""
+        if self._visits is not None and self._visits.device is not None:
+            return self._visits.device
         found = next(self.root.model.parameters(), None)
         return torch.device("cpu") if found is None else found.device
+
+    @property
+    def _visits(self) -> Offload | None:
+        """What brings modules to a device where the model is not, if they go there."""
+        offload = None if self._built is None else self._built.executor.offload
+        return None if offload is None or offload.device is None else offload
 
     def _backup(self) -> Callable[[], None]:
         """Return a function that undoes everything a step changes."""
@@ -616,13 +640,25 @@ class Compiled(nn.Module):
     # ---- inference --------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the inference path."""
+        """Run the inference path.
+
+        Raises:
+            RunError: with `offload="cpu"`, in train mode: that path is the one of eval mode.
+        """
         self.whole()
-        if self._built is None or not self._built.ir.folded:
+        offload = self._visits
+        if self._built is None or not (self._built.ir.folded or offload):
             return self.root.model(*args, **kwargs)
+        if offload is not None and self.model.training:
+            raise RunError(
+                "with offload='cpu' a program computes outside of a step in eval mode alone; call "
+                "program.eval() first"
+            )
         if self._folded is None:
-            object.__setattr__(self, "_folded", Folded(self.root, self._built.ir))
+            object.__setattr__(self, "_folded", Folded(self.root, self._built.ir, offload))
         assert self._folded is not None
+        if offload is not None:
+            args, kwargs = self._move((args, kwargs))
         return self._folded(*args, **kwargs)
 
     @property
@@ -647,7 +683,7 @@ class Compiled(nn.Module):
         before = {id(p): p for p in self.root.parameters()}
         if self._built is not None:
             for dtype in {p.dtype for p in before.values()}:
-                moved = fn(torch.empty(0, dtype=dtype, device=self.device))
+                moved = fn(torch.empty(0, dtype=dtype, device=next(self.root.parameters()).device))
                 self._check_place(moved.device)
                 if moved.dtype != dtype:
                     raise LoccError(
@@ -675,10 +711,15 @@ class Compiled(nn.Module):
         return device
 
     def _check_place(self, device: torch.device) -> None:
+        if self.settings.backend == "cudagraphs" and device != self.built.executor.device:
+            raise LoccError(
+                f"backend='cudagraphs' records on {self.built.executor.device}, where the model was when it "
+                f"was compiled, and it is asked to be on {device}; compile it there"
+            )
         if self.built.executor.offload is not None and device.type != "cpu":
             raise LoccError(
-                f"offload= keeps tensors of the CPU's memory in files, and the model is asked to be on "
-                f"{device}; leave it on the CPU, or compile it there without offload="
+                f"offload= keeps a model in the memory of the CPU, and the model is asked to be on {device}; "
+                "leave it there, or compile it without offload="
             )
 
     def extra_repr(self) -> str:

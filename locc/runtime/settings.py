@@ -22,6 +22,7 @@ from locc.runtime.backends import BACKENDS
 from locc.runtime.learner import Learner
 from locc.runtime.records import LIMIT, MEMORY, size_of
 from locc.runtime.replay import Replay
+from locc.runtime.visits import IN_HOST
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -83,10 +84,11 @@ class Settings:
                 f"backend={self.backend!r} is not available; {nearest(str(self.backend), BACKENDS)}"
             )
         self._check_vmap()
+        self._check_graphs()
         if self.strict and self.backend in ("eager", "vmap"):
             raise LoccError(
                 "strict=True refuses code that a backend cannot compile, and "
-                f"backend={self.backend!r} compiles none; use backend='inductor', or leave it out"
+                f"backend={self.backend!r} compiles none; use backend='inductor' or leave it out"
             )
         if type(self.accumulate) is not int or self.accumulate < 1:
             raise LoccError(
@@ -129,6 +131,24 @@ class Settings:
         if given:
             raise LoccError(f"backend='vmap' does not work with {given[0]}=; leave one of them out")
 
+    def _check_graphs(self) -> None:
+        if self.backend != "cudagraphs":
+            return
+        if self.schedule in ("pipelined", "replay"):
+            raise LoccError(
+                f"backend='cudagraphs' is for a step in one process, and schedule={self.schedule!r} hands on "
+                "values that outlive it; use schedule='lockstep', 'sequential' or 'wave'"
+            )
+        unlike = {
+            "offload": self.offload is not None,
+            "features": self.features is not None,
+            "atomic": self.atomic,
+            "accumulate": self.accumulate != 1,
+        }
+        given = [name for name, value in unlike.items() if value]
+        if given:
+            raise LoccError(f"backend='cudagraphs' does not work with {given[0]}=; leave one of them out")
+
     def _check_features(self) -> None:
         if self.features is None and self.features_limit is not None:
             raise LoccError(
@@ -148,12 +168,7 @@ class Settings:
     def _check_offload(self) -> None:
         if self.offload is None:
             return
-        if self.offload == "cpu":
-            raise LoccError(
-                "offload='cpu', from a GPU to the memory of the CPU, is not available; offload='disk' takes "
-                "what waits from the memory of the CPU to files"
-            )
-        check_place("offload", self.offload, (DISK,))
+        check_place("offload", self.offload, (DISK, IN_HOST))
         if self.atomic:
             raise LoccError(
                 f"offload={str(self.offload)!r} is for training that does not fit in memory, and atomic=True "
@@ -232,6 +247,16 @@ class Settings:
             raise LoccError(
                 f"autocast={self.autocast!r} is unknown; {nearest(str(self.autocast), PRECISIONS)}"
             )
+
+    @property
+    def files(self) -> str | Path | None:
+        """Where the files are of what waits, if it does so on disk."""
+        return None if self.visits else self.offload
+
+    @property
+    def visits(self) -> bool:
+        """Whether modules visit a device that the model is not on."""
+        return self.offload == IN_HOST
 
     @property
     def wave(self) -> int | None:

@@ -9,17 +9,21 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import locc
 from benchmarks import offload as larger
-from locc import LoccError, Program, files
-from support import everything, same, snapshot
+from locc import LoccError, Program, RunError, files
+from locc.ir.memory import memory_of
+from support import Lent, Tied, everything, same, snapshot, usual_case
 
 WIDTH = 40
 """A matrix is more than a page, what has one number a unit is less."""
@@ -79,6 +83,12 @@ def resident() -> set[int]:
     return {int(part.partition("-")[0], 16) for part in there}
 
 
+@pytest.fixture
+def visits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let modules visit what is no GPU: the memory of the CPU, beside that in which the model is."""
+    monkeypatch.setattr("locc.compiler.device_for", lambda model: torch.device("cpu"))
+
+
 # ---- the same training -------------------------------------------------------------------------
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -91,37 +101,42 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("place", ["disk", "cpu"])
 @pytest.mark.parametrize("case", CASES)
-def test_it_ends_with_the_same_bits(case: str, tmp_path: Path) -> None:
+def test_it_ends_with_the_same_bits(case: str, place: str, visits: None) -> None:
     method, options = CASES[case]
     expected = steps(program(method, **options))
-    found = steps(program(method, offload=tmp_path, **options))
+    found = steps(program(method, offload=place, **options))
     assert same(everything(expected), everything(found))
-    assert all(in_file(p) == (p.dim() == 2) for p in found.model.parameters())
+    assert all(in_file(p) == (p.dim() == 2 and place == "disk") for p in found.model.parameters())
     x, _ = batches()[0]
     assert torch.equal(expected.eval().predict(x), found.eval().predict(x))
 
 
+@pytest.mark.parametrize("place", ["disk", "cpu"])
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=["", "accumulate"])
 @pytest.mark.parametrize("first", [True, False], ids=["saved with", "saved without"])
-def test_a_checkpoint_goes_on_with_and_without(first: bool, options: Any, tmp_path: Path) -> None:
-    with_it = {"offload": "disk", **options}
+def test_a_checkpoint_goes_on_with_and_without(
+    first: bool, options: Any, place: str, tmp_path: Path, visits: None
+) -> None:
+    with_it = {"offload": place, **options}
     expected = steps(program(**options))
     one = steps(program(**(with_it if first else options)), slice(3))
     one.save(tmp_path / "state")
     other = steps(program(**(options if first else with_it)), slice(1))
     other.load(tmp_path / "state")
-    if not first:
+    if not first and place == "disk":
         assert all(map(in_file, [*made_of(other, "0"), *made_of(other, "2")]))
     assert same(everything(expected), everything(steps(other, slice(3, None))))
 
 
-def test_it_is_evaluated_exported_and_verified(tmp_path: Path) -> None:
-    expected, found = steps(program()), steps(program(offload=tmp_path))
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_it_is_evaluated_exported_and_verified(place: str, tmp_path: Path, visits: None) -> None:
+    expected, found = steps(program()), steps(program(offload=place))
     assert found.evaluate(batches()) == expected.evaluate(batches())
     locc.verify(found)
     found.export_onnx(tmp_path / "model.onnx")  # compares with the model
-    assert all(map(in_file, made_of(found, "0")))
+    assert all(in_file(t) == (place == "disk") for t in made_of(found, "0"))
     assert same(everything(expected), everything(found))
 
 
@@ -213,6 +228,132 @@ def test_eight_times_the_memory_there_is(tmp_path: Path) -> None:
     assert "compiled" not in without.stdout
 
 
+# ---- what visits a device ----------------------------------------------------------------------
+
+
+class Watched(TorchDispatchMode):
+    """Fails where an operator reads or writes one of some tensors, but for those that move them."""
+
+    def __init__(self, made: Program, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.homes, self.moving = {memory_of(t) for t in tensors}, False
+        self.offload: Any = made.built.executor.offload
+        self.moves = {name: getattr(self.offload, name) for name in ("_change", "rest")}
+        for name, move in self.moves.items():
+            setattr(self.offload, name, partial(self.moved, move))
+
+    def moved(self, move: Any, *given: Any) -> None:
+        self.moving = True
+        move(*given)
+        self.moving = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # a view touches no memory
+        if not self.moving and not function.is_view:
+            for found in tree_leaves((args, kwargs)):
+                if isinstance(found, Tensor):
+                    assert memory_of(found) not in self.homes, f"{function} on what is not on the device"
+        return function(*args, **(kwargs or {}))
+
+
+def of(made: Program, tensor: Tensor) -> str:
+    """The module that has a tensor, or whose optimizer does."""
+    for name, optimizer in made.optimizers.items():
+        if any(tensor is t for t in tree_leaves([list(optimizer.state.values()), optimizer.param_groups])):
+            return name
+    found = {id(b): path for path, b in made.model.named_buffers()}
+    return found[id(tensor)].partition(".")[0]
+
+
+def travelling(made: Program) -> list[Tensor]:
+    """Every parameter and buffer, and what the optimizers have of more than one number."""
+    states = [t for o in made.optimizers.values() for t in tree_leaves(list(o.state.values()))]
+    held = [*made.root.parameters(), *made.root.buffers(), *(t for t in states if t.dim())]
+    return [t for t in held if t.untyped_storage().nbytes()]
+
+
+@pytest.mark.parametrize("kind", ["bp", "dgl", "dtp", "al", "cdni", Tied, Lent])
+def test_an_owner_computes_with_what_is_on_the_device_alone(kind: Any, visits: None) -> None:
+    if isinstance(kind, str):
+        case = usual_case(kind)
+        made = case.compile(offload="cpu", verify=False)
+        data = [case.batch(number) for number in range(3)]
+    else:
+        data = [(torch.ones(2, 3).long(),) * 2] * 3
+        options: dict[str, Any] = {"tied": "owner", "example_inputs": data[0][0], "offload": "cpu"}
+        made = locc.compile(kind(), "bp", ["embed", "mid"], **options)
+    for x, y in data:
+        with Watched(made, travelling(made)):
+            made.step(x, y)
+    made.eval()
+    with Watched(made, travelling(made)):
+        made.predict(data[0][0])
+
+
+def test_the_module_that_trains_and_the_next_one_are_on_the_device(visits: None) -> None:
+    made = steps(program(offload="cpu"))
+    size = {name: sum(t.nbytes for t in travelling(made) if of(made, t) == name) for name in ("0", "1", "2")}
+    offload: Any = made.built.executor.offload
+    found: dict[str, int] = {}
+
+    def look(instruction: Any, values: Any) -> None:
+        there = {id(b): b.away.nbytes() for b in offload._berths.values()}
+        found[instruction.owner] = max(found.get(instruction.owner, 0), sum(there.values()))
+
+    made.built.executor.observe = look
+    steps(made, slice(2))
+    assert found == {"0": size["0"] + size["1"], "1": size["1"] + size["2"], "2": size["2"]}
+    assert not offload._berths
+
+
+def test_what_an_optimizer_makes_goes_home(visits: None) -> None:
+    made = program(offload="cpu")
+    there: dict[str, set[int]] = {}
+
+    def look(instruction: Any, values: Any) -> None:
+        learner = made.built.learners[instruction.owner]
+        there[instruction.owner] = {memory_of(t) for t in tree_leaves(list(learner.optimizer.state.values()))}
+
+    made.built.executor.observe = look
+    steps(made, slice(1))
+    home = {memory_of(t) for t in travelling(made)}
+    assert len(there) == 3
+    assert all(found and not found & home for found in there.values())
+
+
+def test_a_tape_does_not_keep_the_device_memory_of_what_is_away(visits: None) -> None:
+    made = steps(program("bp", offload="cpu"), slice(1))
+    weight = made.model.get_submodule("0.0").weight
+    seen = []
+
+    def look(instruction: Any, values: Any) -> None:
+        berths = made.built.executor.offload._berths
+        seen.append((instruction.owner, berths[memory_of(weight)].away.nbytes() > 0))
+
+    made.built.executor.observe = look
+    steps(made, slice(1))
+    assert ("2", False) in seen
+    assert seen[-1] == ("0", True)
+
+
+def test_a_step_that_stops_leaves_the_model_whole(visits: None) -> None:
+    made = steps(program(offload="cpu"))
+    x, y = batches()[0]
+
+    def look(instruction: Any, values: Any) -> None:
+        if instruction.owner == "1":
+            raise KeyboardInterrupt
+
+    made.built.executor.observe = look
+    with pytest.raises(KeyboardInterrupt):
+        made.step(x, y)
+    made.built.executor.observe = None
+    assert torch.equal(made.eval().predict(x), made.model(x))
+    with pytest.raises(RunError, match=r"call program\.eval\(\) first"):
+        made.train().predict(x)
+    steps(made)
+
+
 # ---- refusals ----------------------------------------------------------------------------------
 
 
@@ -254,8 +395,11 @@ class Odd(nn.Sequential):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"offload": "cpu"}, "offload='cpu', from a GPU to the memory of the CPU, is not available"),
-        ({"offload": "/nowhere"}, "offload='/nowhere' is neither 'disk' nor an existing folder"),
+        (
+            {"offload": "cpu"},
+            "offload='cpu' takes what waits for its turn on a GPU .* there is no CUDA device",
+        ),
+        ({"offload": "/nowhere"}, "offload='/nowhere' is neither 'disk' nor 'cpu' nor an existing folder"),
         (
             {"offload": "/proc"},
             "offload='/proc' needs files of 17600 bytes more, and there is no room or no file",
