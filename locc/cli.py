@@ -39,6 +39,7 @@ from locc.commands.reproduce import reproduce
 from locc.commands.show import (
     describe,
     fail,
+    leads,
     method_table,
     out,
     show_examination,
@@ -322,7 +323,7 @@ def _train(
     for name, loader in (("training", data.training), ("validation", data.validation)):
         if loader is not None:
             console.print(f"{name}: {program.evaluate(loader)}")
-    if onnx is not None:
+    if onnx is not None and leads():
         console.print(Text(f"exported {program.export_onnx(onnx)}"), soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -22,8 +23,16 @@ if TYPE_CHECKING:
 
 
 def out(stderr: bool = False) -> Console:
-    """Return the console of standard output, or error, as it is now (tests replace it)."""
-    return Console(highlight=False, stderr=stderr)
+    """Return the console of standard output, or error, as it is now (tests replace it).
+
+    Among the processes that `torchrun` starts, the first one speaks for all.
+    """
+    return Console(highlight=False, stderr=stderr, quiet=not stderr and not leads())
+
+
+def leads() -> bool:
+    """Return whether this is the only process, or the first of those that `torchrun` has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def fail(error: BaseException | str, misuse: bool = False, kind: str = "") -> NoReturn:

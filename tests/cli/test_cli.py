@@ -177,6 +177,36 @@ def test_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert "CheckpointError" in error
 
 
+@pytest.mark.slow
+def test_of_several_processes_one_speaks(tmp_path: Path) -> None:
+    saved = tmp_path / "saved.safetensors"
+    common = [
+        "-m",
+        "locc",
+        "train",
+        *MLP,
+        *DIGITS,
+        *QUIET,
+        "--method",
+        "dgl",
+        "--epochs",
+        "1",
+        "--save",
+        str(saved),
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    for more in ([], ["--resume", str(saved)]):
+        command = [*launcher, *common, "--schedule", "pipelined", "--onnx", str(tmp_path / "m.onnx"), *more]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert [told.count(word) for word in ("trains with", "saved ", "exported ", "\ntraining: ")] == [
+            1,
+            1,
+            1,
+            1,
+        ]
+    run("train", *MLP, *DIGITS, *QUIET, "--method", "dgl", "--epochs", "0", "--resume", str(saved))
+
+
 def test_ctrl_c_leaves_a_checkpoint(tmp_path: Path) -> None:
     saved = tmp_path / "c"
     command = ["train", *MLP, "--data", f"{MODEL}:interrupting", *QUIET, "--save", str(saved)]
