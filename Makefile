@@ -5,7 +5,7 @@
 #   make property the property tests on thousands of drawn programs (half an hour or so)
 #   make mutants  plant leaks in every method's graphs and mistakes in its plans: each must be found (ten minutes)
 #   make lint     ruff and mypy --strict      make format   let ruff rewrite the sources
-#   make bench    local against end-to-end
+#   make bench    local against end-to-end, and its figures in docs (ten minutes)
 #   make reproduce published networks on MNIST, each beside bp, and a GPT: docs/results.md (half an hour)
 #   make defaults what each method reaches on MNIST with its defaults (forty minutes)
 #   make sweep    every method on a model of each family of torchvision, timm and transformers: docs/models.md (hours)
@@ -86,7 +86,10 @@ format: $(READY)
 	@$(BIN)/ruff format $(SOURCES)
 
 bench: $(READY)
-	@$(BIN)/python -m benchmarks.run $(ARGS)
+	@mkdir -p out
+	@$(BIN)/python -m benchmarks.run --json out/bench.json $(ARGS)
+	@$(BIN)/python -m benchmarks.pipeline --rounds 3 --json out/pipeline.json
+	@$(BIN)/python -m benchmarks.plots
 
 defaults: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/locc reproduce defaults --budget full --page docs/results.md $(ARGS)

@@ -14,16 +14,21 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class EndToEnd:
-    """Backpropagation through the whole model, one fused Adam over all its parameters."""
+    """Backpropagation through the whole model, one fused Adam over all its parameters.
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        self.model = model
-        self.loss = loss
+    With `compiled` the forward and the backward pass are what `torch.compile` makes of them.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, *, compiled: bool = False) -> None:
+        def objective(x: Tensor, y: Tensor) -> Tensor:
+            return loss(model(x), y)
+
+        self.objective = torch.compile(objective, fullgraph=True) if compiled else objective
         self.optimizer = torch.optim.Adam(model.parameters(), fused=True)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Train on one batch and return the loss."""
-        loss = self.loss(self.model(x), y)
+        loss = self.objective(x, y)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

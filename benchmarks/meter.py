@@ -6,10 +6,13 @@ appearance until the storage itself dies. So views cost nothing, and a tensor th
 for as long as autograd holds it. What an operator allocates and frees inside itself (a matrix product's
 workspace) is not seen, and code that does not pass the dispatcher (compiled kernels) is not either.
 What an optimizer allocates during its `step` is counted apart: it is neither activation nor gradient.
+`allocated` counts what the allocator hands out instead, to compiled kernels as well, whatever for.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 import weakref
@@ -215,6 +218,17 @@ def peak_memory(fn: Callable[[], object], device: str | torch.device = "cpu") ->
     return peak(fn).total
 
 
+def allocated(fn: Callable[[], object]) -> int:
+    """Run `fn` once; return the most bytes that the CPU's allocator handed out above those before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as found:
+        fn()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
+
+
 def flops(fn: Callable[[], object]) -> int:
     """Run `fn` once; return its floating-point operations in matrix products, convolutions and attention."""
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
@@ -246,9 +260,14 @@ class Timing:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], object]], rounds: int = 20, warmup: int = 3
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int = 20,
+    warmup: int = 3,
+    until: float = math.inf,
 ) -> dict[str, list[float]]:
     """Time the contestants in turn, A B C A B C ..., and return each one's milliseconds, round by round.
+
+    From three rounds on, the one in which `time.perf_counter()` passes `until` is the last.
 
     What disturbs the machine for a while then disturbs all of them alike, so the ratio of two contestants
     within a round is steadier than either time.
@@ -257,11 +276,13 @@ def interleave(
         for fn in contestants.values():
             fn()
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
+    for done in range(rounds):
         for name, fn in contestants.items():
             started = _now()
             fn()
             times[name].append((_now() - started) * 1e3)
+        if _now() > until and done > 1:
+            break
     return times
 
 

@@ -9,6 +9,7 @@ thread each, beside one process of one thread and beside the slower rank alone, 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import pickle
 import statistics
@@ -165,16 +166,21 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=float, default=20.0, help="of a module's forward pass")
     parser.add_argument("--rounds", type=int, default=5, help="of the MLP")
     parser.add_argument("--width", type=int, default=768, help="of the MLP")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the passes there as well")
     options = parser.parse_args()
     print(f"modules that wait, {options.batches} batches; seconds of a pass")
     print("| ranks | pipelined | forecast | n + K - 1 steps | 1F1B, 8 micro-batches |")
     print("|---:|---:|---:|---:|---:|")
+    passes = []
     for size in map(int, options.ranks.split(",")):
         takes, batch = options.milliseconds / 1e3, 16
         (found, *_) = together(size, schedules, options.batches, takes / batch, batch)
         ideal = (options.batches + size - 1) * 3 * takes
         row = [found["pipelined"], found["forecast"], ideal, found["1F1B"]]
+        passes.append({"ranks": size, "ideal": ideal, **found})
         print(f"| {size} | " + " | ".join(f"{seconds:.2f}" for seconds in row) + " |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(passes, indent=2) + "\n")
     (found, *_) = together(2, throughput, 20, options.rounds, options.width, 256)
     print("an MLP of 8 layers, a thread a process; milliseconds a step, median of rounds (lowest to highest)")
     for name, each in found.items():

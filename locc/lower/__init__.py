@@ -1,6 +1,6 @@
 """Training graph -> one program per owner, and the order in which they run."""
 
-from locc.lower.code import tracked
+from locc.lower.code import Code, tracked
 from locc.lower.instructions import (
     Assign,
     Backward,
@@ -23,6 +23,7 @@ from locc.lower.stages import stages
 __all__ = [
     "Assign",
     "Backward",
+    "Code",
     "Instruction",
     "Loop",
     "ModuleProgram",

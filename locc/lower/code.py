@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from locc.ir import ops
 from locc.ir.graph import TrainingGraph
@@ -21,13 +21,49 @@ def is_lent(state: fx.Node, user: fx.Node) -> bool:
     return bool(state.op == "get_attr" and state.meta["owner"] != user.meta["owner"])
 
 
+class Taken:
+    """What code takes of the root at its paths, now: attributes `m0`, `m1`, ..."""
+
+
+class Code:
+    """What a segment computes, written without a name of its own: modules of one structure have one text.
+
+    Attributes:
+        text: of a Python function, of what is taken of the root, what starts a random stream by its number
+            in this code, and the values that are read.
+        space: its globals, the function `forward` among them.
+    """
+
+    def __init__(
+        self, owner: str, graph: fx.Graph, root: nn.Module, paths: tuple[str, ...], streams: tuple[str, ...]
+    ) -> None:
+        source = graph.python_code("self")
+        self.text, self.space = source.src, dict(source.globals)
+        exec(compile(source.src, f"<locc {owner}>", "exec"), self.space)
+        self.forward: Callable[..., tuple[Any, ...]] = self.space["forward"]
+        self._root, self._streams = root, streams
+        self._places = {f"m{i}": attrgetter(path) for i, path in enumerate(paths)}
+
+    def __call__(self, streams: Callable[[str], None], *values: Any) -> tuple[Any, ...]:
+        """Run the code; `streams` starts a random stream by the name of its node."""
+        return self.forward(self.taken(), lambda number: streams(self._streams[number]), *values)
+
+    def taken(self) -> Taken:
+        """Return what the code takes of the root."""
+        taken = Taken()
+        for name, place in self._places.items():
+            setattr(taken, name, place(self._root))
+        return taken
+
+
 def compile_nodes(
     nodes: list[fx.Node], ir: TrainingGraph, found: Analysis
-) -> tuple[Callable[..., tuple[Any, ...]], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Compile nodes to one Python function; returns function, its text, names read and names written."""
+) -> tuple[Code, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Compile nodes to one function; returns it, a line for each node, names read and names written."""
     graph = fx.Graph()
     streams = graph.placeholder("streams_")
     copies: dict[fx.Node, fx.Node] = {}
+    drawn: list[str] = []
     inside = set(nodes)
     reads = list(
         dict.fromkeys(
@@ -44,14 +80,12 @@ def compile_nodes(
             if source.op == "get_attr" and source not in copies:
                 copies[source] = graph.get_attr(str(source.target))
         if draws(ir.root, node):
-            graph.call_function(start, (streams, stream_of(node)))
+            graph.call_function(start, (streams, len(drawn)))
+            drawn.append(stream_of(node))
         copies[node] = _copy(graph, node, copies, node in found.leaves)
     kept = [n for n in nodes if n in found.watched or _used_outside(n, inside, ir, found.needed)]
     graph.output(tuple(copies[n] for n in kept))
-    source_code = graph.python_code("self")
-    space: dict[str, Any] = dict(source_code.globals)
-    exec(compile(source_code.src, f"<locc {nodes[0].meta['owner']}>", "exec"), space)
-    function = partial(space["forward"], ir.root)
+    function = Code(str(nodes[0].meta["owner"]), graph, ir.root, _unnamed(graph), tuple(drawn))
     own = [s for s in copies if s.op == "get_attr" and s not in inside and s not in reads]
     text = tuple(statement(n, own) for n in nodes)
     return function, text, tuple(n.name for n in reads), tuple(n.name for n in kept)
@@ -67,9 +101,21 @@ def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], is_lea
     return graph.call_function(tracked, (made,))
 
 
-def start(streams: Callable[[str], None], node: str) -> None:
+def _unnamed(graph: fx.Graph) -> tuple[str, ...]:
+    """Number what has a name in a graph; returns the paths of what it takes of the root."""
+    paths: dict[str, str] = {}
+    for i, node in enumerate(graph.nodes):
+        node.name = f"v{i}"
+        if node.op == "placeholder":
+            node.target = node.name
+        elif node.op in ("call_module", "get_attr"):
+            node.target = paths.setdefault(str(node.target), f"m{len(paths)}")
+    return tuple(paths)
+
+
+def start(streams: Callable[[int], None], number: int) -> None:
     """Start the random stream of a node that draws: the same whatever runs before it."""
-    streams(node)
+    streams(number)
 
 
 def leaf(x: torch.Tensor) -> torch.Tensor:

@@ -155,9 +155,9 @@ class Eager(Machine):
 class Inductor(Eager):
     """Runs an owner's straight-line code as `torch.compile` compiles it, and its backward pass with it.
 
-    Each segment is compiled by itself when it first runs, and again for what differs since: the first batch
-    of another size for every size. The caches of PyTorch spare modules of one structure most of that. What
-    cannot be compiled runs eagerly, and the program's report says so.
+    A segment is compiled when it first runs, one for all of the same structure, and again for what differs
+    since: the first batch of another size for every size. What cannot be compiled runs eagerly, and the
+    program's report says so.
     """
 
     apart = True

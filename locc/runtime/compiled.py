@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from locc.errors import RunError
-from locc.lower import Plan, Segment, instructions_of
+from locc.lower import Code, Plan, Segment, instructions_of
 
 _log = logging.getLogger("locc")
 _numbers = itertools.count()
@@ -73,20 +75,19 @@ class BackendReport:
 
 
 class Compilation:
-    """A segment's function, compiled with a code object of its own: one holds eight compilations, no more."""
+    """Code that is compiled for segments of one structure, as a code object: one holds eight compilations."""
 
-    def __init__(self, segment: Segment, backend: str) -> None:
-        given: Any = segment.function  # a partial, of the root
-        self.given, self.began = given.args, False
+    def __init__(self, code: Code, owner: str, backend: str) -> None:
+        self.serves, self.began = 1, False
         # What the compiler remembers of sizes goes by the file's name.
-        code = given.func.__code__.replace(co_filename=f"<locc {segment.owner} {next(_numbers)}>")
-        own = FunctionType(code, given.func.__globals__, given.func.__name__)
+        named = code.forward.__code__.replace(co_filename=f"<locc {owner} {next(_numbers)}>")
+        own = FunctionType(named, code.space, code.forward.__name__)
         self.function = torch.compile(own, backend=self._backend(backend), fullgraph=True)
 
-    def __call__(self, *values: Any) -> tuple[Any, ...]:
-        """Run the code, compiled first where that is new; `began` says whether it came to run."""
+    def __call__(self, code: Code, *values: Any) -> tuple[Any, ...]:
+        """Run a segment's code, compiled first where that is new; `began` says whether it came to run."""
         self.began = False
-        results: tuple[Any, ...] = self.function(*self.given, _silent, *values)
+        results: tuple[Any, ...] = self.function(code.taken(), _silent, *values)
         return results
 
     def _backend(self, name: str) -> Callable[..., Any]:
@@ -112,12 +113,14 @@ class Compilation:
 
 @dataclass
 class Codes:
-    """The code of a program that has been compiled, by the function that it was, and what came of it.
+    """The code of a program that has been compiled, and what came of it.
 
-    With `strict`, code that cannot be compiled is an error.
+    Segments share a compilation where their code and all that it takes look alike; what they share is guarded
+    by the compiler as for one. With `strict`, code that cannot be compiled is an error.
     """
 
     strict: bool = False
+    shared: dict[Hashable, Compilation] = field(default_factory=dict)
     made: dict[Callable[..., Any], Compilation] = field(default_factory=dict)
     pieces: dict[Callable[..., Any], Piece] = field(default_factory=dict)
 
@@ -129,21 +132,36 @@ class Codes:
         Raises:
             RunError: it cannot be compiled, and `strict` is asked for.
         """
-        key = segment.function
-        piece = self.pieces.get(key)
+        code = segment.function
+        assert isinstance(code, Code)
+        piece = self.pieces.get(code)
         if piece is not None and piece.reason is not None:
             return eagerly()
-        if key not in self.made:
-            self.made[key] = Compilation(segment, backend)
+        if code not in self.made:
+            self.made[code] = self._compilation(code, segment.owner, backend, values)
+        compilation = self.made[code]
         try:
-            results = self.made[key](*values)
+            results = compilation(code, *values)
         except Exception as error:
-            if self.made[key].began:
+            if compilation.began:
                 raise
+            if compilation.serves > 1:  # others may have used up what one code object can hold
+                compilation.serves -= 1
+                self.made[code] = Compilation(code, segment.owner, backend)
+                return self.run(segment, backend, values, eagerly)
             return self._refused(segment, error, eagerly)
         if piece is None:
-            self.pieces[key] = Piece(segment.owner, segment.text)
+            self.pieces[code] = Piece(segment.owner, segment.text)
         return results
+
+    def _compilation(self, code: Code, owner: str, backend: str, values: list[Any]) -> Compilation:
+        """Return a compilation of code that looks as this does, a new one if there is none."""
+        key = _looks(code, values)
+        if key in self.shared:
+            self.shared[key].serves += 1
+        else:
+            self.shared[key] = Compilation(code, owner, backend)
+        return self.shared[key]
 
     def _refused(
         self, segment: Segment, error: Exception, eagerly: Callable[[], tuple[Any, ...]]
@@ -161,7 +179,8 @@ class Codes:
             ) from error
         _log.warning("locc: in module '%s', %s runs eagerly: %s", segment.owner, code, reason)
         self.pieces[segment.function] = Piece(segment.owner, segment.text, reason)
-        del self.made[segment.function]
+        failed = self.made.pop(segment.function)
+        self.shared = {looks: made for looks, made in self.shared.items() if made is not failed}
         return results
 
     def unknown(self, plan: Plan) -> bool:
@@ -180,7 +199,22 @@ def careful() -> Iterator[None]:
         yield
 
 
-def _silent(node: str) -> None:
+def _looks(code: Code, values: list[Any]) -> Hashable:
+    """Return what is equal for two pieces of code that one compilation may serve."""
+    shared = ((name, id(held)) for name, held in code.space.items() if name != "forward")
+    looks: list[Hashable] = [code.text, *shared]
+    for held in (*vars(code.taken()).values(), *values):
+        leaves: list[Any] = tree_leaves(held)
+        if isinstance(held, nn.Module):
+            looks += ((name, type(module)) for name, module in held.named_modules())
+            leaves = [*held.parameters(), *held.buffers()]
+        looks += (
+            (t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else (type(t),) for t in leaves
+        )
+    return tuple(looks)
+
+
+def _silent(number: int) -> None:
     """Take the place of what starts a random stream: that has been done."""
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.meter import Timing, interleave, peak, peak_memory, ratio
+from benchmarks.meter import Timing, allocated, interleave, peak, peak_memory, ratio
 
 F4 = 4  # bytes in a float32
 B, D = 32, 64
@@ -154,6 +154,17 @@ def test_optimizer_temporaries_are_counted_apart() -> None:
     assert 3 * WEIGHT <= measured.with_optimizer < 3.2 * WEIGHT  # the square root, and the denominator
 
 
+def test_the_allocator_hands_out_what_the_dispatcher_shows() -> None:
+    block = nn.Sequential(nn.Linear(D, D), nn.ReLU())
+    x = torch.randn(B, D)
+
+    def step() -> None:
+        block(x).sum().backward()
+        block.zero_grad()
+
+    assert allocated(step) == pytest.approx(peak(step).total, rel=0.01)
+
+
 def test_convolution_with_batch_norm() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     x = torch.randn(16, 3, 8, 8)
@@ -192,4 +203,5 @@ def test_timing_is_interleaved() -> None:
     times = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
     assert calls == ["a", "b"] * 4
     assert [len(v) for v in times.values()] == [3, 3]
+    assert len(interleave({"a": lambda: None}, rounds=9, until=0)["a"]) == 3  # that is past
     assert ratio({"a": [2.0, 4.0, 9.0], "b": [1.0, 1.0, 3.0]}, "a", "b") == Timing(3.0, 2.0, 4.0)

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
+from benchmarks.contestants import boundary_widths
 from benchmarks.handwritten import DetachLoop, EndToEnd, LittleMemory
 from benchmarks.meter import flops, peak
 from benchmarks.models import WORKLOADS, segments, splits
-from benchmarks.run import boundary_widths
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

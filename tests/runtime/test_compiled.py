@@ -91,6 +91,37 @@ def test_code_that_one_of_two_backward_passes_needs_is_compiled_by_itself():
     assert not other.backend_report.eager
 
 
+class Scaled(nn.Module):
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.linear, self.norm, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.norm(self.linear(x))) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("factors", "limit", "graphs"),
+    [
+        ((2, 2, 2, 2), 8, 2),  # the first reads the data, and no value that is cut from its tape
+        ((2, 2, 3, 3), 8, 3),
+        ((2, 2, 3, 3), 1, 4),  # nothing but guards tells 2 from 3, and the shared code holds no more
+    ],
+)
+def test_modules_of_one_structure_share_a_compilation(factors, limit, graphs):
+    def make() -> nn.Module:
+        return nn.Sequential(*map(Scaled, factors), nn.Linear(4, 3))
+
+    before = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        eager, other = twins(make, splits=["0", "1", "2", "3"])
+    assert same(snapshot(eager), snapshot(other))
+    assert counters["stats"]["unique_graphs"] - before == graphs + 1  # and the output's
+    assert len(other.backend_report.pieces) == 5
+    assert not other.backend_report.eager
+
+
 def test_a_last_batch_of_another_size_is_compiled_for_every_size():
     eager, other = twins(mlp, sizes=(5, 3))
     graphs = counters["stats"]["unique_graphs"]
