@@ -523,7 +523,7 @@ class Compiled(nn.Module):
         """
         assert self.ranks is not None
         inputs = self.ir.captured.signature.bind(Inputs.of(self.model, self._move(x)))
-        plainly = replace(self.built.executor, autocast=None, replicas=None, recompute=())
+        plainly = replace(self.built.executor, backend="eager", autocast=None, replicas=None, recompute=())
         return self.ranks.evaluate(plainly, [*inputs, self._move(y)], self.steps)
 
     def bind(self, x: Any, y: Any = None) -> list[Any]:

@@ -64,10 +64,12 @@ def program_of(method: str, schedule: str, rank: int = 0, **options: Any) -> loc
     )  # fmt: skip
 
 
-def fitted(rank: int, method: str, schedule: str, file: str, epochs: int = 2, start: str = "") -> Any:
+def fitted(
+    rank: int, method: str, schedule: str, file: str, epochs: int = 2, start: str = "", backend: str = "eager"
+) -> Any:
     """Train, and save the whole program to `file`; from `start` on, where there is one."""
     torch.manual_seed(rank)
-    program = program_of(method, schedule, rank)
+    program = program_of(method, schedule, rank, backend=backend)
     if start:
         program.load(start)
     history = program.fit(loader(), epochs, progress=False, validation=[batch(5)], scheduler_interval="step")
@@ -104,6 +106,14 @@ def test_ranks_end_with_the_bits_of_lockstep(method: str, tmp_path: Path) -> Non
         assert (found[0], found[1]) == (steps, metrics)
         assert same(found[2], state)
     assert same(load_file(one), load_file(three))
+
+
+@pytest.mark.slow
+def test_ranks_compile_what_they_train(tmp_path: Path) -> None:
+    steps, metrics, state = fitted(0, "dgl", "lockstep", str(tmp_path / "one"), 1)
+    for found in together(2, fitted, "dgl", "pipelined", str(tmp_path / "two"), 1, "", "aot_eager"):
+        assert (found[0], found[1]) == (steps, metrics)
+        assert same(found[2], state)
 
 
 def test_a_checkpoint_of_some_ranks_goes_on_with_any_number_of_them(tmp_path: Path) -> None:
