@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import locc
 from locc import CheckpointError, LoccError, MethodError, RunError, files
-from locc.callbacks import Callback
+from locc.callbacks import BestCheckpoint, Callback
 from locc.runtime import checkpoint, folder
 from locc.runtime.backends import Eager
 from locc.runtime.ranks import Away, lent
@@ -70,7 +70,10 @@ def fitted(rank: int, method: str, schedule: str, file: str, epochs: int = 2, st
     program = program_of(method, schedule, rank)
     if start:
         program.load(start)
-    history = program.fit(loader(), epochs, progress=False, validation=[batch(5)], scheduler_interval="step")
+    best = BestCheckpoint(f"{file.rstrip('/')}-best/")
+    history = program.fit(
+        loader(), epochs, progress=False, validation=[batch(5)], scheduler_interval="step", callbacks=[best]
+    )
     program.save(file)
     metrics = [epoch.metrics for epoch in history.epochs]
     return program.steps, metrics, {n: t.clone() for n, t in program.state_dict().items()}
@@ -103,7 +106,8 @@ def test_ranks_end_with_the_bits_of_lockstep(method: str, tmp_path: Path) -> Non
     for found in together(3, fitted, method, "pipelined", three):
         assert (found[0], found[1]) == (steps, metrics)
         assert same(found[2], state)
-    assert same(load_file(one), load_file(three))
+    for name in ("", "-best/"):
+        assert same(stored(Path(one + name)), stored(Path(three + name)))
 
 
 def test_a_checkpoint_of_some_ranks_goes_on_with_any_number_of_them(tmp_path: Path) -> None:
