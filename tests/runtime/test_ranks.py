@@ -636,13 +636,15 @@ program.fit(Data(), 2, progress=False, checkpoint=sys.argv[1], every=5)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again_and_fit_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["", "/"])
+def test_torchrun_starts_again_and_fit_goes_on(end: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    plain = [sys.executable, script, tmp_path / "one"]
+    one, two = f"{tmp_path}/one{end}", f"{tmp_path}/two{end}"
+    plain = [sys.executable, script, one]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    for command in (plain, [*run, script, tmp_path / "two"]):
+    for command in (plain, [*run, script, two]):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         assert done.returncode == 0, done.stderr
-    assert same(load_file(tmp_path / "one"), load_file(tmp_path / "two"))
+    assert same(stored(Path(one)), stored(Path(two)))
