@@ -388,7 +388,7 @@ class Compiled(nn.Module):
     def _paced(self, own: ranks.Ranks, batch: tuple[Any, Any], updated: waves.Updated) -> StepReport:
         """Let rank 0 train on a batch, any other rank on one that it has received, when there is one."""
         values = self.bind(*batch) if own.leads else []
-        with self.in_phase():
+        with own.failing(), self.in_phase():
             self._take_place(own, values)
             workers = self.workers(self.phase)
             if own.leads:

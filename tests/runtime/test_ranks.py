@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from locc.runtime import checkpoint, folder
 from locc.runtime.backends import Eager
 from locc.runtime.ranks import Away, lent
 from locc.runtime.ranks.forecast import forecast
+from locc.runtime.ranks.links import Links
 from locc.runtime.ranks.placement import Cost, shared_out
 from runtime.processes import Died, together
 from runtime.turns import Written
@@ -349,6 +351,18 @@ def test_at_their_own_pace_no_rank_waits_while_it_has_something_to_read(tmp_path
     assert min(third) > 2 * 12
     assert [found[1:] for found in every] == [every[0][1:]] * 3
     assert set(every[0][2]) >= {"loss", "0.loss", "1.loss", "2.loss", "3.loss", "validation_loss"}
+
+
+def test_what_nobody_takes_in_time_is_dropped() -> None:
+    group: Any = None
+    links = Links(group, [], [], 0, torch.device("cpu"), most=2)
+    links._out[1] = deque()
+    for number in range(5):
+        links.send(1, "batch", number)
+    assert [value for _, _, value in links._out[1]] == [0, 3, 4]  # the first may be on its way
+    links.errors[1] = RuntimeError("gone")
+    links.send(1, "batch", 5)
+    assert not links._out[1]
 
 
 @pytest.mark.slow
