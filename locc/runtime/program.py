@@ -367,9 +367,9 @@ class Compiled(nn.Module):
             self.built.states = [state for state in self.built.states if own.owns(state.owner)]
             if self.settings.replay is not None:
                 self.pace = ranks.Pace(own, self.settings.replay.buffer, self.device)
-        if not own.stale:
+        if not own.stale and len(own.stages) > 1:
             ranks.leave(own, self.ir)
-            own.stale = len(own.stages) > 1
+            own.stale = True
 
     def awaits(self) -> bool:
         """Wait until this rank, which is not the first, has something to train on in schedule "replay".
