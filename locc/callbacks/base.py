@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from locc.runtime.history import Epoch, History
 from locc.runtime.program import Compiled
@@ -63,7 +63,13 @@ class Callback:
     Every event comes where the program is whole, so that a callback may evaluate or save it. What it raises
     ends the fit and arrives as it is; the next fit goes on from there. The tensors of a report are on the
     device, and reading one waits for it: do so only as often as you need the number.
+
+    Attributes:
+        everywhere: in several processes, whether it takes part in each of them instead of on rank 0 alone, as
+            what saves the program has to. Every rank then gets an equal one, and has to do the same.
     """
+
+    everywhere: ClassVar[bool] = False
 
     def on_fit_start(self, fit: Fit) -> None:
         """Before the first pass."""

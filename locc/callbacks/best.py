@@ -126,16 +126,18 @@ class BestCheckpoint(_Watching):
     """Saves the program, as `Program.save` does, after each pass in which a metric is the best so far.
 
     Args:
-        path: the file.
+        path: the file, or "folder/".
         monitor: as for `EarlyStopping`.
         mode: as for `EarlyStopping`.
     """
+
+    everywhere = True
 
     def __init__(
         self, path: str | Path, monitor: str = "validation_loss", *, mode: str | None = None
     ) -> None:
         super().__init__(monitor, mode, 0.0)
-        self.path = Path(path)
+        self.path = path
 
     def on_epoch_end(self, fit: Fit, epoch: Epoch) -> None:
         """Save, if it is the best."""

@@ -70,7 +70,7 @@ def fit(
             new process and the same call of `fit` go on from there, also where this process was killed (and
             train no more where the fit was over).
         every: write `checkpoint` after so many steps as well; under waves, after the wave that made them.
-        gather: of "pipelined", whether every rank has the whole model at the end, and where there are
+        gather: in several processes, whether every rank has the whole model at the end, and where there are
             callbacks after each pass. False keeps each rank to its own modules; `program.gather()`, called on
             all ranks, brings the others.
 
@@ -107,7 +107,7 @@ def fit(
     ranks = program.ranks
     taking_part = [*([ProgressBar()] if progress else []), *callbacks]
     if ranks is not None and not ranks.leads:
-        taking_part = []
+        taking_part = [callback for callback in callbacks if callback.everywhere]
     state = _state(program, loader, validation, resumed, taking_part)
     training = program.training and program.model.training
     if not training:

@@ -379,9 +379,9 @@ class Compiled(nn.Module):
             self.built.states = [state for state in self.built.states if own.owns(state.owner)]
             if self.settings.replay is not None:
                 self.pace = ranks.Pace(own, self.settings.replay.buffer, self.device)
-        if not own.stale:
+        if not own.stale and len(own.stages) > 1:
             ranks.leave(own, self.ir)
-            own.stale = len(own.stages) > 1
+            own.stale = True
 
     def awaits(self) -> bool:
         """Wait until this rank, which is not the first, has something to train on in schedule "replay".
@@ -400,7 +400,7 @@ class Compiled(nn.Module):
     def _paced(self, own: ranks.Ranks, batch: tuple[Any, Any], updated: waves.Updated) -> StepReport:
         """Let rank 0 train on a batch, any other rank on one that it has received, when there is one."""
         values = self.bind(*batch) if own.leads else []
-        with self.in_phase():
+        with own.failing(), self.in_phase():
             self._take_place(own, values)
             workers = self.workers(self.phase)
             if own.leads:

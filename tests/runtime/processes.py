@@ -13,7 +13,8 @@ from typing import Any
 
 SECONDS = 60.0
 PRELOAD = ["locc.compiler", "locc_passes", "support", "torch._dynamo", "torch._inductor", "torch.onnx"]
-"""What a compilation imports: once, for all processes."""
+PRELOAD += ["torch.distributed.checkpoint"]
+"""What a compilation and a checkpoint import: once, for all processes."""
 
 
 class Died(Exception):

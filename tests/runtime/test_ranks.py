@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import locc
 from locc import CheckpointError, LoccError, MethodError, RunError, files
-from locc.callbacks import Callback
+from locc.callbacks import BestCheckpoint, Callback
 from locc.runtime import checkpoint, folder
 from locc.runtime.backends import Eager
 from locc.runtime.ranks import Away, lent
 from locc.runtime.ranks.forecast import forecast
+from locc.runtime.ranks.links import Links
 from locc.runtime.ranks.placement import Cost, shared_out
 from runtime.processes import Died, together
 from runtime.turns import Written
@@ -72,7 +74,10 @@ def fitted(
     program = program_of(method, schedule, rank, backend=backend)
     if start:
         program.load(start)
-    history = program.fit(loader(), epochs, progress=False, validation=[batch(5)], scheduler_interval="step")
+    best = BestCheckpoint(f"{file.rstrip('/')}-best/")
+    history = program.fit(
+        loader(), epochs, progress=False, validation=[batch(5)], scheduler_interval="step", callbacks=[best]
+    )
     program.save(file)
     metrics = [epoch.metrics for epoch in history.epochs]
     return program.steps, metrics, {n: t.clone() for n, t in program.state_dict().items()}
@@ -105,7 +110,8 @@ def test_ranks_end_with_the_bits_of_lockstep(method: str, tmp_path: Path) -> Non
     for found in together(3, fitted, method, "pipelined", three):
         assert (found[0], found[1]) == (steps, metrics)
         assert same(found[2], state)
-    assert same(load_file(one), load_file(three))
+    for name in ("", "-best/"):
+        assert same(stored(Path(one + name)), stored(Path(three + name)))
 
 
 @pytest.mark.slow
@@ -361,6 +367,18 @@ def test_at_their_own_pace_no_rank_waits_while_it_has_something_to_read(tmp_path
     assert min(third) > 2 * 12
     assert [found[1:] for found in every] == [every[0][1:]] * 3
     assert set(every[0][2]) >= {"loss", "0.loss", "1.loss", "2.loss", "3.loss", "validation_loss"}
+
+
+def test_what_nobody_takes_in_time_is_dropped() -> None:
+    group: Any = None
+    links = Links(group, [], [], 0, torch.device("cpu"), most=2)
+    links._out[1] = deque()
+    for number in range(5):
+        links.send(1, "batch", number)
+    assert [value for _, _, value in links._out[1]] == [0, 3, 4]  # the first may be on its way
+    links.errors[1] = RuntimeError("gone")
+    links.send(1, "batch", 5)
+    assert not links._out[1]
 
 
 @pytest.mark.slow
@@ -648,13 +666,15 @@ program.fit(Data(), 2, progress=False, checkpoint=sys.argv[1], every=5)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again_and_fit_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["", "/"])
+def test_torchrun_starts_again_and_fit_goes_on(end: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    plain = [sys.executable, script, tmp_path / "one"]
+    one, two = f"{tmp_path}/one{end}", f"{tmp_path}/two{end}"
+    plain = [sys.executable, script, one]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    for command in (plain, [*run, script, tmp_path / "two"]):
+    for command in (plain, [*run, script, two]):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         assert done.returncode == 0, done.stderr
-    assert same(load_file(tmp_path / "one"), load_file(tmp_path / "two"))
+    assert same(stored(Path(one)), stored(Path(two)))

@@ -383,7 +383,9 @@ def test_the_last_checkpoint_is_of_a_fit_that_is_over(tmp_path):
 
 def test_unusable_checkpoints():
     for options in ({"every": 2}, {"every": 0, "checkpoint": "x"}, {"every": 1.5, "checkpoint": "x"}):
-        with pytest.raises(LoccError, match=r"every=\d.*: give a number of steps, at least 1, and the file"):
+        with pytest.raises(
+            LoccError, match=r"every=\d.*: give a number of steps, at least 1, and checkpoint="
+        ):
             plain().fit(batches(1), progress=False, **options)
 
 
