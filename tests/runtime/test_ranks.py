@@ -52,7 +52,7 @@ def loader() -> Any:
 def program_of(method: str, schedule: str, rank: int = 0, **options: Any) -> locc.Program:
     if schedule == "pipelined":
         options.setdefault("timeout", 20.0)
-    model = network()
+    model = network().to(options.pop("device", "cpu"))
     with torch.no_grad():
         model[0][0].weight.add_(rank)  # all start from what rank 0 has
     return locc.compile(
@@ -62,37 +62,42 @@ def program_of(method: str, schedule: str, rank: int = 0, **options: Any) -> loc
     )  # fmt: skip
 
 
-def fitted(rank: int, method: str, schedule: str, file: str, epochs: int = 2, start: str = "") -> Any:
+def fitted(
+    rank: int, method: str, schedule: str, file: str, epochs: int = 2, start: str = "", device: str = "cpu"
+) -> Any:
     """Train, and save the whole program to `file`; from `start` on, where there is one."""
     torch.manual_seed(rank)
-    program = program_of(method, schedule, rank)
+    program = program_of(method, schedule, rank, device=device)
     if start:
         program.load(start)
     history = program.fit(loader(), epochs, progress=False, validation=[batch(5)], scheduler_interval="step")
     program.save(file)
     metrics = [epoch.metrics for epoch in history.epochs]
-    return program.steps, metrics, {n: t.clone() for n, t in program.state_dict().items()}
+    return program.steps, metrics, {n: t.cpu().clone() for n, t in program.state_dict().items()}
 
 
 USUAL = ("al", "dgl")
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("method", "device"),
     [
-        pytest.param(m, marks=() if m in USUAL else pytest.mark.slow)
-        for m in sorted(locc.methods())
-        if m not in ("admm", "bcd2", "bcd3", "dladmm", "gim", "np-sg")  # undefined on this network
+        *(
+            pytest.param(m, "cpu", marks=() if m in USUAL else pytest.mark.slow)
+            for m in sorted(locc.methods())
+            if m not in ("admm", "bcd2", "bcd3", "dladmm", "gim", "np-sg")  # undefined on this network
+        ),
+        pytest.param("dgl", "cuda", marks=pytest.mark.gpu),  # one device, and gloo through the CPU's memory
     ],
 )
-def test_ranks_end_with_the_bits_of_lockstep(method: str, tmp_path: Path) -> None:
+def test_ranks_end_with_the_bits_of_lockstep(method: str, device: str, tmp_path: Path) -> None:
     if not compiled(network(), method, SPLITS).certificate.pipeline_exact:
         with pytest.raises(MethodError, match=f"schedule='pipelined' .* method '{method}' is not pipeline-"):
             program_of(method, "pipelined")
         return
     one, three = str(tmp_path / "one"), str(tmp_path / "three")
-    steps, metrics, state = fitted(0, method, "lockstep", one)
-    for found in together(3, fitted, method, "pipelined", three):
+    steps, metrics, state = fitted(0, method, "lockstep", one, device=device)
+    for found in together(3, fitted, method, "pipelined", three, 2, "", device):
         assert (found[0], found[1]) == (steps, metrics)
         assert same(found[2], state)
     assert same(load_file(one), load_file(three))
