@@ -99,7 +99,11 @@ def test_recorded_steps_train_the_same_bits(method: str, recorder: Counted) -> N
     case = usual_case(method)
     found = []
     for backend in ("eager", "cudagraphs"):
-        program = case.compile(backend=backend, optimizer=adam, verify=False)
+        program = locc.compile(
+            case.model.build().to(DEVICE), method, list(case.splits), loss=case.model.criterion,
+            example_inputs=case.batch()[0], optimizer=adam, schedule="lockstep", seed=case.seed,
+            tied=case.tied, backend=backend, verify=False,
+        )  # fmt: skip
         losses = [program.step(*case.batch(i)).loss for i in range(5)]
         found.append((everything(program), [float(loss) for loss in losses if loss is not None]))
     assert same(found[0][0], found[1][0])

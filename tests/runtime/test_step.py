@@ -223,7 +223,7 @@ def test_cuda(how, method):
         ({"schedule": "wave"}, {}),
         ({"schedule": "sequential", "features": "memory"}, {"schedule": "sequential"}),
         ({"update": "in_backward"}, {}),
-        ({"recompute": ["a", "b"]}, {}),
+        ({"recompute": ["a.0", "b.0"]}, {}),
         ({"offload": "cpu"}, {}),
         ({"backend": "cudagraphs"}, {}),
     ],
