@@ -289,8 +289,7 @@ class Compiled(nn.Module):
                 "program.model and compile again"
             )
         plan = self.plan(self.phase)
-        runs = [part.plan for part in self._parts(self.phase)] if self.settings.wave and updated else [plan]
-        tried = self.settings.strict and any(map(built.executor.unknown, runs))
+        tried = self.settings.strict and any(map(built.executor.unknown, self._runs(plan, updated)))
         backup = self._backup() if self.settings.atomic or tried else None
         try:
             values = [self.bind(x, y) for x, y in batches]
@@ -313,6 +312,11 @@ class Compiled(nn.Module):
             raise
         self.steps += len(found)
         return [StepReport(objectives, loss) for objectives, loss in found]
+
+    def _runs(self, plan: Plan, updated: waves.Updated | None) -> list[Plan]:
+        """Return the plans that a step runs, or a wave."""
+        in_wave = self.settings.wave is not None and updated is not None
+        return [part.plan for part in self._parts(self.phase)] if in_wave else [plan]
 
     def replay(self, x: Any, y: Any = None, updated: waves.Updated = lambda *_: None) -> StepReport:
         """Do as `step` under the schedule "replay", and say which modules train.
