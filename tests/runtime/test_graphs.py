@@ -87,6 +87,12 @@ def replays(recorder: Counted) -> list[int]:
     return [tape.replays for tape in recorder.tapes]
 
 
+def turns(program: Program) -> list[graphs.Turn]:
+    found = program.built.executor.graphs
+    assert found is not None
+    return [t for _, made in found.plans.values() for t in made if isinstance(t, graphs.Turn)]
+
+
 # ---- the same training -------------------------------------------------------------------------
 
 FAST = ("bp", "dgl", "dtp", "infopro", "bcd2")
@@ -145,6 +151,22 @@ def test_settings_train_the_same_bits(steps: Any, options: Any, recorder: Counte
 def test_each_shape_of_batch_has_a_recording(recorder: Counted) -> None:
     twins(partial(plain, sizes=(5, 5, 3, 5, 5, 3, 3, 5)))
     assert sorted(replays(recorder)) == [2, 2, 2, 3, 3, 3]
+
+
+def test_the_oldest_recordings_go(recorder: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST", 1)
+    other = twins(partial(plain, sizes=(5, 5, 5, 3, 3, 3, 5)))
+    assert sorted(replays(recorder)) == [1, 1, 1, 2, 2, 2]
+    assert {len(turn.kept) for turn in turns(other)} == {1}
+
+
+def test_a_hook_that_comes_later_is_called(recorder: Counted) -> None:
+    program = trained("cudagraphs", plain)
+    called: list[Any] = []
+    program.model.get_submodule("b").register_forward_hook(lambda *_: called.append(_))
+    plain(program, (5, 5))
+    assert len(called) == 2
+    assert [piece.module for piece in program.backend_report.eager] == ["b"]
 
 
 def test_a_rate_or_a_mode_that_changes_is_recorded_anew(recorder: Counted) -> None:
