@@ -128,7 +128,7 @@ def test_on_a_gpu_it_ends_with_the_same_bits(case: str) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_what_does_not_fit_there_trains() -> None:
-    limit, width, depth = 128 << 20, 1024, 24
+    limit, width, depth = 192 << 20, 1024, 40
     total = torch.cuda.get_device_properties(0).total_memory
 
     def model() -> nn.Sequential:
