@@ -6,6 +6,7 @@
 #   make mutants  plant leaks in every method's graphs and mistakes in its plans: each must be found (ten minutes)
 #   make lint     ruff and mypy --strict      make format   let ruff rewrite the sources
 #   make bench    local against end-to-end, and its figures in docs (ten minutes)
+#   make bench-gpu the same by backend, and offload="cpu", where there is a GPU
 #   make reproduce published networks on MNIST, each beside bp, and a GPT: docs/results.md (half an hour)
 #   make defaults what each method reaches on MNIST with its defaults (forty minutes)
 #   make sweep    every method on a model of each family of torchvision, timm and transformers: docs/models.md (hours)
@@ -27,7 +28,7 @@ ARGS ?=
 WORKERS ?= 2
 SOURCES := locc passes tests examples benchmarks
 
-.PHONY: help setup demo test slow property mutants lint format bench reproduce defaults sweep pages clean
+.PHONY: help setup demo test slow property mutants lint format bench bench-gpu reproduce defaults sweep pages clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -90,6 +91,9 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks.run --json out/bench.json $(ARGS)
 	@$(BIN)/python -m benchmarks.pipeline --rounds 3 --json out/pipeline.json
 	@$(BIN)/python -m benchmarks.plots
+
+bench-gpu: $(READY)
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 defaults: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/locc reproduce defaults --budget full --page docs/results.md $(ARGS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,6 +83,28 @@ class BasicBlock(nn.Module):
         """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         y = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(y)) + self.skip(x))
+
+
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two 1x1 ones, with BatchNorm and a skip: the block of ResNet-50."""
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.body = nn.Sequential(
+            *(nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)),
+        )
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.skip = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, inputs, H, W] to [B, 4 * width, H / stride, W / stride]."""
+        return F.relu(self.body(x) + self.skip(x))
 
 
 class Attention(nn.Module):
@@ -171,9 +194,23 @@ def resnet_basic(width: int = 32) -> Chain:
     return Chain(stem, blocks, pooled_head(4 * width))
 
 
-def gpt(width: int = 256, vocabulary: int = 384, length: int = 64) -> Chain:
+def resnet50(width: int = 64, classes: int = 1000) -> Chain:
+    """ResNet-50 by He et al. 2016, and narrower ones: 3, 4, 6 and 3 bottlenecks; strides in the 3x3 ones."""
+    stem = nn.Sequential(
+        *(nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+        nn.MaxPool2d(3, 2, 1),
+    )
+    blocks, inputs = [], width
+    for stage, depth in enumerate((3, 4, 6, 3)):
+        for i in range(depth):
+            blocks.append(Bottleneck(inputs, width << stage, 2 if stage and i == 0 else 1))
+            inputs = 4 * width << stage
+    return Chain(stem, blocks, pooled_head(inputs, classes))
+
+
+def gpt(width: int = 256, vocabulary: int = 384, length: int = 64, heads: int = 4) -> Chain:
     """Twelve pre-norm decoder blocks with an untied vocabulary head."""
-    blocks = [GPTBlock(width, heads=4) for _ in range(BLOCKS)]
+    blocks = [GPTBlock(width, heads) for _ in range(BLOCKS)]
     return Chain(Embedding(vocabulary, length, width), blocks, vocabulary_head(width, vocabulary))
 
 
@@ -248,15 +285,15 @@ WORKLOADS = {
 DEFAULT = ("mlp", "resnet", "resnet-basic", "gpt", "mlp-small")
 
 
-def splits(modules: int) -> list[str]:
-    """Return the split points that cut a chain into `modules` runs of equally many blocks."""
-    return [f"blocks.{BLOCKS * k // modules - 1}" for k in range(1, modules)]
+def splits(modules: int, blocks: int = BLOCKS) -> list[str]:
+    """Return the split points that cut a chain into `modules` runs of as equally many blocks as can be."""
+    return [f"blocks.{blocks * k // modules - 1}" for k in range(1, modules)]
 
 
 def segments(model: Chain, modules: int) -> list[nn.Sequential]:
     """Cut a chain where `splits` does, without locc: the stem goes first, the head last."""
-    size = BLOCKS // modules
-    runs = [list(model.blocks)[k : k + size] for k in range(0, BLOCKS, size)]
+    bounds = [len(model.blocks) * k // modules for k in range(modules + 1)]
+    runs = [list(model.blocks)[start:end] for start, end in pairwise(bounds)]
     runs[0].insert(0, model.stem)
     runs[-1].append(model.head)
     return [nn.Sequential(*run) for run in runs]

@@ -223,7 +223,7 @@ class CudaGraphs(Eager):
             super().run(turn.instructions)
             return
         kind = graphs.kind(turn, self.values, learner)
-        if kind not in turn.met:
+        if kind not in turn.met and kind not in turn.kept:
             self._meet(turn, kind, graphs)
         elif kind in turn.kept or self._record_turn(turn, kind, graphs, learner):
             self._replay(turn, turn.kept[kind], learner)

@@ -169,7 +169,6 @@ class Turn:
         leaves: those that it makes and leaves.
         frees: those from outside that nothing reads afterwards.
         reason: why it is not recorded.
-        told: whether that has been logged.
         met: the random streams of each kind of step that has run eagerly.
         kept: the recording of each kind of step.
     """
@@ -180,7 +179,6 @@ class Turn:
     leaves: tuple[str, ...]
     frees: tuple[str, ...]
     reason: str | None = None
-    told: bool = False
     met: dict[Hashable, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     kept: dict[Hashable, Kept] = field(default_factory=dict)
 
@@ -212,6 +210,7 @@ class Graphs:
             owner: list(dict.fromkeys(m for n in self.ir.nodes(owner) for m in node_modules(root, n)))
             for owner in owners
         }
+        self._told: set[tuple[str, str | None]] = set()
         self._hooked = {o for o in owners if any(hasattr(n.target, "hook") for n in self.ir.nodes(o))}
 
     def turns(self, plan: Plan) -> list[Turn | Instruction]:
@@ -293,9 +292,9 @@ class Graphs:
                 f"module '{turn.owner}' cannot be recorded: {turn.reason}. Leave out strict=True, and it "
                 "runs eagerly; or change what the reason names"
             ) from cause
-        if not turn.told:
+        if (turn.owner, turn.reason) not in self._told:
+            self._told.add((turn.owner, turn.reason))
             _log.warning("locc: module '%s' runs eagerly: %s", turn.owner, turn.reason)
-        turn.told = True
 
     @staticmethod
     def why(error: Exception) -> str:

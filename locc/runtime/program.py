@@ -290,8 +290,7 @@ class Compiled(nn.Module):
                 "program.model and compile again"
             )
         plan = self.plan(self.phase)
-        runs = [part.plan for part in self._parts(self.phase)] if self.settings.wave and updated else [plan]
-        tried = self.settings.strict and any(map(built.executor.unknown, runs))
+        tried = self.settings.strict and any(map(built.executor.unknown, self._runs(plan, updated)))
         backup = self._backup() if self.settings.atomic or tried else None
         try:
             if self.ranks is not None and self.settings.replay is not None:
@@ -316,6 +315,11 @@ class Compiled(nn.Module):
             raise
         self.steps += len(found)
         return [StepReport(objectives, loss) for objectives, loss in found]
+
+    def _runs(self, plan: Plan, updated: waves.Updated | None) -> list[Plan]:
+        """Return the plans that a step runs, or a wave."""
+        in_wave = self.settings.wave is not None and updated is not None
+        return [part.plan for part in self._parts(self.phase)] if in_wave else [plan]
 
     def replay(self, x: Any, y: Any = None, updated: waves.Updated = lambda *_: None) -> StepReport:
         """Do as `step` under the schedule "replay", and say which modules train.
@@ -358,6 +362,11 @@ class Compiled(nn.Module):
         self.ranks, built.executor.seed = ranks.join(
             built.ir, timeout, settings.replicas or 1, self.steps, built.executor.seed
         )
+        if self.ranks is not None and settings.visits:
+            raise LoccError(
+                f"offload='cpu' is for training in one process, and {self.ranks.size} were started; leave it "
+                "out, or start one"
+            )
         if self.ranks is not None and settings.offload is not None:
             self.ranks.away = ranks.Away(settings.offload)
         if self.ranks is not None and settings.stages is not None:

@@ -88,7 +88,7 @@ class Settings:
         if self.strict and self.backend in ("eager", "vmap"):
             raise LoccError(
                 "strict=True refuses code that a backend cannot compile, and "
-                f"backend={self.backend!r} compiles none; use backend='inductor' or leave it out"
+                f"backend={self.backend!r} compiles none; use backend='inductor', or leave it out"
             )
         if type(self.accumulate) is not int or self.accumulate < 1:
             raise LoccError(

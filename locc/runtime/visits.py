@@ -184,9 +184,8 @@ class InHostMemory(Offload):
             if memory_of_storage(berth.away) not in stay:
                 self._leave(berth)
         self._fetch(come)
-        for berth in {id(b): b for b in map(self._berth, come) if b is not None}.values():
-            if berth.arrived is not None:
-                self._copies.await_(berth.arrived)
+        for mark in {b.arrived for b in map(self._berth, come) if b is not None and b.arrived is not None}:
+            self._copies.await_(mark)
         # The next one's come while this one computes, for that has not been asked for yet.
         self._fetch(soon)
 

@@ -5,7 +5,7 @@ A falsifying example prints as Python; it stays as an `@example` under its test 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -24,6 +24,7 @@ from locc.testing import (
     assert_pipeline_exact,
     cases,
 )
+from runtime.tape import TapeRecorder
 
 EXAMPLES = settings().max_examples
 ROUND = 10
@@ -160,6 +161,21 @@ def _assert_states_agree(one: torch.nn.Module, other: torch.nn.Module) -> None:
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-11)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _on_the_cpu() -> Iterator[None]:
+    """Let modules visit the CPU, and steps be recorded there, where a GPU is what that is for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("locc.compiler.device_for", lambda model: torch.device("cpu"))
+        patch.setattr("locc.compiler.recorder_for", lambda device: TapeRecorder())
+        yield
+
+
+def fused(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer that steps which are recorded can have."""
+    return torch.optim.Adam(parameters, lr=0.003, fused=True)
+
+
+RECORDED = {"backend": "cudagraphs", "optimizer": fused}
 WAYS: list[dict[str, object]] = [
     {"schedule": "wave"},
     {"schedule": "wave", "backend": "vmap"},
@@ -168,6 +184,9 @@ WAYS: list[dict[str, object]] = [
     {"update": "in_backward"},
     {"recompute": True},
     {"offload": "disk"},
+    {"offload": "cpu"},
+    RECORDED,
+    RECORDED | {"schedule": "wave"},
     {"schedule": "wave", "recompute": True, "update": "in_backward"},
     {"features": "memory", "schedule": "sequential"},
 ]
@@ -187,7 +206,9 @@ def test_another_order_or_place_ends_with_the_bits_of_lockstep(case: Case) -> No
         except LoccError:
             continue  # refused, in a sentence
         order = "sequential" if "features" in way else "lockstep"
-        one, other = _trained(case, case.compile(verify=False, schedule=order)), _trained(case, program)
+        given = {"optimizer": way["optimizer"]} if "optimizer" in way else {}
+        plain = case.compile(verify=False, schedule=order, **given)
+        one, other = _trained(case, plain), _trained(case, program)
         bits = {"rtol": 0.0, "atol": 0.0} if way.get("backend") != "vmap" else {"rtol": 1e-6, "atol": 1e-9}
         torch.testing.assert_close(other, one, **bits, equal_nan=True, msg=lambda m, w=way: f"{w}: {m}")
 

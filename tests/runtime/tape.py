@@ -28,11 +28,9 @@ class Tape:
     """A recording: what was called, on which tensors, and where the results lie."""
 
     calls: list[tuple[Any, Any, Any, list[Tensor]] | int] = field(default_factory=list)
-    replays: int = 0
 
     def replay(self, seeds: Sequence[int]) -> None:
         """Call the operators again; what they make goes to where it was."""
-        self.replays += 1
         with torch.no_grad():
             for call in self.calls:
                 if isinstance(call, int):
@@ -47,10 +45,6 @@ class Tape:
 
 class TapeRecorder(TorchDispatchMode):
     """Makes tapes. What recording changes in tensors that were there before is put back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tapes: list[Tape] = []
 
     def record(self, run: Callable[[Start], None], streams: int) -> Tape:
         """Record what a function calls."""
@@ -67,7 +61,6 @@ class TapeRecorder(TorchDispatchMode):
         finally:
             for there, value in self.before.values():
                 there.copy_(value)
-        self.tapes.append(self.tape)
         return self.tape
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

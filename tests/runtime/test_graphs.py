@@ -7,8 +7,10 @@ does, so that whatever else a step depends on (numbers of Python's, new tensors,
 from __future__ import annotations
 
 import random
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +27,35 @@ from support import batch, compiled, everything, same, sgd, snapshot, usual_case
 X, Y = batch(6)
 
 
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
-    found = TapeRecorder()
-    monkeypatch.setattr("locc.compiler.recorder_for", lambda device: found)
+class Counted:
+    """A recorder, and what it has recorded."""
+
+    def __init__(self, recorder: Any) -> None:
+        self.recorder, self.tapes = recorder, list[Any]()
+
+    def record(self, run: Any, streams: int) -> Any:
+        made = self.recorder.record(run, streams)
+        tape = SimpleNamespace(replays=0)
+
+        def replay(seeds: Any) -> None:
+            tape.replays += 1
+            made.replay(seeds)
+
+        tape.replay = replay
+        self.tapes.append(tape)
+        return tape
+
+
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def recorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """What records on the device on which the test trains."""
+    device = torch.device(request.param, 0)
+    found = Counted(TapeRecorder() if device.type == "cpu" else graphs.CudaGraphs(device))
+    monkeypatch.setattr("locc.compiler.recorder_for", lambda _: found)
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", device)
     return found
 
 
@@ -39,7 +66,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 def trained(backend: str, steps: Any, make: Any = norms, **given: Any) -> Program:
     torch.manual_seed(0)
     options: dict[str, Any] = {"method": "dgl", "splits": ["a", "b"], "optimizer": adam, **given}
-    program = compiled(make(), seed=1, verify=False, backend=backend, **options)
+    program = compiled(make().to(DEVICE), seed=1, verify=False, backend=backend, **options)
     steps(program)
     return program
 
@@ -56,8 +83,14 @@ def twins(steps: Any = plain, **given: Any) -> Program:
     return other
 
 
-def replays(recorder: TapeRecorder) -> list[int]:
+def replays(recorder: Counted) -> list[int]:
     return [tape.replays for tape in recorder.tapes]
+
+
+def turns(program: Program) -> list[graphs.Turn]:
+    found = program.built.executor.graphs
+    assert found is not None
+    return [t for _, made in found.plans.values() for t in made if isinstance(t, graphs.Turn)]
 
 
 # ---- the same training -------------------------------------------------------------------------
@@ -68,11 +101,15 @@ FAST = ("bp", "dgl", "dtp", "infopro", "bcd2")
 @pytest.mark.parametrize(
     "method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in sorted(locc.methods())]
 )
-def test_recorded_steps_train_the_same_bits(method: str, recorder: TapeRecorder) -> None:
+def test_recorded_steps_train_the_same_bits(method: str, recorder: Counted) -> None:
     case = usual_case(method)
     found = []
     for backend in ("eager", "cudagraphs"):
-        program = case.compile(backend=backend, optimizer=adam, verify=False)
+        program = locc.compile(
+            case.model.build().to(DEVICE), method, list(case.splits), loss=case.model.criterion,
+            example_inputs=case.batch()[0], optimizer=adam, schedule="lockstep", seed=case.seed,
+            tied=case.tied, backend=backend, verify=False,
+        )  # fmt: skip
         losses = [program.step(*case.batch(i)).loss for i in range(5)]
         found.append((everything(program), [float(loss) for loss in losses if loss is not None]))
     assert same(found[0][0], found[1][0])
@@ -105,18 +142,34 @@ def fit(program: Program) -> None:
     ],
     ids=["wave", "sequential", "in_backward", "clip", "autocast", "end to end", "sgd"],
 )
-def test_settings_train_the_same_bits(steps: Any, options: Any, recorder: TapeRecorder) -> None:
+def test_settings_train_the_same_bits(steps: Any, options: Any, recorder: Counted) -> None:
     other = twins(steps, **options)
     assert not other.backend_report.eager
     assert min(replays(recorder)) > 1
 
 
-def test_each_shape_of_batch_has_a_recording(recorder: TapeRecorder) -> None:
+def test_each_shape_of_batch_has_a_recording(recorder: Counted) -> None:
     twins(partial(plain, sizes=(5, 5, 3, 5, 5, 3, 3, 5)))
     assert sorted(replays(recorder)) == [2, 2, 2, 3, 3, 3]
 
 
-def test_a_rate_or_a_mode_that_changes_is_recorded_anew(recorder: TapeRecorder) -> None:
+def test_the_oldest_recordings_go(recorder: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST", 1)
+    other = twins(partial(plain, sizes=(5, 5, 5, 3, 3, 3, 5)))
+    assert sorted(replays(recorder)) == [1, 1, 1, 2, 2, 2]
+    assert {len(turn.kept) for turn in turns(other)} == {1}
+
+
+def test_a_hook_that_comes_later_is_called(recorder: Counted) -> None:
+    program = trained("cudagraphs", plain)
+    called: list[Any] = []
+    program.model.get_submodule("b").register_forward_hook(lambda *_: called.append(_))
+    plain(program, (5, 5))
+    assert len(called) == 2
+    assert [piece.module for piece in program.backend_report.eager] == ["b"]
+
+
+def test_a_rate_or_a_mode_that_changes_is_recorded_anew(recorder: Counted) -> None:
     def steps(program: Program) -> None:
         plain(program)
         for scheduler in program.schedulers.values():
@@ -130,7 +183,7 @@ def test_a_rate_or_a_mode_that_changes_is_recorded_anew(recorder: TapeRecorder) 
     assert len(recorder.tapes) == 7
 
 
-def test_a_rate_on_the_device_is_read_there(recorder: TapeRecorder) -> None:
+def test_a_rate_on_the_device_is_read_there(recorder: Counted) -> None:
     def steps(program: Program) -> None:
         for i in range(5):
             plain(program, (5,))
@@ -138,14 +191,14 @@ def test_a_rate_on_the_device_is_read_there(recorder: TapeRecorder) -> None:
                 optimizer.param_groups[0]["lr"].fill_(0.01 / (2 + i))
 
     def make(parameters: Any) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=torch.tensor(0.01), fused=True)
+        return torch.optim.Adam(parameters, lr=torch.tensor(0.01, device=DEVICE), fused=True)
 
     eager, other = (trained(backend, steps, optimizer=make) for backend in ("eager", "cudagraphs"))
     assert same(snapshot(eager), snapshot(other))
     assert replays(recorder) == [3, 3, 3]
 
 
-def test_a_loaded_state_is_the_one_that_trains(recorder: TapeRecorder, tmp_path: Path) -> None:
+def test_a_loaded_state_is_the_one_that_trains(recorder: Counted, tmp_path: Path) -> None:
     def steps(program: Program) -> None:
         plain(program)
         program.save(tmp_path / "state")
@@ -157,7 +210,7 @@ def test_a_loaded_state_is_the_one_that_trains(recorder: TapeRecorder, tmp_path:
     assert len(recorder.tapes) == 6
 
 
-def test_a_report_keeps_its_numbers(recorder: TapeRecorder) -> None:
+def test_a_report_keeps_its_numbers(recorder: Counted) -> None:
     def losses(program: Program) -> None:
         reports = [program.step(X[:5] * (1 + i), Y[:5]) for i in range(5)]
         found.append([(float(r.loss), {k: float(v) for k, v in r.objectives.items()}) for r in reports])
@@ -168,7 +221,7 @@ def test_a_report_keeps_its_numbers(recorder: TapeRecorder) -> None:
     assert len({loss for loss, _ in found[1]}) == 5
 
 
-def test_what_is_not_finite_is_skipped_and_told_later(recorder: TapeRecorder) -> None:
+def test_what_is_not_finite_is_skipped_and_told_later(recorder: Counted) -> None:
     program = trained("cudagraphs", plain)
     before = snapshot(program.model.get_submodule("c"))
     program.step(X[:5], Y[:5])
@@ -177,10 +230,10 @@ def test_what_is_not_finite_is_skipped_and_told_later(recorder: TapeRecorder) ->
     program.step(X[:5] * float("nan"), Y[:5])
     assert same(before, {n: p.detach() for n, p in program.model.named_parameters()})
     with pytest.raises(RunError, match=r"objective .* of module 'a' is nan"):
-        program.step(X[:5], Y[:5])
+        program.built.executor.raise_deferred()
 
 
-def test_an_error_says_which_recorded_modules_were_updated(recorder: TapeRecorder) -> None:
+def test_an_error_says_which_recorded_modules_were_updated(recorder: Counted) -> None:
     fails: list[bool] = []
     model = norms()
 
@@ -255,7 +308,7 @@ def plain_noting(program: Program, before: list[dict[str, Tensor]]) -> None:
 
 @pytest.mark.parametrize("case", OBSTACLES)
 def test_what_cannot_be_recorded_runs_eagerly(
-    case: str, recorder: TapeRecorder, caplog: pytest.LogCaptureFixture
+    case: str, recorder: Counted, caplog: pytest.LogCaptureFixture
 ) -> None:
     make, optimizer, reason = OBSTACLES[case]
 
@@ -278,7 +331,7 @@ def test_what_cannot_be_recorded_runs_eagerly(
     assert same(before[-1], snapshot(program))
 
 
-def test_what_others_interrupt_runs_eagerly(recorder: TapeRecorder) -> None:
+def test_what_others_interrupt_runs_eagerly(recorder: Counted) -> None:
     other = twins(method="bp")
     reasons = {piece.module: piece.reason for piece in other.backend_report.pieces}
     assert reasons == {
@@ -288,7 +341,7 @@ def test_what_others_interrupt_runs_eagerly(recorder: TapeRecorder) -> None:
     }
 
 
-def test_a_rate_that_always_changes_is_told(recorder: TapeRecorder) -> None:
+def test_a_rate_that_always_changes_is_told(recorder: Counted) -> None:
     def steps(program: Program) -> None:
         for _ in range(4):
             plain(program, (5,))

@@ -113,6 +113,46 @@ def test_it_ends_with_the_same_bits(case: str, place: str, visits: None) -> None
     assert torch.equal(expected.eval().predict(x), found.eval().predict(x))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu_it_ends_with_the_same_bits(case: str) -> None:
+    method, options = CASES[case]
+    expected = steps(program(method, model=network().cuda(), **options))
+    found = steps(program(method, offload="cpu", **options))
+    assert {p.device.type for p in found.model.parameters()} == {"cpu"}
+    assert all(p.is_pinned() for p in found.model.parameters())
+    assert same(everything(expected), everything(found))
+    x, _ = batches()[0]
+    assert torch.equal(expected.eval().predict(x), found.eval().predict(x))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_does_not_fit_there_trains() -> None:
+    limit, width, depth = 192 << 20, 1024, 40
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def model() -> nn.Sequential:
+        return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth)))
+
+    x = torch.randn(8, width)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        splits = [str(i) for i in range(depth - 1)]
+        options: dict[str, Any] = {"loss": "mse", "example_inputs": x, "head": "linear", "verify": False}
+        made = locc.compile(model(), "dgl", splits, offload="cpu", optimizer=locc.Recipe(), **options)
+        first, *_, last = [float(made.step(x, x).loss) for _ in range(5)]
+        assert last < first
+        size = 3 * sum(p.nbytes for p in made.root.parameters())  # with two states of Adam
+        assert 4 * limit < size < 8 * limit
+        assert torch.cuda.max_memory_reserved() <= limit
+        with pytest.raises(torch.OutOfMemoryError):
+            _ = [p.cuda() for p in made.root.parameters()]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 @pytest.mark.parametrize("place", ["disk", "cpu"])
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=["", "accumulate"])
 @pytest.mark.parametrize("first", [True, False], ids=["saved with", "saved without"])

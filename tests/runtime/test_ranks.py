@@ -56,7 +56,7 @@ def loader() -> Any:
 def program_of(method: str, schedule: str, rank: int = 0, **options: Any) -> locc.Program:
     if schedule == "pipelined":
         options.setdefault("timeout", 20.0)
-    model = network()
+    model = network().to(options.pop("device", "cpu"))
     with torch.no_grad():
         model[0][0].weight.add_(rank)  # all start from what rank 0 has
     return locc.compile(
@@ -67,11 +67,11 @@ def program_of(method: str, schedule: str, rank: int = 0, **options: Any) -> loc
 
 
 def fitted(
-    rank: int, method: str, schedule: str, file: str, epochs: int = 2, start: str = "", backend: str = "eager"
+    rank: int, method: str, schedule: str, file: str, epochs: int = 2, start: str = "", **options: Any
 ) -> Any:
     """Train, and save the whole program to `file`; from `start` on, where there is one."""
     torch.manual_seed(rank)
-    program = program_of(method, schedule, rank, backend=backend)
+    program = program_of(method, schedule, rank, **options)
     if start:
         program.load(start)
     best = BestCheckpoint(f"{file.rstrip('/')}-best/")
@@ -80,7 +80,7 @@ def fitted(
     )
     program.save(file)
     metrics = [epoch.metrics for epoch in history.epochs]
-    return program.steps, metrics, {n: t.clone() for n, t in program.state_dict().items()}
+    return program.steps, metrics, {n: t.cpu().clone() for n, t in program.state_dict().items()}
 
 
 def stored(path: Path) -> dict[str, Tensor]:
@@ -93,21 +93,24 @@ USUAL = ("al",)
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("method", "device"),
     [
-        pytest.param(m, marks=() if m in USUAL else pytest.mark.slow)
-        for m in sorted(locc.methods())
-        if m not in ("admm", "bcd2", "bcd3", "dladmm", "gim", "np-sg")  # undefined on this network
+        *(
+            pytest.param(m, "cpu", marks=() if m in USUAL else pytest.mark.slow)
+            for m in sorted(locc.methods())
+            if m not in ("admm", "bcd2", "bcd3", "dladmm", "gim", "np-sg")  # undefined on this network
+        ),
+        pytest.param("dgl", "cuda", marks=pytest.mark.gpu),  # one device, and gloo through the CPU's memory
     ],
 )
-def test_ranks_end_with_the_bits_of_lockstep(method: str, tmp_path: Path) -> None:
+def test_ranks_end_with_the_bits_of_lockstep(method: str, device: str, tmp_path: Path) -> None:
     if not compiled(network(), method, SPLITS).certificate.pipeline_exact:
         with pytest.raises(MethodError, match=f"schedule='pipelined' .* method '{method}' is not pipeline-"):
             program_of(method, "pipelined")
         return
     one, three = str(tmp_path / "one"), str(tmp_path / "three")
-    steps, metrics, state = fitted(0, method, "lockstep", one)
-    for found in together(3, fitted, method, "pipelined", three):
+    steps, metrics, state = fitted(0, method, "lockstep", one, device=device)
+    for found in together(3, partial(fitted, device=device), method, "pipelined", three):
         assert (found[0], found[1]) == (steps, metrics)
         assert same(found[2], state)
     for name in ("", "-best/"):
@@ -117,7 +120,9 @@ def test_ranks_end_with_the_bits_of_lockstep(method: str, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_ranks_compile_what_they_train(tmp_path: Path) -> None:
     steps, metrics, state = fitted(0, "dgl", "lockstep", str(tmp_path / "one"), 1)
-    for found in together(2, fitted, "dgl", "pipelined", str(tmp_path / "two"), 1, "", "aot_eager"):
+    for found in together(
+        2, partial(fitted, backend="aot_eager"), "dgl", "pipelined", str(tmp_path / "two"), 1
+    ):
         assert (found[0], found[1]) == (steps, metrics)
         assert same(found[2], state)
 
@@ -494,9 +499,12 @@ def misfit(rank: int, kind: str) -> str:
         options["replicas"] = 3
     if kind == "buffer":
         options |= {"schedule": "replay", "buffer": 0}
+    if kind == "visits":
+        options["offload"] = "cpu"
     splits = SPLITS[: 0 if kind == "few" else 3]
     options = {"schedule": "pipelined", "timeout": 20.0} | options
-    with pytest.raises(LoccError) as caught:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(LoccError) as caught:
+        patch.setattr("locc.compiler.device_for", lambda model: torch.device("cpu"))
         locc.compile(model, "dgl", splits, example_inputs=batch(4)[0], **options)
     return str(caught.value)
 
@@ -510,6 +518,9 @@ def misfit(rank: int, kind: str) -> str:
         ("odd", "2 processes were started, and replicas=3 of each .* start a multiple of 3"),
         pytest.param(
             "buffer", "buffer=0 trains in lock-step, and 2 processes were started", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "visits", "offload='cpu' is for training in one process, and 2 were", marks=pytest.mark.slow
         ),
     ],
 )

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import locc
+from benchmarks.meter import peak_memory
 from locc import Program, RunError
 from locc.runtime import streams
+from runtime.turns import norms
 from support import Residual, batch, compiled, mlp, same, sgd, snapshot
 
 F64 = torch.float64
@@ -212,6 +214,49 @@ def test_cuda(how, method):
 
     # a method that draws noise draws another one on the device
     assert train("cuda") == pytest.approx(train("cpu"), abs=1e-8 if method == "bp" else 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("options", "as_in"),
+    [
+        ({"schedule": "wave"}, {}),
+        ({"schedule": "sequential", "features": "memory"}, {"schedule": "sequential"}),
+        ({"update": "in_backward"}, {}),
+        ({"recompute": ["a.0", "b.0"]}, {}),
+        ({"offload": "cpu"}, {}),
+        ({"backend": "cudagraphs"}, {}),
+    ],
+    ids=["wave", "sequential", "in_backward", "recompute", "offload", "cudagraphs"],
+)
+@pytest.mark.parametrize("method", ["bp", "dgl", "predsim"])
+def test_cuda_ends_with_the_same_bits(method, options, as_in):
+    if method == "bp" and options.get("schedule"):
+        pytest.skip("neither is for bp")
+
+    def train(**given: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        program = compiled(norms().cuda(), method, ["a", "b"], seed=1, optimizer=locc.Recipe(), **given)
+        x, y = batch(8)
+        data = [(x * (1 + i), y) for i in range(6)]
+        program.fit(data, epochs=2, progress=False)
+        return {name: tensor.cpu() for name, tensor in program.state_dict().items()}
+
+    assert same(train(**options), train(**as_in))
+
+
+@pytest.mark.gpu
+def test_cuda_holds_the_activations_and_gradients_of_one_module():
+    def peak(method: str, splits: list[str]) -> int:
+        layers = [nn.Sequential(nn.Linear(512, 512), nn.ReLU()) for _ in range(8)]
+        x, y = torch.randn(2048, 512).cuda(), torch.randint(10, (2048,)).cuda()
+        model = nn.Sequential(*layers, nn.Linear(512, 10)).cuda()
+        program = compiled(model, method, splits, optimizer=locc.Recipe(), example_inputs=x, verify=False)
+        for _ in range(2):
+            program.step(x, y)
+        return peak_memory(lambda: program.step(x, y), "cuda")
+
+    assert peak("dgl", [str(i) for i in range(8)]) < 0.5 * peak("bp", [])
 
 
 @pytest.mark.gpu
