@@ -251,7 +251,7 @@ def _true_gradient(program: Compiled, x: Any, y: Any) -> dict[int, Tensor]:
     dtype = program.built.executor.autocast
     with values_preserved(program.root), preserved_rng(program.device), program.in_phase():
         with autocast(program.device, dtype):
-            loss = program.loss_function(program.predict(x), program._move(y))
+            loss = program.loss_function(program.predict(x), program.moved(y))
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return {id(p): g.detach() for p, g in zip(parameters, found, strict=True) if g is not None}
 

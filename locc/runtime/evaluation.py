@@ -12,6 +12,7 @@ from locc.errors import LoccError
 from locc.losses import judged
 from locc.runtime import ranks as among
 from locc.runtime.history import Evaluation
+from locc.runtime.member import Member
 from locc.runtime.program import Compiled
 from locc.runtime.stops import empty
 
@@ -51,16 +52,16 @@ def evaluate(program: Compiled, loader: Iterable[Any]) -> Evaluation:
         LoccError: the loader yields nothing.
         RunError: it yields a batch without samples, or a rank has stopped.
     """
-    ranks = program.ranks if program.ranks is not None and program.ranks.stale else None
-    if ranks is not None:
-        with ranks.failing():
-            return _evaluated(program, loader, ranks)
-    return _evaluated(program, loader, None)
+    member = program.member
+    if member is None or not member.ranks.stale:
+        return _evaluated(program, loader, None)
+    with member.ranks.failing():
+        return _evaluated(program, loader, member)
 
 
-def _evaluated(program: Compiled, loader: Iterable[Any], ranks: among.Ranks | None) -> Evaluation:
-    if ranks is not None:
-        ranks.share(among.lent(ranks, program.ir))
+def _evaluated(program: Compiled, loader: Iterable[Any], member: Member | None) -> Evaluation:
+    if member is not None:
+        member.ranks.share(among.lent(member.ranks, program.ir))
     mode = {module: module.training for module in program.modules()}
     program.eval()
     sums = [0.0, 0.0, 0.0]
@@ -72,13 +73,13 @@ def _evaluated(program: Compiled, loader: Iterable[Any], ranks: among.Ranks | No
             if size == 0:
                 raise empty()
             total += size
-            found = program.tried(x, y) if ranks is not None else _judged(program, x, y)
+            found = _judged(program, x, y) if member is None else member.tried(x, y)
             if found is not None:
                 loss, *counts = found.tolist()
                 sums = [a + b for a, b in zip(sums, (loss * size, *counts), strict=True)]
-        if ranks is not None:
-            ranks.follow(among.JUDGED, program.steps)
-            sums = ranks.gathered(sums)[ranks.first(program.ir.last.name)]
+        if member is not None:
+            member.ranks.follow(among.JUDGED, program.steps)
+            sums = member.ranks.gathered(sums)[member.ranks.first(program.ir.last.name)]
     finally:
         for module, training in mode.items():
             module.training = training
@@ -89,7 +90,7 @@ def _evaluated(program: Compiled, loader: Iterable[Any], ranks: among.Ranks | No
 
 
 def _judged(program: Compiled, x: Any, y: Any) -> Tensor:
-    return judged(program.loss_function, program.predict(x), program._move(y))
+    return judged(program.loss_function, program.predict(x), program.moved(y))
 
 
 def _size(y: Any, x: Any) -> int:

@@ -359,7 +359,8 @@ class _Fit:
     def _train(self, one: Pass) -> None:
         """Train on the batches of the pass that are not done yet, or make the steps of one without data."""
         if self.receives:
-            while self.program.awaits():
+            assert self.program.member is not None
+            while self.program.member.awaits():
                 self._steps([(None, None)], advance=self.stepwise and one.steps is None)
             return
         if one.steps is not None:

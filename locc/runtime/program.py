@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from locc.facts.traffic import by_role
 from locc.ir import Inputs, Phase, Root, TrainingGraph
 from locc.ir.state import State, begin_all, states
 from locc.ir.view import node_modules
-from locc.lower import ModuleProgram, Plan, gathered, lower, module_programs, program_of
-from locc.runtime import ranks, waves
+from locc.lower import ModuleProgram, Plan, gathered, lower, module_programs
+from locc.runtime import waves
 from locc.runtime.backends import BACKENDS
 from locc.runtime.compiled import BackendReport
 from locc.runtime.executor import Executor
@@ -28,12 +28,14 @@ from locc.runtime.features import Features
 from locc.runtime.fingerprint import Fingerprint
 from locc.runtime.folded import Folded
 from locc.runtime.learner import Learner
+from locc.runtime.member import Member
 from locc.runtime.offload import Offload
 from locc.runtime.progress import Progress
+from locc.runtime.ranks import Cost, Ranks, measured
 from locc.runtime.ranks.forecast import Forecast, forecast
 from locc.runtime.replay import Workers
 from locc.runtime.report import StepReport
-from locc.runtime.settings import TIMEOUT, Settings
+from locc.runtime.settings import Settings
 from locc.runtime.stacked import Diagonal
 from locc.runtime.stops import empty
 
@@ -96,8 +98,7 @@ class Compiled(nn.Module):
         self.progress: Progress | None = None
         self.features: Features | None = None
         self.warm: set[str] = set()
-        self.ranks: ranks.Ranks | None = None
-        self.pace: ranks.Pace | None = None
+        self.member: Member | None = None
         self._build = build
         self._built: Built | None = None
         self._folded: Folded | None = None
@@ -154,7 +155,7 @@ class Compiled(nn.Module):
                     raise
                 self._built = self._build(self, inputs)
             if self.settings.schedule in ("pipelined", "replay"):
-                self._join()
+                self.member = Member.joined(self)
             if self.settings.schedule == "sequential":
                 self.phase = self._built.phases[0].name
             for notify in observers:
@@ -293,12 +294,12 @@ class Compiled(nn.Module):
         tried = self.settings.strict and any(map(built.executor.unknown, self._runs(plan, updated)))
         backup = self._backup() if self.settings.atomic or tried else None
         try:
-            if self.ranks is not None and self.settings.replay is not None:
-                return [self._paced(self.ranks, batches[0], updated or (lambda *_: None))]
+            if self.member is not None and self.settings.replay is not None:
+                return [self.member.paced(batches[0], updated or (lambda *_: None))]
             values = [self.bind(x, y) for x, y in batches]
             with self.in_phase():
-                if self.ranks is not None:
-                    return [self._ranked(self.ranks, plan, values[0])]
+                if self.member is not None:
+                    return [self.member.step(plan, values[0])]
                 if self.settings.replay is not None:
                     workers = self.workers(self.phase)
                     found = [workers.run(built.executor, values[0], updated or (lambda *_: None))]
@@ -344,10 +345,8 @@ class Compiled(nn.Module):
                     "and with schedule='replay' there is no such batch; use schedule='lockstep'"
                 )
             self.built.workers[phase] = workers = Workers.of(self.settings.replay, parts, self.steps)
-            if self.ranks is not None and self.pace is not None:
-                mine = [i for i, part in enumerate(parts) if part.name in self.ranks.names]
-                workers.own = range(mine[0], mine[-1] + 1)
-                workers.hand = partial(self.pace.hand, phase)
+            if self.member is not None:
+                self.member.employ(workers, parts, phase)
         return self.built.workers[phase]
 
     def _run(self, plan: Plan, values: list[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -355,92 +354,12 @@ class Compiled(nn.Module):
             return self.features.run(self.built.executor, values, self.steps)
         return self.built.executor.run(plan, values, self.steps)
 
-    def _join(self) -> None:
-        """Become one of the ranks that train the program, if there are others."""
-        built, settings = self.built, self.settings
-        timeout = settings.timeout or TIMEOUT
-        self.ranks, built.executor.seed = ranks.join(
-            built.ir, timeout, settings.replicas or 1, self.steps, built.executor.seed
-        )
-        if self.ranks is not None and settings.visits:
-            raise LoccError(
-                f"offload='cpu' is for training in one process, and {self.ranks.size} were started; leave it "
-                "out, or start one"
-            )
-        if self.ranks is not None and settings.offload is not None:
-            self.ranks.away = ranks.Away(settings.offload)
-        if self.ranks is not None and settings.stages is not None:
-            ranks.check_stages(built.ir, settings.stages, self.ranks)
-        if self.ranks is not None and settings.replay is not None and not settings.replay.buffer:
-            raise LoccError(
-                f"buffer=0 trains in lock-step, and {self.ranks.size} processes were started; give a buffer, "
-                "or use schedule='pipelined'"
-            )
-
-    def _take_place(self, own: ranks.Ranks, values: list[Any]) -> None:
-        """Share out the modules, if that has not been done, and let go of those of other ranks."""
-        if not own.stages:
-            chosen = self.settings.stages
-            stages = chosen or own.shared_out(lambda: self._costs(self.plan(self.phase), values))
-            ranks.place(own, self.ir, stages, self.device)
-            ranks.forget(own, self.built.learners)
-            self.built.executor.replicas = own.replicas
-            self.built.states = [state for state in self.built.states if own.owns(state.owner)]
-            if self.settings.replay is not None:
-                self.pace = ranks.Pace(own, self.settings.replay.buffer, self.device)
-        if not own.stale and len(own.stages) > 1:
-            ranks.leave(own, self.ir)
-            own.stale = True
-
-    def awaits(self) -> bool:
-        """Wait until this rank, which is not the first, has something to train on in schedule "replay".
-
-        Returns:
-            False where rank 0 has ended the pass.
-
-        Raises:
-            RunError: there is nothing, and another rank has stopped, or is silent for too long.
-        """
-        assert self.ranks is not None
-        self._take_place(self.ranks, [])
-        assert self.pace is not None
-        return self.pace.awaits(self.workers(self.phase), self.phase)
-
-    def _paced(self, own: ranks.Ranks, batch: tuple[Any, Any], updated: waves.Updated) -> StepReport:
-        """Let rank 0 train on a batch, any other rank on one that it has received, when there is one."""
-        values = self.bind(*batch) if own.leads else []
-        with own.failing(), self.in_phase():
-            self._take_place(own, values)
-            workers = self.workers(self.phase)
-            if own.leads:
-                found = workers.run(self.built.executor, values, updated)
-                self.steps += 1
-            elif workers.ready() or self.awaits():
-                found = workers.turn(self.built.executor, updated)
-            else:
-                found = workers.last
-        return StepReport(*found, self._elsewhere(own))
-
-    def _elsewhere(self, own: ranks.Ranks) -> str:
-        runs = ", ".join(f"'{name}'" for name in own.names)
-        return f"it is of all modules, and rank {own.rank} runs only {runs}"
-
-    def _ranked(self, own: ranks.Ranks, plan: Plan, values: list[Any]) -> StepReport:
-        """Run this rank's modules on a batch."""
-        self._take_place(own, values)
-        if self.phase not in self.built.shares:
-            self.built.shares[self.phase] = program_of(self.ir, plan, own.owners).plan
-        share = self.built.shares[self.phase]
-        objectives, loss = own.run(self.built.executor, self.ir, share, values, self.steps)
-        self.steps += 1
-        return StepReport(objectives, loss, self._elsewhere(own))
-
-    def _costs(self, plan: Plan, values: list[Any]) -> dict[str, ranks.Cost]:
+    def costs(self, plan: Plan, values: list[Any]) -> dict[str, Cost]:
         """Return what each module takes of a step, which is undone."""
         programs = waves.ordered(module_programs(self.ir, plan))
         undo = self._backup()
         try:
-            return ranks.measured(self.built.executor, plan, programs, values, self.steps)
+            return measured(self.built.executor, plan, programs, values, self.steps)
         finally:
             self._rest()
             undo()
@@ -477,7 +396,7 @@ class Compiled(nn.Module):
         self.whole()
         waves.check(self.ir, self.method, self.built.certificate, "pipelined")
         with self.in_phase():
-            costs = self._costs(self.plan(self.phase), self.bind(x, y))
+            costs = self.costs(self.plan(self.phase), self.bind(x, y))
         return forecast(costs, ranks, batches, bandwidth, latency)
 
     def gather(self) -> None:
@@ -489,15 +408,18 @@ class Compiled(nn.Module):
         Raises:
             RunError: a rank is gone.
         """
-        if self.ranks is not None and self.ranks.stages:
-            ranks.gather(self.ranks, self.ir)
-            self.count()
+        if self.member is not None:
+            self.member.gather()
 
     def count(self) -> None:
         """Bring the sums of the other ranks' objectives in the pass under way; every rank calls it."""
-        if self.ranks is not None and self.ranks.stages and self.progress is not None:
-            loss_here = self.ranks.owns(self.ir.last.name)
-            self.steps = ranks.count(self.ranks, self.progress, self.steps, loss_here, self.device)
+        if self.member is not None:
+            self.member.count()
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that train this program, if there are several."""
+        return None if self.member is None else self.member.ranks
 
     def whole(self) -> None:
         """Refuse to go on where other ranks hold newer parameters than this one.
@@ -523,17 +445,6 @@ class Compiled(nn.Module):
                 parts = [replace(part, plan=gathered(part.plan)) for part in parts]
             self.built.parts[phase] = parts
         return self.built.parts[phase]
-
-    def tried(self, x: Any, y: Any) -> Tensor | None:
-        """Evaluate a batch among the ranks, all of which call it; see `locc.losses.judged`.
-
-        Returns:
-            What is known on those ranks that run the last module.
-        """
-        assert self.ranks is not None
-        inputs = self.ir.captured.signature.bind(Inputs.of(self.model, self._move(x)))
-        plainly = replace(self.built.executor, backend="eager", autocast=None, replicas=None, recompute=())
-        return self.ranks.evaluate(plainly, [*inputs, self._move(y)], self.steps)
 
     def bind(self, x: Any, y: Any = None) -> list[Any]:
         """Return the values of a plan's inputs for a batch as `step` takes it, on the model's device.
@@ -609,7 +520,8 @@ class Compiled(nn.Module):
     def _current(self) -> Phase | None:
         return next((p for p in self.built.phases if p.name == self.phase), None)
 
-    def _move(self, value: Any) -> Any:
+    def moved(self, value: Any) -> Any:
+        """Return a batch, or a part of one, with its tensors where the model computes."""
         return _moved(value, self.device)
 
     @property
@@ -667,7 +579,7 @@ class Compiled(nn.Module):
             object.__setattr__(self, "_folded", Folded(self.root, self._built.ir, offload))
         assert self._folded is not None
         if offload is not None:
-            args, kwargs = self._move((args, kwargs))
+            args, kwargs = self.moved((args, kwargs))
         return self._folded(*args, **kwargs)
 
     @property
@@ -685,7 +597,7 @@ class Compiled(nn.Module):
 
     def predict(self, x: Any) -> Any:
         """Run the inference path on a batch as `step` takes it."""
-        inputs = Inputs.of(self.model, self._move(x))
+        inputs = Inputs.of(self.model, self.moved(x))
         return self(*inputs.args, **inputs.kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Compiled:

@@ -1,0 +1,154 @@
+"""A program as one of the ranks that train it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from locc.errors import LoccError
+from locc.ir import Inputs
+from locc.lower import ModuleProgram, Plan, program_of
+from locc.runtime import ranks, waves
+from locc.runtime.replay import Workers
+from locc.runtime.report import StepReport
+from locc.runtime.settings import TIMEOUT
+
+if TYPE_CHECKING:
+    from locc.runtime.program import Compiled
+
+
+class Member:
+    """Runs a program's modules that are this rank's.
+
+    Attributes:
+        ranks: this rank, and what it knows of the others.
+        pace: what has been received and waits for its turn, in schedule "replay".
+    """
+
+    def __init__(self, program: Compiled, own: ranks.Ranks) -> None:
+        self._program, self.ranks = program, own
+        self.pace: ranks.Pace | None = None
+        settings = program.settings
+        if settings.visits:
+            raise LoccError(
+                f"offload='cpu' is for training in one process, and {own.size} were started; leave it out, "
+                "or start one"
+            )
+        if settings.offload is not None:
+            own.away = ranks.Away(settings.offload)
+        if settings.stages is not None:
+            ranks.check_stages(program.ir, settings.stages, own)
+        if settings.replay is not None and not settings.replay.buffer:
+            raise LoccError(
+                f"buffer=0 trains in lock-step, and {own.size} processes were started; give a buffer, or use "
+                "schedule='pipelined'"
+            )
+
+    @classmethod
+    def joined(cls, program: Compiled) -> Member | None:
+        """Become one of the ranks that train a program, if there are others.
+
+        Raises:
+            LoccError: the program and the processes do not go together.
+        """
+        settings, executor = program.settings, program.built.executor
+        own, executor.seed = ranks.join(
+            program.ir, settings.timeout or TIMEOUT, settings.replicas or 1, program.steps, executor.seed
+        )
+        return None if own is None else cls(program, own)
+
+    def take_place(self, values: list[Any]) -> None:
+        """Share out the modules, if that has not been done, and let go of those of other ranks."""
+        own, program = self.ranks, self._program
+        if not own.stages:
+            chosen = program.settings.stages
+            stages = chosen or own.shared_out(lambda: program.costs(program.plan(program.phase), values))
+            ranks.place(own, program.ir, stages, program.device)
+            ranks.forget(own, program.built.learners)
+            program.built.executor.replicas = own.replicas
+            program.built.states = [state for state in program.built.states if own.owns(state.owner)]
+            if program.settings.replay is not None:
+                self.pace = ranks.Pace(own, program.settings.replay.buffer, program.device)
+        if not own.stale and len(own.stages) > 1:
+            ranks.leave(own, program.ir)
+            own.stale = True
+
+    def step(self, plan: Plan, values: list[Any]) -> StepReport:
+        """Run this rank's modules on a batch."""
+        self.take_place(values)
+        program, built = self._program, self._program.built
+        if program.phase not in built.shares:
+            built.shares[program.phase] = program_of(program.ir, plan, self.ranks.owners).plan
+        share = built.shares[program.phase]
+        objectives, loss = self.ranks.run(built.executor, program.ir, share, values, program.steps)
+        program.steps += 1
+        return StepReport(objectives, loss, self._elsewhere())
+
+    def paced(self, batch: tuple[Any, Any], updated: waves.Updated) -> StepReport:
+        """Let rank 0 train on a batch, any other rank on one that it has received, when there is one."""
+        own, program = self.ranks, self._program
+        values = program.bind(*batch) if own.leads else []
+        with own.failing(), program.in_phase():
+            self.take_place(values)
+            workers = program.workers(program.phase)
+            if own.leads:
+                found = workers.run(program.built.executor, values, updated)
+                program.steps += 1
+            elif workers.ready() or self.awaits():
+                found = workers.turn(program.built.executor, updated)
+            else:
+                found = workers.last
+        return StepReport(*found, self._elsewhere())
+
+    def awaits(self) -> bool:
+        """Wait until this rank, which is not the first, has something to train on in schedule "replay".
+
+        Returns:
+            False where rank 0 has ended the pass.
+
+        Raises:
+            RunError: there is nothing, and another rank has stopped, or is silent for too long.
+        """
+        self.take_place([])
+        assert self.pace is not None
+        return self.pace.awaits(self._program.workers(self._program.phase), self._program.phase)
+
+    def employ(self, workers: Workers, parts: list[ModuleProgram], phase: str | None) -> None:
+        """Have workers of a phase train the modules that are this rank's, and hand on to the next rank."""
+        if self.pace is not None:
+            mine = [i for i, part in enumerate(parts) if part.name in self.ranks.names]
+            workers.own = range(mine[0], mine[-1] + 1)
+            workers.hand = partial(self.pace.hand, phase)
+
+    def gather(self) -> None:
+        """Bring what the other ranks have trained into this process; every rank calls it."""
+        if self.ranks.stages:
+            ranks.gather(self.ranks, self._program.ir)
+            self.count()
+
+    def count(self) -> None:
+        """Bring the sums of the other ranks' objectives in the pass under way; every rank calls it."""
+        program = self._program
+        if self.ranks.stages and program.progress is not None:
+            loss_here = self.ranks.owns(program.ir.last.name)
+            program.steps = ranks.count(
+                self.ranks, program.progress, program.steps, loss_here, program.device
+            )
+
+    def tried(self, x: Any, y: Any) -> Tensor | None:
+        """Evaluate a batch among the ranks, all of which call it; see `locc.losses.judged`.
+
+        Returns:
+            What is known on those ranks that run the last module.
+        """
+        program = self._program
+        values = program.ir.captured.signature.bind(Inputs.of(program.model, program.moved(x)))
+        plainly = replace(program.built.executor, backend="eager", autocast=None, replicas=None, recompute=())
+        return self.ranks.evaluate(plainly, [*values, program.moved(y)], program.steps)
+
+    def _elsewhere(self) -> str:
+        runs = ", ".join(f"'{name}'" for name in self.ranks.names)
+        return f"it is of all modules, and rank {self.ranks.rank} runs only {runs}"
