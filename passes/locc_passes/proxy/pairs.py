@@ -76,7 +76,7 @@ class MatrixPairs(PairTerm):
     """`MatrixLoss` of each value, by the fields of `KernelPull`."""
 
     objective: str = "cosine"
-    sigma: float = 1.0
+    sigma: float = 0.5
 
     def loss(self, ir: TrainingGraph, value: fx.Node) -> MatrixLoss:
         """Return the loss."""
@@ -189,9 +189,9 @@ class KernelPull(Method):
         default="cosine", metadata={"help": "how the matrices are compared", "choices": MATRIX_LOSSES}
     )
     sigma: float = field(
-        default=1.0,
+        default=0.5,
         metadata={
-            "help": "width of the kernel, in units of the root mean square distance of two rows",
+            "help": "width of the kernel, in units of the root mean square distance of two rows (locc's own)",
             "range": (0.1, 10.0),
             "scale": "log",
         },
