@@ -172,7 +172,8 @@ class KernelPull(Method):
     The whole matrix of Gaussian kernels between the rows of a module's output is brought to 1 for samples of
     one class and 0 for others (`locc.nn.matrix_loss`), module after module, the others frozen. Duan et al.,
     "On kernel method-based connectionist models and supervised deep learning without backpropagation" (2020),
-    and its released code, whose layers are kernel machines: here they are the network's own.
+    and its released code, whose layers are kernel machines with a kernel of fixed width: here they are the
+    network's own, and the width is a share of the rows' spread, so that no scale of theirs lowers the loss.
     """
 
     family: ClassVar[str] = "proxy"
