@@ -24,7 +24,7 @@ from support import every_method
 BEHIND = {
     "bcd2": 0.20,  # thirty sweeps, each held near the weights before it
     "bcd3": 0.30,
-    **dict.fromkeys(["gim", "kernel-pull"], 0.30),  # no classifier at the modules
+    "gim": 0.30,  # no label below the last module
     "dladmm": 0.20,
     **dict.fromkeys(["fa", "dfa", "ifa", "fixed-aux"], 0.15),  # errors through matrices that never learn
 }
@@ -33,37 +33,44 @@ BEHIND = {
 FURTHER = {
     # Fifty steps: synthesisers have seen few gradients, and gim no label below the head.
     ("small-mlp", "dni"): 0.25,
-    ("small-conv", "dni"): 0.25,
-    ("small-conv", "gim"): 0.40,
+    ("small-conv", "dni"): 0.22,
+    ("small-conv", "gim"): 0.37,  # 0.75 after thirty epochs; 0.80 below the head frozen as it starts
     # Fifty steps: half of what modules train on was made by those below before they had learnt anything.
     ("small-conv", "dgl-async"): 0.20,
     # Modules of one convolution: by hand, in plain PyTorch, it is as far behind; 0.95 after twenty epochs.
     ("conv", "dgl"): 0.12,
     ("conv", "dgl-async"): 0.12,
-    # Two hundred steps: what takes longer than backpropagation to find a rule that is all or nothing.
-    ("tokens", "dni"): 0.75,
-    ("tokens", "cdni"): 0.45,
-    ("tokens", "gim"): 0.80,
-    ("tokens", "tp"): 0.65,
-    ("transformer", "dni"): 0.55,
+    # The rate: a hundred times the published one, at which modules run away from predictions. At 3e-4 and
+    # four times as long dni reaches 0.50 of tokens, where its synthesiser sees one position and the gradient
+    # comes from the next one (0.87 with one that mixes them), and 0.77 of rows.
+    ("tokens", "dni"): 0.73,
+    ("transformer", "dni"): 0.52,
+    # The steps: four times as long 1.00 and 0.83.
+    ("tokens", "cdni"): 0.43,
     ("transformer", "cdni"): 0.45,
-    ("transformer", "kernel-pull"): 0.50,
+    # Steps that inverses' errors drown: 0.99 with eta=1e6, under which plain SGD runs away.
+    ("tokens", "tp"): 0.65,
+    # Symbols drawn one by one: nothing tells one from another position.
+    ("tokens", "gim"): 0.80,
     # The mean over the sequence: with a flat head dfa reaches 0.95, ifa 0.81.
-    ("transformer", "dfa"): 0.40,
+    ("transformer", "dfa"): 0.36,
     ("transformer", "ifa"): 0.65,
-    ("transformer", "np-sg"): 0.20,  # not looked into
-    ("transformer", "gim"): 0.40,
+    # The steps: four times as long 0.93, 0.86 and 0.93; fa, whose matrices never learn, is as near as np-sg.
+    ("transformer", "np-sg"): 0.20,
+    ("transformer", "gim"): 0.35,
     ("transformer", "pred"): 0.20,
-    ("residual", "dni"): 0.30,
+    ("residual", "dni"): 0.27,
     ("residual", "cdni"): 0.30,
+    # The steps and the width: three times as long 0.91; with 32 channels 0.98.
     ("residual", "pred"): 0.20,
     # The mean over the map hides feedback that differs at each position: with a flat head ifa reaches 0.97.
     ("residual", "dfa"): 0.35,
-    ("residual", "ifa"): 0.62,
-    ("residual", "pair-proxy"): 0.30,
+    ("residual", "ifa"): 0.60,
+    # Eight channels that are not negative cannot part ten classes: with 32 it reaches 0.89.
+    ("residual", "pair-proxy"): 0.28,
+    # The width: by hand, in plain PyTorch, 0.49 to 0.59; with 32 channels both 0.74 to 0.95, of four seeds.
     ("residual", "fa"): 0.40,
-    ("residual", "gim"): 0.45,
-    ("residual", "kernel-pull"): 0.65,
+    ("residual", "gim"): 0.45,  # three times as long 0.79
 }
 """The same where a method falls behind further, on one network."""
 

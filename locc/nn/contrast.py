@@ -96,12 +96,13 @@ def pair_loss(kernel: Tensor, labels: Tensor, objective: str, least: float, pull
 def gaussian_kernel(g: Tensor, sigma: float) -> Tensor:
     """Return exp(-||u - v||^2 / (2 sigma^2)) [B,B] of the rows of g [B,...], sigma in units of their spread.
 
-    The spread is the root of the mean square distance between two rows, without a gradient.
+    The spread is the root of the mean square distance between two rows, and is differentiated: held fixed, it
+    would let rows that all move apart seem to come nearer a small kernel, which the next spread undoes.
     """
     rows = g.flatten(1)
     square = rows.square().sum(1)
     distance = (square[:, None] + square[None, :] - 2 * rows @ rows.t()).clamp_min(0)
-    scale = distance.detach().mean().clamp_min(1e-12)
+    scale = distance.mean().clamp_min(1e-12)
     return (-distance / (2 * sigma**2 * scale)).exp()
 
 

@@ -417,6 +417,7 @@ CIFAR = (
     ),
 )
 
+MEANS = "its scores rank characters and are no probabilities: see the method's page; judge it by accuracy"
 GPT = Setting(
     "gpt",
     "four-block GPT of width 64 on tiny-shakespeare, contexts of 64 characters",
@@ -424,7 +425,12 @@ GPT = Setting(
     networks.GPT,
     ["blocks.0", "blocks.1", "blocks.2", "blocks.3"],
     {"cpu": Budget(1, 8, 2000), "full": Budget(5, 64)},
-    [Row("bp", recipe=ADAM), Row("bigram", score=bigram)],
+    [
+        Row("bp", recipe=ADAM),
+        Row("bigram", score=bigram),
+        Row("al", recipe=ADAM, word=MEANS),
+        Row("al", "al-dense", {"decoders": "dense"}, ADAM, word=MEANS),
+    ],
     every=True,
     loss=True,
     seeds=1,

@@ -50,6 +50,11 @@ class AL(Method):
     less 1/2 (`build_label_encoder`), where He's rule brings them together. A folded residual network, at
     chance without this, learns.
 
+    Where the input leaves a label open, as in language models, a bridge comes to the mean of the codes of
+    what it may be. Decoders know codes of single labels: they rank what such a mean holds, but make no
+    probabilities of it; even the exact means of counted pairs of characters decode to a cross-entropy far
+    above that of the counts. Judge such a model by its accuracy.
+
     Labels encoded one by one have a code for each class, and class ids and these codes are what travels.
     Where all labels are of one row (pixels, by the user's own modules), or an `encoder` is given, the codes
     of the batch do.

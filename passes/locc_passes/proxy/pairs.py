@@ -76,7 +76,7 @@ class MatrixPairs(PairTerm):
     """`MatrixLoss` of each value, by the fields of `KernelPull`."""
 
     objective: str = "cosine"
-    sigma: float = 1.0
+    sigma: float = 0.5
 
     def loss(self, ir: TrainingGraph, value: fx.Node) -> MatrixLoss:
         """Return the loss."""
@@ -172,7 +172,8 @@ class KernelPull(Method):
     The whole matrix of Gaussian kernels between the rows of a module's output is brought to 1 for samples of
     one class and 0 for others (`locc.nn.matrix_loss`), module after module, the others frozen. Duan et al.,
     "On kernel method-based connectionist models and supervised deep learning without backpropagation" (2020),
-    and its released code, whose layers are kernel machines: here they are the network's own.
+    and its released code, whose layers are kernel machines with a kernel of fixed width: here they are the
+    network's own, and the width is a share of the rows' spread, so that no scale of theirs lowers the loss.
     """
 
     family: ClassVar[str] = "proxy"
@@ -189,9 +190,9 @@ class KernelPull(Method):
         default="cosine", metadata={"help": "how the matrices are compared", "choices": MATRIX_LOSSES}
     )
     sigma: float = field(
-        default=1.0,
+        default=0.5,
         metadata={
-            "help": "width of the kernel, in units of the root mean square distance of two rows",
+            "help": "width of the kernel, in units of the root mean square distance of two rows (locc's own)",
             "range": (0.1, 10.0),
             "scale": "log",
         },

@@ -37,6 +37,11 @@ class DNI(Method):
     the one that the next module computes from its own prediction (the last: from the loss); no backward pass
     runs through the network. A synthesiser starts at zero, so the first update of each hidden module is zero.
 
+    A synthesiser has to follow modules that move: at a rate far above the published one they drive its
+    predictions, and training gets worse with time. In a sequence it sees one position at a time, and what
+    later ones send back through attention it cannot know; a `factory` that mixes positions, later ones too,
+    learns that (no inference runs through it).
+
     What a step costs are the synthesisers: one forward and one backward pass of each, and its update. For a
     value of n units one has width * (2 n + width) weights. At 784-400-400-400-10 in four modules these are
     8.8 times the network's with the published width of 1024, and 0.6 times with `width=128`; all else is a

@@ -86,6 +86,7 @@ def test_kernel_matrices_equal_the_formula() -> None:
     k = torch.tensor([[math.exp(-d / (2 * 0.5**2 * spread)) for d in row] for row in square], dtype=F64)
     star = torch.tensor([[float(a == b) for b in y] for a in y], dtype=F64)
     torch.testing.assert_close(gaussian_kernel(g, 0.5), k, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda g: gaussian_kernel(g, 0.5), g.clone().requires_grad_())
     torch.testing.assert_close(matrix_loss(k, y, "mse"), (k - star).square().mean(), rtol=0, atol=1e-12)
     cosine = -(k * star).sum() / (k.norm() * star.norm())
     torch.testing.assert_close(matrix_loss(k, y, "cosine"), cosine, rtol=0, atol=1e-12)
@@ -101,7 +102,7 @@ def test_a_module_descends_its_own_loss(method: str, option: dict[str, Any]) -> 
     if method == "pair-proxy":
         loss = pair_loss(pair_kernel(g, "relu", 4), y, "alignment", 0.0, True)
     else:
-        loss = matrix_loss(gaussian_kernel(g, 1.0), y, "cosine")
+        loss = matrix_loss(gaussian_kernel(g, 0.5), y, "cosine")
     gradients = torch.autograd.grad(loss, [layer.weight, layer.bias])
     wanted = [p.detach() - 0.1 * d for p, d in zip((layer.weight, layer.bias), gradients, strict=True)]
     if program.phases:
