@@ -61,6 +61,7 @@ class Row:
 
 def measure(workload: Workload, given: argparse.Namespace, until: float, inductor: bool) -> list[Row]:
     """Run one workload and return a row for each contestant."""
+    torch.compiler.reset()  # what is known of other models' sizes
     counts = given.modules
     entered = contestants(workload, counts, not given.without_locc, inductor)
     names = [f"{c.label} K={c.modules}" for c in entered]
