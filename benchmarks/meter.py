@@ -264,6 +264,7 @@ def interleave(
     rounds: int = 20,
     warmup: int = 3,
     until: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time the contestants in turn, A B C A B C ..., and return each one's milliseconds, round by round.
 
@@ -278,10 +279,12 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for done in range(rounds):
         for name, fn in contestants.items():
-            started = _now()
+            _settle()
+            started = clock()
             fn()
-            times[name].append((_now() - started) * 1e3)
-        if _now() > until and done > 1:
+            _settle()
+            times[name].append((clock() - started) * 1e3)
+        if time.perf_counter() > until and done > 1:
             break
     return times
 
@@ -291,7 +294,6 @@ def ratio(times: Mapping[str, list[float]], numerator: str, denominator: str) ->
     return Timing.of(a / b for a, b in zip(times[numerator], times[denominator], strict=True))
 
 
-def _now() -> float:
+def _settle() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()

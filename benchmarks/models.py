@@ -1,7 +1,7 @@
 """Three chains of twelve blocks, each a `stem`, `blocks` and a `head`, and the local heads for them.
 
 The sizes make one block cost some milliseconds on two cores: enough that the arithmetic shows and not
-the bookkeeping, little enough that all of `make bench` takes a couple of minutes.
+the bookkeeping, little enough that a round of all contestants takes seconds.
 
 A local module needs no gradient with respect to its input. Where a block is one matrix product or one
 convolution (`mlp`, `resnet`), that is a third of the arithmetic, and K = 12 saves time; where it is two
@@ -282,7 +282,8 @@ WORKLOADS = {
 }
 """`mlp-small` has modules of about a millisecond at K = 12: there the cost beyond arithmetic shows."""
 
-DEFAULT = ("mlp", "resnet", "resnet-basic", "gpt", "mlp-small")
+DEFAULT = ("mlp", "resnet", "gpt")
+"""What `make bench` runs unless told; most of its time is what compiling them takes."""
 
 
 def splits(modules: int, blocks: int = BLOCKS) -> list[str]:

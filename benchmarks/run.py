@@ -59,14 +59,17 @@ class Row:
     memory_to_largest_module: float
 
 
-def measure(
-    workload: Workload, counts: Sequence[int], rounds: int, until: float, with_locc: bool, inductor: bool
-) -> list[Row]:
+def measure(workload: Workload, given: argparse.Namespace, until: float, inductor: bool) -> list[Row]:
     """Run one workload and return a row for each contestant."""
-    entered = contestants(workload, counts, with_locc, inductor)
+    torch.compiler.reset()  # what is known of other models' sizes
+    counts = given.modules
+    entered = contestants(workload, counts, not given.without_locc, inductor)
     names = [f"{c.label} K={c.modules}" for c in entered]
     first = [seconds(c.step) for c in entered]
-    times = interleave({name: c.step for name, c in zip(names, entered, strict=True)}, rounds, 1, until)
+    clock = time.process_time if given.processor else time.perf_counter
+    times = interleave(
+        dict(zip(names, [c.step for c in entered], strict=True)), given.rounds, 1, until, clock
+    )
     peaks = dict(zip(names, [c.peak() for c in entered], strict=True))
     operations = [None if c.compiled else flops(c.step) for c in entered]
     usual = {False: f"{END_TO_END} K=1", True: f"{COMPILED} K=1"}
@@ -144,7 +147,7 @@ def spread(timing: Timing, digits: int = 2) -> str:
     return f"{timing.median:.{digits}f} ({timing.low:.{digits}f} to {timing.high:.{digits}f})"
 
 
-def environment() -> dict[str, object]:
+def environment(processor: bool) -> dict[str, object]:
     """Describe what the figures depend on."""
     return {
         "python": platform.python_version(),
@@ -152,6 +155,7 @@ def environment() -> dict[str, object]:
         "machine": platform.machine(),
         "system": platform.system(),
         "threads": torch.get_num_threads(),
+        "times": "of the processor" if processor else "of the clock",
     }
 
 
@@ -166,6 +170,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=7.0, help="after which there are no more rounds")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch; its own choice by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there as well")
+    parser.add_argument(
+        "--processor",
+        action="store_true",
+        help="time the processor and not the clock: for one thread on a busy machine",
+    )
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--without-locc", action="store_true", help="compare the references alone")
     options = parser.parse_args(argv)
@@ -185,16 +194,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     console = Console()
     console.width = max(console.width, 240)  # a narrow terminal would cut the figures off
-    console.print(", ".join(f"{key} {value}" for key, value in environment().items()), highlight=False)
+    console.print(
+        ", ".join(f"{key} {value}" for key, value in environment(options.processor).items()), highlight=False
+    )
     rows: list[Row] = []
     began, inductor = time.perf_counter(), compiles() and not options.eager
     for number, name in enumerate(options.models, 1):
         until = began + 60 * options.minutes * number / len(options.models)
-        found = measure(
-            WORKLOADS[name], options.modules, options.rounds, until, not options.without_locc, inductor
-        )
+        found = measure(WORKLOADS[name], options, until, inductor)
         show(console, found)
         rows += found
+        if options.json:
+            data = {"environment": environment(options.processor), "rows": [asdict(row) for row in rows]}
+            options.json.write_text(json.dumps(data, indent=2) + "\n")
     console.print(
         "Median of interleaved rounds (fastest to slowest). End-to-end: for times the faster of eager and "
         "compiled, for memory the one that is compiled where the contestant is. Little memory: the "
@@ -202,9 +214,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "compiled: all that is allocated); the largest module's is measured with that module training alone, "
         "compiled as well, on its recorded input."
     )
-    if options.json:
-        data = {"environment": environment(), "rounds": options.rounds, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(data, indent=2) + "\n")
 
 
 if __name__ == "__main__":
