@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import locc
+from benchmarks.contestants import boundary_widths
 from benchmarks.handwritten import DetachLoop, EndToEnd
 from benchmarks.meter import Timing, interleave, peak_memory
 from benchmarks.models import (
@@ -48,7 +49,7 @@ from benchmarks.models import (
     token_loss,
     vocabulary_head,
 )
-from benchmarks.run import boundary_widths, environment, spread
+from benchmarks.run import environment, spread
 
 BACKENDS = ("eager", "inductor", "cudagraphs")
 WARMUP = 5
@@ -270,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     console.width = max(console.width, 120)
     name = {"device": torch.cuda.get_device_name(options.device)} if cuda else {}
-    console.print(", ".join(f"{k} {v}" for k, v in (environment() | name).items()), highlight=False)
+    console.print(", ".join(f"{k} {v}" for k, v in (environment(False) | name).items()), highlight=False)
     rows: list[Row] = []
     for workload in tiny() if options.tiny else large():
         found = list(measure(workload, sorted({1, *options.modules}), options.rounds, options.device))
@@ -280,7 +281,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = offloaded(options.device, limit, width, options.rounds)
     console.print(told, highlight=False)
     if options.json:
-        data = {"environment": environment() | name, "rows": [asdict(row) for row in rows], "offload": told}
+        data = {
+            "environment": environment(False) | name,
+            "rows": [asdict(row) for row in rows],
+            "offload": told,
+        }
         options.json.write_text(json.dumps(data, indent=2) + "\n")
 
 

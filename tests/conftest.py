@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from runtime.tape import TapeRecorder
+
 # "ci" draws the same examples in every run; "nightly" draws ten thousand new ones (`make property`).
 settings.register_profile(
     "ci",
@@ -31,6 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def visits_and_records_on_the_cpu() -> Iterator[None]:
+    """Let modules visit the CPU, and steps be recorded there, where a GPU is what that is for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("locc.compiler.device_for", lambda model: torch.device("cpu"))
+        patch.setattr("locc.compiler.recorder_for", lambda device: TapeRecorder())
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,10 @@ class Code:
         """Run the code; `streams` starts a random stream by the name of its node."""
         return self.forward(self.taken(), lambda number: streams(self._streams[number]), *values)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Code:
+        """Return itself: a copy of a plan runs the same code on the same root."""
+        return self
+
     def taken(self) -> Taken:
         """Return what the code takes of the root."""
         taken = Taken()

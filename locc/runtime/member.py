@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from locc.errors import LoccError
-from locc.ir import Inputs
+from locc.ir import Inputs, TrainingGraph
 from locc.lower import ModuleProgram, Plan, program_of
 from locc.runtime import ranks, waves
+from locc.runtime.built import Built
+from locc.runtime.progress import Progress
 from locc.runtime.replay import Workers
 from locc.runtime.report import StepReport
-from locc.runtime.settings import TIMEOUT
+from locc.runtime.settings import TIMEOUT, Settings
 
-if TYPE_CHECKING:
-    from locc.runtime.program import Compiled
+
+class Trained(Protocol):
+    """What a member needs of the program, which is `locc.Program`."""
+
+    steps: int
+    phase: str | None
+    progress: Progress | None
+    settings: Settings
+
+    @property
+    def built(self) -> Built: ...
+    @property
+    def ir(self) -> TrainingGraph: ...
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def device(self) -> torch.device: ...
+    def plan(self, phase: str | None) -> Plan: ...
+    def costs(self, plan: Plan, values: list[Any]) -> dict[str, ranks.Cost]: ...
+    def bind(self, x: Any, y: Any = None) -> list[Any]: ...
+    def moved(self, value: Any) -> Any: ...
+    def in_phase(self) -> AbstractContextManager[None]: ...
+    def workers(self, phase: str | None) -> Workers: ...
 
 
 class Member:
@@ -28,7 +53,7 @@ class Member:
         pace: what has been received and waits for its turn, in schedule "replay".
     """
 
-    def __init__(self, program: Compiled, own: ranks.Ranks) -> None:
+    def __init__(self, program: Trained, own: ranks.Ranks) -> None:
         self._program, self.ranks = program, own
         self.pace: ranks.Pace | None = None
         settings = program.settings
@@ -48,7 +73,7 @@ class Member:
             )
 
     @classmethod
-    def joined(cls, program: Compiled) -> Member | None:
+    def joined(cls, program: Trained) -> Member | None:
         """Become one of the ranks that train a program, if there are others.
 
         Raises:

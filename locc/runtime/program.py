@@ -6,8 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,17 +16,15 @@ from locc.errors import CaptureError, LoccError, MethodError, RunError, nearest
 from locc.facts import Certificate
 from locc.facts.traffic import by_role
 from locc.ir import Inputs, Phase, Root, TrainingGraph
-from locc.ir.state import State, begin_all, states
+from locc.ir.state import begin_all, states
 from locc.ir.view import node_modules
 from locc.lower import ModuleProgram, Plan, gathered, lower, module_programs
 from locc.runtime import waves
 from locc.runtime.backends import BACKENDS
+from locc.runtime.built import Built
 from locc.runtime.compiled import BackendReport
-from locc.runtime.executor import Executor
 from locc.runtime.features import Features
-from locc.runtime.fingerprint import Fingerprint
 from locc.runtime.folded import Folded
-from locc.runtime.learner import Learner
 from locc.runtime.member import Member
 from locc.runtime.offload import Offload
 from locc.runtime.progress import Progress
@@ -44,38 +41,6 @@ FEW = 4
 
 observers: list[Callable[[Compiled], None]] = []
 """Called with each program whose compilation is complete; the pytest plugin adds its own."""
-
-
-@dataclass
-class Built:
-    """What compilation yields once example inputs are known.
-
-    `misfit` returns a sentence for a target that method or loss cannot read, in a batch of that size;
-    `loss` tells the user's loss from others; `training` says by which optimizers it trains, `advice` why it
-    may do so badly.
-    """
-
-    ir: TrainingGraph
-    certificate: Certificate | None
-    learners: dict[str, Learner]
-    schedulers: dict[str, Any]
-    executor: Executor
-    phases: tuple[Phase, ...]
-    misfit: Callable[[Any, int], str | None]
-    loss: Fingerprint
-    training: str = ""
-    advice: tuple[str, ...] = ()
-    plans: dict[str | None, Plan] = field(default_factory=dict)
-    parts: dict[str | None, list[ModuleProgram]] = field(default_factory=dict)
-    shares: dict[str | None, Plan] = field(default_factory=dict)
-    workers: dict[str | None, Workers] = field(default_factory=dict)
-    diagonals: dict[str | None, Diagonal] = field(default_factory=dict)
-    resting: dict[str, list[nn.Module]] = field(default_factory=dict)
-
-    @cached_property
-    def states(self) -> list[State]:
-        """What lives across steps; a walk over the modules finds it, which a step would spend on nothing."""
-        return [state for _, state in states(self.ir.root)]
 
 
 class Compiled(nn.Module):

@@ -5,7 +5,7 @@ A falsifying example prints as Python; it stays as an `@example` under its test 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -24,13 +24,15 @@ from locc.testing import (
     assert_pipeline_exact,
     cases,
 )
-from runtime.tape import TapeRecorder
 
 EXAMPLES = settings().max_examples
 ROUND = 10
 LONGER = 2  # by so much, where lengths may vary
 
-pytestmark = pytest.mark.timeout(1200)  # shrinking a failure takes minutes
+pytestmark = [
+    pytest.mark.timeout(1200),  # shrinking a failure takes minutes
+    pytest.mark.usefixtures("visits_and_records_on_the_cpu"),
+]
 
 
 def drawn(count: int) -> Callable[[Callable[[Case], None]], Callable[[int], None]]:
@@ -159,15 +161,6 @@ def _assert_a_size_is_as_good_as_fixed(case: Case, free: Program) -> None:
 
 def _assert_states_agree(one: torch.nn.Module, other: torch.nn.Module) -> None:
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-11)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_cpu() -> Iterator[None]:
-    """Let modules visit the CPU, and steps be recorded there, where a GPU is what that is for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("locc.compiler.device_for", lambda model: torch.device("cpu"))
-        patch.setattr("locc.compiler.recorder_for", lambda device: TapeRecorder())
-        yield
 
 
 def fused(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
