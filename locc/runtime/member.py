@@ -21,7 +21,7 @@ from locc.runtime.report import StepReport
 from locc.runtime.settings import TIMEOUT, Settings
 
 
-class Trained(Protocol):
+class _Program(Protocol):
     """What a member needs of the program, which is `locc.Program`."""
 
     steps: int
@@ -53,7 +53,7 @@ class Member:
         pace: what has been received and waits for its turn, in schedule "replay".
     """
 
-    def __init__(self, program: Trained, own: ranks.Ranks) -> None:
+    def __init__(self, program: _Program, own: ranks.Ranks) -> None:
         self._program, self.ranks = program, own
         self.pace: ranks.Pace | None = None
         settings = program.settings
@@ -73,7 +73,7 @@ class Member:
             )
 
     @classmethod
-    def joined(cls, program: Trained) -> Member | None:
+    def joined(cls, program: _Program) -> Member | None:
         """Become one of the ranks that train a program, if there are others.
 
         Raises:
