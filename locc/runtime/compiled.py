@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from locc.errors import RunError
@@ -136,6 +137,13 @@ class Codes:
         assert isinstance(code, Code)
         piece = self.pieces.get(code)
         if piece is not None and piece.reason is not None:
+            return eagerly()
+        if is_in_torch_dispatch_mode():  # the compiler would run the code itself, and then raise
+            if self.strict:
+                raise RunError(
+                    f"module '{segment.owner}' cannot be compiled within a TorchDispatchMode (a counter of "
+                    "operations, say); leave that, or leave out strict=True, and it runs eagerly there"
+                )
             return eagerly()
         if code not in self.made:
             self.made[code] = self._compilation(code, segment.owner, backend, values)

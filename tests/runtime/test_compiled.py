@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 import locc
 from locc import LoccError, Program, RunError
@@ -273,3 +274,20 @@ def test_inductor_trains_the_same_up_to_rounding(make, method, dtype, tolerance)
         found.append(snapshot(program))
     assert not program.backend_report.eager
     torch.testing.assert_close(found[0], found[1], rtol=tolerance, atol=tolerance / 10)
+
+
+def test_within_a_dispatch_mode_code_runs_eagerly_and_once():
+    for strict in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)]
+        program = trained(nn.Sequential(*layers), "aot_eager", (), splits=["1"], strict=strict)
+        with FlopCounterMode(display=False):
+            if strict:
+                with pytest.raises(RunError, match=r"module '[01]' .* within a TorchDispatchMode"):
+                    program.step(X, Y)
+                continue
+            program.step(X, Y)
+        assert layers[1].num_batches_tracked == 1
+        program.step(X, Y)
+        assert not program.backend_report.eager
+        assert len(program.backend_report.modules) == 2
