@@ -122,10 +122,11 @@ class PredictiveCoding(nn.Module):
     """InfoNCE between positions of a map or a sequence: the loss of a module without labels.
 
     For j = 1..steps: score = (W_j z_{r+j+skip,c})^T z_{r,c}, softmax over it and `negatives` others, drawn
-    with replacement from all positions of all samples. The loss is the mean of -log p over positions and j.
-    Lowe, O'Connor & Veeling, "Putting an end to end-to-end" (2019), released code. z is the boundary itself:
-    a map averaged to at most `grid` x `grid` positions and predicted downwards, or a sequence predicted
-    forwards. Patches that are folded into the batch, [B*P,...] with P square, give the mean of each map.
+    with replacement from the rows r+j+skip of all r, c and samples: what is never predicted is no negative.
+    The loss is the mean of -log p over positions and j. Lowe, O'Connor & Veeling, "Putting an end to
+    end-to-end" (2019), released code. z is the boundary itself: a map averaged to at most `grid` x `grid`
+    positions and predicted downwards, or a sequence predicted forwards. Patches that are folded into the
+    batch, [B*P,...] with P square, give the mean of each map.
     """
 
     def __init__(
@@ -172,16 +173,15 @@ class PredictiveCoding(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Return the loss, shape []; a sequence too short for a step leaves it out, and has 0 without any."""
         z = self.latents(h)
-        everywhere = z.flatten(0, 2)
         losses = []
         for j, mapped in enumerate(self.maps, start=1):
             ahead = j + self.skip
             if ahead >= z.shape[1]:
                 break
             context, future = z[:, :-ahead], mapped(z[:, ahead:])
-            drawn = torch.randint(len(everywhere), (*context.shape[:3], self.negatives), device=z.device)
-            others = mapped(everywhere)[drawn]
-            scores = torch.cat([future.unsqueeze(3), others], 3) @ context.unsqueeze(4)
+            others = future.flatten(0, 2)
+            drawn = torch.randint(len(others), (*context.shape[:3], self.negatives), device=z.device)
+            scores = torch.cat([future.unsqueeze(3), others[drawn]], 3) @ context.unsqueeze(4)
             losses.append(-(scores.squeeze(4).softmax(3)[..., 0] + 1e-11).log().mean())
         return torch.stack(losses).mean() if losses else 0 * z.sum()
 

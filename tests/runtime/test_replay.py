@@ -1,4 +1,10 @@
-"""Modules that replay what they have kept: what they read, in whose turn, and how that is saved."""
+"""Modules that replay what they have kept: what they read, in whose turn, and how that is saved.
+
+The authors' formulation of `dgl-async` (eugenium/DGL, a9c8786, buffer_experiments/cifar_buffer.py): `Buffer`,
+lines 134 to 194. Ours departs in two places: the newest of the least used is read, where theirs, if the
+oldest of a full buffer is one of these, takes that for the newest (line 191 has > for >=); and a batch is
+read `reuse` times, there once less, since it counts as used when it is written.
+"""
 
 from __future__ import annotations
 

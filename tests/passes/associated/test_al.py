@@ -1,3 +1,11 @@
+"""`al`: the training graphs, the formulas folded and with dense decoders, labels of all kinds, refusals.
+
+The authors' formulation (SamYWK/Associated_Learning, ecd05d8, MNIST/models.py): `autoencoders`, lines 6 to
+41, `al_loss`, 43 to 70, and `MLP_AL`, 103 to 130, which is decoders="dense". Ours departs in three places: by
+default the upper modules of the network decode; the codes of the classes begin equally far apart; and the
+label autoencoders may train ahead.
+"""
+
 import copy
 import re
 

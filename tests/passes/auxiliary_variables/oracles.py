@@ -1,11 +1,13 @@
 """The block methods in plain NumPy, written from their equations: samples in columns, biases [units, 1].
 
 Where authors' code is public it was read beside the papers:
-- bcd3: timlautk/BCD-for-DNNs-PyTorch, bcd_dnn_mlp_mnist.ipynb, `updateV_js`, `updateWb_js`, `relu_prox` and
-  "Training algorithm"; it sets b by the old W, which `old_weight` does.
-- dladmm: xianggebenben/dlADMM, MLP/pytorch_version/main.py and dlADMM/common.py. `update_W` and `update_a`
-  double a step's weight while the energy lies above its majoriser, in a loop as here; ours computes the power
-  of two. Their softmax divides by a sum that has 1e-10 added, ours does not.
+- bcd3: timlautk/BCD-for-DNNs-PyTorch, 14fcaa6, bcd_dnn_mlp_mnist.ipynb, cells 5 to 8: `updateV_js`,
+  `updateWb_js`, `relu_prox` and "Training algorithm"; it sets b by the old W, which `old_weight` does.
+- dladmm: xianggebenben/dlADMM, MLP/pytorch_version: main.py, cf0ef39, lines 98 to 120, and what it calls in
+  build/lib/dlADMM/common.py, b965b95, lines 65 to 127. `update_W` and `update_a` double a step's weight while
+  the energy lies above its majoriser, in a loop as here; ours computes the power of two. Their softmax
+  divides by a sum that has 1e-10 added, ours does not. Where the cost keeps rising (main.py, lines 140 to
+  145) the least weight of their steps goes on growing with rho at its cap, ours does not.
 - admm (Taylor et al. 2016, algorithm 1): no code of the authors is public. Departures: biases, a proximal
   weight alpha where the paper takes pseudo-inverses, and a start by a forward pass in the place of noise.
 - bcd2 (Zeng et al. 2019, algorithm 2): no code is public; the inner steps are ours.

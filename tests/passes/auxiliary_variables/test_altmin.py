@@ -1,3 +1,11 @@
+"""`altmin`: the training graph, the rule by hand, its memory, what it promises and what it refuses.
+
+The authors' formulation (IBM/online-alt-min, 105b1bb, altmin.py): `compute_codes_loss`, lines 24 to 41,
+`update_codes`, 233 to 266, `update_last_layer_` and `update_hidden_weights_adam_`, 269 to 299; the memory is
+`update_memory`, 44 to 79, and `BCD`, 90 to 119. Ours departs in the pull of a code to its first value, which
+has no gradient in theirs: the clone in line 240 is made after the code has entered the tape.
+"""
+
 import copy
 
 import numpy as np

@@ -1,4 +1,7 @@
-"""bcd2, bcd3, admm and dladmm: against their equations, their authors' numbers, and what they promise."""
+"""bcd2, bcd3, admm and dladmm: against their equations, their authors' numbers, and what they promise.
+
+Where the authors' code is found, and where ours departs from it, is said in oracles.py.
+"""
 
 import copy
 import itertools

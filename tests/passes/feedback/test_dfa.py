@@ -1,3 +1,11 @@
+"""`dfa`: the training graph, the rule by hand, its limit, and what receives an error.
+
+The author's formulation (anokland/dfa-torch): B e is `ErrorFeedback:updateGradInput` (e3212a9,
+Models/ErrorFeedback.lua, lines 23 to 65), put in by `Sequential2:backward` (17dae73, Models/Sequential2.lua,
+lines 21 to 46). Ours departs in e: the gradient of the user's loss, a mean over the batch if that is one,
+where theirs is p - y, not averaged (592537b, Models/BCECriterion.lua, lines 48 to 68).
+"""
+
 import copy
 
 import pytest

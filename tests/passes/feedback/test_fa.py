@@ -1,3 +1,11 @@
+"""`fa`: the training graph, the rule by hand, its limit, and what it does to networks of all kinds.
+
+The code of Lillicrap et al. is not public; read beside the paper: `Linear:updateGradInput` of
+anokland/dfa-torch, e3212a9, Models/Linear.lua, lines 72 to 96, and for convolutions `Conv2dGrad.backward` of
+jsalbert/biotorch, 04bca8a, biotorch/autograd/fa/conv.py, lines 24 to 54. Ours departs in the start of B:
+drawn by the law of the weights, where theirs (lines 37 to 42) is by default a copy of them.
+"""
+
 import copy
 
 import pytest

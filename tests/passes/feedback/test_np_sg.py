@@ -1,4 +1,11 @@
-"""`np-sg`: the printed program, its formulas in NumPy, and what its matrices learn."""
+"""`np-sg`: the printed program, its formulas in NumPy, and what its matrices learn.
+
+The authors' formulation (benlansdell/synthfeedback, 00bffe0, models/npmodels.py): `NPModel4`, lines 137 to
+217, and for the least squares `NPModel4_ExactLsq`, lines 250 to 354. Ours departs in three places: each
+sample's noise meets the change of its own loss, there that of the batch's sum (a later class of theirs,
+`CorrectBatch`, mends it); the unit that stands for the bias has no noise; and in SGD sums over the batch are
+means, with the square's factor 2.
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,12 @@ def conv(width: int = 4, classes: int = 3) -> nn.Sequential:
 
 @pytest.mark.parametrize("head", ["mlp-sr", "cnn", "linear"])
 def test_three_steps_equal_the_formulas(head: str) -> None:
-    """The oracle: one module after the other, forward, CE of the auxiliary, SGD, pass the old output on."""
+    """The oracle: one module after the other, forward, CE of the auxiliary, SGD, pass the old output on.
+
+    The authors' formulation (eugenium/DGL, a9c8786, auxiliary_nets_study): cifar_dgl.py, lines 161 to 174;
+    the heads "mlp-sr", "mlp" and "cnn" are `auxillary_classifier2`, models.py, lines 101 to 170. Ours departs
+    in that a hidden linear layer has at most `hidden` units.
+    """
     model = conv().double()
     x = torch.randn(8, 1, 8, 8, dtype=torch.float64)
     y = torch.randint(3, (8,))

@@ -1,4 +1,11 @@
-"""`infopro`: its auxiliaries against the authors' numbers, a step against the formulas, its weights."""
+"""`infopro`: its auxiliaries against the authors' numbers, a step against the formulas, its weights.
+
+The authors' formulation (blackfeather-wang/InfoPro-Pytorch, f4e91f0, Experiments on
+CIFAR-SVHN-STL10/networks): the step and the weights are `InfoProResNet.forward` (resnet.py, lines 197 to
+245), R is `Decoder` (auxiliary_nets.py, lines 7 to 36) and the contrast `SupConLoss.forward` (losses.py,
+lines 21 to 99). Ours departs where nobody says how the input was normalised: R is then the mean square
+distance to it.
+"""
 
 from __future__ import annotations
 

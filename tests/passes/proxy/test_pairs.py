@@ -30,7 +30,13 @@ B = BatchDim()
 
 
 def by_pairs(g: Tensor, y: Tensor, objective: str, feature: str, pull: bool) -> float:
-    """The formulas of Duan et al., one pair at a time, in Python numbers."""
+    """The formulas of Duan et al., one pair at a time, in Python numbers.
+
+    The authors' formulation (michaelshiyu/kerNET, 14a4ff1, kernet/layers/loss.py):
+    `_srs_upper_tri_alignment`, lines 175 to 208, `_srs_nmse`, 108 to 138, `_srs_log_contrastive`, 243 to 274
+    (without pull `_srs_contrastive`, 211 to 240) and `_srs_raw`, 57 to 105, which they maximise. Ours departs
+    in "nmse" with pull: theirs is a mean over B^2 entries with the diagonal, (B - 1) / B times ours for ReLU.
+    """
     phi, least = FEATURES[feature]
     rows = [phi(r).flatten().tolist() for r in g]
     units = [[v / max(math.sqrt(sum(w * w for w in r)), 1e-12) for v in r] for r in rows]
@@ -80,6 +86,12 @@ def test_a_batch_without_pairs_of_a_kind_has_finite_gradients(objective: str, la
 
 
 def test_kernel_matrices_equal_the_formula() -> None:
+    """In the authors' code (michaelshiyu/kerNET, c642e2e) a stage is `_greedyFeedforward._fit_hidden`.
+
+    That is legacy/kernet/models/feedforward.py, lines 616 to 745, with the losses in lines 741 and 745; the
+    kernel is `knPhi`, legacy/kernet/backend/torch_backend.py, lines 109 to 145. Ours departs in the width, a
+    share of the rows' spread: under a width that is fixed, rows that all move apart lower the loss.
+    """
     g, y = torch.randn(4, 3, dtype=F64), torch.tensor([0, 1, 0, 2])
     square = [[float((a - b).square().sum()) for b in g] for a in g]
     spread = sum(map(sum, square)) / 16
@@ -114,6 +126,12 @@ def test_a_module_descends_its_own_loss(method: str, option: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("method", ["greedy-seq", "cascade", "pair-proxy", "kernel-pull"])
 def test_stages_train_one_module_after_the_other(method: str) -> None:
+    """The authors' loops: of `greedy-seq` eugenium/layerCNN, f2e6136, imagenet_refactored/imagenet_greedy.py.
+
+    Lines 187 to 258: modules below in eval mode, one SGD for a module and its auxiliary. Of `cascade` it is
+    `CascadeTraining` (EnriqueSMarquez/CascadeLearning, 856fe88, usefulMethods.py, lines 394 to 581). Ours
+    departs there: theirs cascades convolutions alone, ours any module; and ours pools a large map.
+    """
     x, y = batch()
     program = compiled(mlp(), method, ["first", "second"], example_inputs=x)
     moved = []
@@ -131,7 +149,11 @@ def test_stages_train_one_module_after_the_other(method: str) -> None:
 
 
 def test_the_greedy_auxiliary_is_that_of_the_paper() -> None:
-    """Belilovsky et al.: pool to half, k - 1 convolutions without padding, 2 x 2, linear."""
+    """Belilovsky et al.: pool to half, k - 1 convolutions without padding, 2 x 2, linear.
+
+    The authors' (eugenium/layerCNN, 7fa68fe): `auxillary_classifier`, imagenet_refactored/models/vgg.py,
+    lines 105 to 147. Ours departs on maps too small for it, which it pads.
+    """
     head = build_head(TensorSpec((B, 8, 20, 20), F64), TensorSpec((B, 5), F64), "greedy", depth=2)
     kinds = [type(layer).__name__ for layer in head.net]
     assert kinds == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["_To", "BatchNorm2d", "Flatten", "Linear"]
@@ -149,7 +171,13 @@ def test_the_greedy_auxiliary_is_that_of_the_paper() -> None:
     ("shape", "rows", "steps"), [((4, 6, 6), 6, 3), ((4, 6), 6, 3), ((6, 4), 6, 3), ((6, 4), 3, 1)]
 )
 def test_predictive_coding_equals_the_formula(shape: tuple[int, ...], rows: int, steps: int) -> None:
-    """On a map, a map of one dimension, a sequence and a shorter one; with the negatives as drawn."""
+    """On a map, a map of one dimension, a sequence and a shorter one; with the negatives as drawn.
+
+    The authors' formulation (loeweX/Greedy_InfoMax, 5710507): `InfoNCE_Loss.forward`,
+    GreedyInfoMax/vision/models/InfoNCE_Loss.py, lines 40 to 114; modules are parted in
+    `FullVisionModel.forward` (3b27f18, FullModel.py, line 112). Ours departs where there are too few rows for
+    a step: it is left out.
+    """
     sequence = shape == (6, 4)
     layout = Layout.sequence() if sequence else Layout.image(len(shape) - 1)
     network = PredictiveCoding(TensorSpec((B, *shape), F64), steps=3, negatives=5, layout=layout)
@@ -159,11 +187,11 @@ def test_predictive_coding_equals_the_formula(shape: tuple[int, ...], rows: int,
     torch.manual_seed(1)
     found = float(network(h).detach())
     torch.manual_seed(1)
-    everywhere = [z[b][r][c] for b in range(3) for r in range(rows) for c in range(columns)]
     total = []
     for j, mapped in enumerate(network.maps[:steps], start=1):
         w, ahead = mapped.weight.tolist(), j + 1
-        drawn = torch.randint(len(everywhere), (3, rows - ahead, columns, 5)).tolist()
+        below = [z[b][r][c] for b in range(3) for r in range(ahead, rows) for c in range(columns)]
+        drawn = torch.randint(len(below), (3, rows - ahead, columns, 5)).tolist()
 
         def score(a: list[float], b: list[float], w: list[list[float]] = w) -> float:
             return sum(w[m][n] * a[n] * b[m] for m in range(4) for n in range(4))
@@ -173,7 +201,7 @@ def test_predictive_coding_equals_the_formula(shape: tuple[int, ...], rows: int,
             for r in range(rows - ahead):
                 for c in range(columns):
                     right = math.exp(score(z[b][r + ahead][c], z[b][r][c]))
-                    others = [math.exp(score(everywhere[i], z[b][r][c])) for i in drawn[b][r][c]]
+                    others = [math.exp(score(below[i], z[b][r][c])) for i in drawn[b][r][c]]
                     logs.append(-math.log(right / (right + sum(others)) + 1e-11))
         total.append(sum(logs) / len(logs))
     assert len(total) == steps

@@ -1,3 +1,12 @@
+"""`predsim`, `sim` and `pred`: the printed program, the formulas, dropout, and targets of all kinds.
+
+The authors' formulation (anokland/local-loss, 7b3b40b, train.py): a block's losses and its step are
+`LocalLossBlockLinear.forward`, lines 552 to 646, and `LocalLossBlockConv.forward`, lines 761 to 882; S is
+`similarity_matrix`, lines 1409 to 1420; the pooling of pred is in lines 682 to 700. Ours departs in places: S
+divides by the norm itself, not by norm + 1e-8; a last window that is not whole is averaged over what it
+covers; with bio, theirs pools h as for pred before it takes S, and its classifier's bias starts at zero.
+"""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,10 @@
-"""State that is carried over chunks against its formulas, and where truncated gradients learn nothing."""
+"""State that is carried over chunks against its formulas, and where truncated gradients learn nothing.
+
+The authors' code is not public; read beside the paper: koz4k/dni-pytorch, a1ba1f2, dni.py, whose
+`BackwardInterface` has `make_trigger` for the start of a chunk, lines 154 to 175, and `backward` with a
+factor for its end, lines 136 to 152. Ours departs as `dni` does, in predicting gradients of single samples'
+losses.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""`cdni`: labels enter the synthesisers, in training only."""
+"""`cdni`: labels enter the synthesisers, in training only.
+
+The authors' code is not public; read beside the paper: `BasicSynthesizer.forward` of koz4k/dni-pytorch,
+a1ba1f2, dni.py, lines 331 to 352, adds a linear map of the context to the first layer. Ours departs in that
+this map has no bias of its own, which the layer has, and in that hidden layers are normalised.
+"""
 
 from __future__ import annotations
 

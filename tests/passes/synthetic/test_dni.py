@@ -1,4 +1,11 @@
-"""`dni`: the printed program, hand-written oracles, and what is to hold of synthetic gradients."""
+"""`dni`: the printed program, hand-written oracles, and what is to hold of synthetic gradients.
+
+The authors' code is not public; read beside the paper: koz4k/dni-pytorch, a1ba1f2, dni.py. A module's update
+is `BackwardInterface`, lines 99 to 175, the regression `_SyntheticGradientUpdater.backward`, lines 193 to
+201, and synthetic inputs `ForwardInterface`, lines 61 to 96. Ours departs in three places: it predicts the
+gradients of single samples' losses, so that B may change; the bias of a synthesiser's last layer starts at
+zero, too; and the inputs' error is summed over units, where theirs is their mean.
+"""
 
 from __future__ import annotations
 

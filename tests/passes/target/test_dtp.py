@@ -1,4 +1,11 @@
-"""`dtp`: the printed program, hand-written oracles, and what is to hold of difference target propagation."""
+"""`dtp`: the printed program, hand-written oracles, and what is to hold of difference target propagation.
+
+The authors' formulation (donghyunlee/dtp, 0609323, conti_dtp.py): targets in lines 68 to 74, the inverses'
+losses in 85 to 90, the modules' in 93 to 100, an epoch in 135 to 137. Ours departs in that it trains all that
+there is: their updates leave out W6 and B5 (line 122). The same difference is `DTPLayer.backward` of
+meulemansalex/theoretical_framework_for_target_propagation, b6ee350, lib/dtp_layers.py, lines 343 to 364,
+whose reconstruction loss (lines 406 to 425) is a mean over units, too, and divided by sigma^2.
+"""
 
 from __future__ import annotations
 

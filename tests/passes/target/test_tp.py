@@ -1,4 +1,8 @@
-"""`tp`: targets are the inverses themselves, without the difference correction."""
+"""`tp`: targets are the inverses themselves, without the difference correction.
+
+No code of Bengio 2014 is public; losses and order are those of `dtp` (see test_dtp.py). Ours alone is that a
+value with several readers has the mean of the targets that they propose.
+"""
 
 from __future__ import annotations
 
