@@ -269,7 +269,7 @@ COARSE = 4096
 """Most features of a map that meets a vector where the whole is too large; `dim_in_decoder` of `predsim`."""
 
 
-def pool_kernel(channels: int, sizes: tuple[int, ...], limit: int) -> tuple[int, ...]:
+def pool_kernel(channels: int, sizes: tuple[int, ...], limit: float) -> tuple[int, ...]:
     """Double the kernel in each dimension in turn until channels * prod(ceil(size/kernel)) <= limit.
 
     A dimension that is pooled to one position is left alone.

@@ -6,6 +6,7 @@ Nøkland & Eidnes, "Training neural networks with local error signals" (ICML 201
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
@@ -52,7 +53,7 @@ class PredHead(Head):
     """The classifier of `pred`: average pooling, flatten, linear with zero-initialised weight.
 
     The pooling is that of `Pooling` with `dim_in_decoder` features. With `feedback` errors go back through a
-    matrix B ~ U(+-1/sqrt(features)) that is drawn once, instead of the weight.
+    matrix B ~ U(+-1/sqrt(features)) that is drawn once, instead of the weight; the bias starts at zero too.
     """
 
     feedback: Tensor | None
@@ -73,7 +74,7 @@ class PredHead(Head):
         self.linear = classifier(self.pool.features, self.readout.out_features, options.get("rank"), **at)
         drawn = self.linear.weight.detach().clone() if feedback else None  # the law of nn.Linear
         self.register_buffer("feedback", drawn)
-        zero_(self.linear[-1] if isinstance(self.linear, nn.Sequential) else self.linear, bias=False)
+        zero_(self.linear[-1] if isinstance(self.linear, nn.Sequential) else self.linear, bias=feedback)
 
     def rows(self, h: Tensor) -> Tensor:
         """Return the classifier's result."""
@@ -88,14 +89,15 @@ class SimHead(nn.Module):
     """The map z(h) of `sim`: linear n->n, conv 3x3 with the same channels, or linear per position; no bias.
 
     Returns z as [B,D] or [B,D,*positions] whatever the boundary's layout: the form `similarity_matrix`
-    takes. A sequence has no kernel over time, so that a causal model stays causal. With `bare` z is h itself.
+    takes. A sequence has no kernel over time, so that a causal model stays causal. With `bare` z is h itself,
+    a map averaged until it has that many features at most, as `Pooling` does.
     """
 
     def __init__(
         self,
         spec: TensorSpec,
         *,
-        bare: bool = False,
+        bare: float | None = None,
         layout: Layout | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -105,7 +107,12 @@ class SimHead(nn.Module):
         width = self.layout.channels(spec)
         at: Any = placement(spec, device, dtype)
         self.map: nn.Module
-        if bare:
+        if bare is not None and self.layout.kind == "image":
+            sizes = self.layout.sizes(spec)
+            pool: Any = _AVG_POOL[len(sizes)]
+            kernel = pool_kernel(width, sizes, bare)
+            self.map = pool(kernel, ceil_mode=True, count_include_pad=False)
+        elif bare is not None:
             self.map = nn.Identity()
         elif self.layout.kind == "image":
             self.map = CONV[len(self.layout.position_dims)](width, width, 3, padding=1, bias=False, **at)
@@ -130,8 +137,14 @@ def build_pred_head(spec: TensorSpec, output: TensorSpec, **options: Any) -> nn.
 def build_sim_head(spec: TensorSpec, output: TensorSpec | None = None, **options: Any) -> nn.Module:
     """Build a checked `SimHead`; `options` are its keywords, `output` is not read."""
     head = SimHead(spec, **options)
-    order = (head.layout.batch_dim, head.layout.channel_dim, *head.layout.position_dims)
-    result = TensorSpec(tuple(spec.shape[i] for i in order), spec.dtype)
+    layout = head.layout
+    positions: Sequence[Any] = [spec.shape[i] for i in layout.position_dims]
+    if options.get("bare") is not None and layout.kind == "image":
+        kernel: Any = head.map.kernel_size
+        positions = list(map(ceil_div, positions, kernel))
+    result = TensorSpec(
+        (spec.shape[layout.batch_dim], spec.shape[layout.channel_dim], *positions), spec.dtype
+    )
     check_shapes(head, (spec,), result, "the similarity head")
     return head
 

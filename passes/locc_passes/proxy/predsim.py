@@ -169,7 +169,11 @@ class PredSim(Method):
         projected = self.target_proj_size if self.bio else None
         steps: list[Pass] = []
         if beta > 0 or self.loss_unsup == "sim":
-            steps.append(AttachSimilarityHeads(self.sim_head, self.layout, self.undropped, projected))
+            steps.append(
+                AttachSimilarityHeads(
+                    self.sim_head, self.layout, self.undropped, projected, self.dim_in_decoder
+                )
+            )
         if beta < 1:
             steps.append(self._classifiers())
         if alpha:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,12 +55,14 @@ class AttachSimilarityHeads(Pass):
         undropped: read a value before the dropout that ends its module.
         projected: z is h itself, and is compared with labels that a fixed random matrix has brought to so
             many numbers (the biologically plausible variant).
+        dim_in_decoder: with `projected`, largest number of features that are left of a map.
     """
 
     head: Factory | None = None
     layout: str | None = None
     undropped: bool = True
     projected: int | None = None
+    dim_in_decoder: int = 4096
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Every output's samples can be compared as the labels' are."""
@@ -87,7 +90,10 @@ class AttachSimilarityHeads(Pass):
         spec, output = spec_of(value), prediction_spec(ir)
         if self.head is not None:
             return build_custom(self.head, owner, spec, output, "similarity head", check=False)
-        bare = self.projected is not None
+        plans = [readout(ir, value, task, self.layout) for task in ir.tasks]
+        whole = any(plan.per_position for plan in plans)  # each position is compared by itself
+        limit = math.inf if whole else self.dim_in_decoder
+        bare = None if self.projected is None else limit
         make = partial(build_sim_head, bare=bare, layout=self.layout or layout_at(ir, value))
         return build(make, owner, spec, output)
 

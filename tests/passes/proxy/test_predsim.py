@@ -4,7 +4,7 @@ The authors' formulation (anokland/local-loss, 7b3b40b, train.py): a block's los
 `LocalLossBlockLinear.forward`, lines 552 to 646, and `LocalLossBlockConv.forward`, lines 761 to 882; S is
 `similarity_matrix`, lines 1409 to 1420; the pooling of pred is in lines 682 to 700. Ours departs in places: S
 divides by the norm itself, not by norm + 1e-8; a last window that is not whole is averaged over what it
-covers; with bio, theirs pools h as for pred before it takes S, and its classifier's bias starts at zero.
+covers.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def variant(program: locc.Program, k: int, x: Tensor, h: Tensor, y: Tensor, opti
     pred = (1 - beta) * F.binary_cross_entropy_with_logits(scores, signs)
     error = (1 - beta) * (scores.sigmoid() - signs).detach() / scores.numel()
     through = (pooled * (error @ head.feedback)).sum()
-    return [beta * ((spread(h) - spread(projected)) ** 2).mean(), pred, through - through.detach()]
+    averaged = F.avg_pool2d(h, head.pool.pool.kernel_size)
+    return [beta * ((spread(averaged) - spread(projected)) ** 2).mean(), pred, through - through.detach()]
 
 
 def by_the_formulas(
