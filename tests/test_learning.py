@@ -6,7 +6,7 @@ Where a method is undefined on a network, compiling it says so, and that is all 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
@@ -45,24 +45,14 @@ FURTHER = {
     # comes from the next one (0.87 with one that mixes them), and 0.77 of rows.
     ("tokens", "dni"): 0.73,
     ("transformer", "dni"): 0.52,
-    # The steps: four times as long 1.00 and 0.83.
-    ("tokens", "cdni"): 0.43,
-    ("transformer", "cdni"): 0.45,
-    # Steps that inverses' errors drown: 0.99 with eta=1e6, under which plain SGD runs away.
-    ("tokens", "tp"): 0.65,
+    ("transformer", "cdni"): 0.20,
     # Symbols drawn one by one: nothing tells one from another position.
     ("tokens", "gim"): 0.80,
     # The mean over the sequence: with a flat head dfa reaches 0.95, ifa 0.81.
     ("transformer", "dfa"): 0.36,
     ("transformer", "ifa"): 0.65,
-    # The steps: four times as long 0.93, 0.86 and 0.93; fa, whose matrices never learn, is as near as np-sg.
-    ("transformer", "np-sg"): 0.20,
-    ("transformer", "gim"): 0.35,
-    ("transformer", "pred"): 0.20,
     ("residual", "dni"): 0.27,
     ("residual", "cdni"): 0.30,
-    # The steps and the width: three times as long 0.91; with 32 channels 0.98.
-    ("residual", "pred"): 0.20,
     # The mean over the map hides feedback that differs at each position: with a flat head ifa reaches 0.97.
     ("residual", "dfa"): 0.35,
     ("residual", "ifa"): 0.60,
@@ -70,13 +60,21 @@ FURTHER = {
     ("residual", "pair-proxy"): 0.28,
     # The width: by hand, in plain PyTorch, 0.49 to 0.59; with 32 channels both 0.74 to 0.95, of four seeds.
     ("residual", "fa"): 0.40,
-    ("residual", "gim"): 0.45,  # three times as long 0.79
 }
 """The same where a method falls behind further, on one network."""
+
+LONGER = {
+    **dict.fromkeys([("tokens", "cdni"), ("transformer", "cdni")], 4),
+    **dict.fromkeys([("transformer", method) for method in ("np-sg", "gim", "pred")], 4),
+    **dict.fromkeys([("residual", method) for method in ("pred", "gim")], 3),
+}
+"""How many times as long as backpropagation a method trains that needs the steps and not more distance."""
 
 PLAIN = ("admm", "bcd2", "bcd3", "dladmm")
 """Defined on chains without BatchNorm; made for full batches."""
 SWEEPS = 30
+TOKENS = {"tp": {"eta": 1e6}}
+"""A mean over positions makes gradients small, and `tp` asks for a larger step then."""
 NARROW = {"dni": {"width": 32}, "cdni": {"width": 32}}
 """Synthesisers of a thousand units would take most of the time."""
 BEFORE = ("altmin", "pair-proxy")
@@ -182,6 +180,7 @@ class Case:
                 scheduler=None if self.decay == 1 else self.falling,
                 verify=False,
                 **NARROW.get(method, {}) if self.narrow else {},
+                **TOKENS.get(method, {}) if self.make is tokens else {},
             )
         except locc.MethodError as error:
             pytest.skip(f"undefined: {error}")
@@ -218,4 +217,6 @@ def backpropagation(name: str) -> float:
 )
 def test_it_comes_near_backpropagation(name: str, method: str) -> None:
     allowed = FURTHER.get((name, method), BEHIND.get(method, CASES[name].behind))
-    assert CASES[name].accuracy(method) > backpropagation(name) - allowed
+    case = CASES[name]
+    case = replace(case, epochs=case.epochs * LONGER.get((name, method), 1))
+    assert case.accuracy(method) > backpropagation(name) - allowed

@@ -25,7 +25,7 @@ class GreedyHead(Head):
     ReLU), linear.
 
     With `halve=False` the map keeps its size, with padding, and its number of channels: DGL's "CNN" auxiliary
-    (Belilovsky, Eickenberg & Oyallon 2020), from memory of its code; the 200 % of a layer's operations that
+    (Belilovsky, Eickenberg & Oyallon 2020), as in its code; the 200 % of a layer's operations that
     the paper gives it are those of two such convolutions.
     """
 

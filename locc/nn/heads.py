@@ -72,7 +72,7 @@ class DGLHead(Head):
 
     Belilovsky, Eickenberg & Oyallon, "Decoupled greedy learning of CNNs". On images: adaptive pool to
     ceil(size/4), `convs` x (conv1x1 C->C, BN, ReLU), pool to 2x2, 3 x (linear 4C->4C, BN, ReLU), linear.
-    From memory of the released code: the convolutions have no bias, the linear layers have one, and "MLP" is
+    As in the released code, the convolutions have no bias, the linear layers have one, and "MLP" is
     the same class without convolutions. Elsewhere:
       * sequences and 1-D images: the same in one dimension, pooled to 4 positions; 3-D: to 2x2x2;
       * flat values and class tokens: 3 x (linear, BN, ReLU), linear, as there is no space to reduce;

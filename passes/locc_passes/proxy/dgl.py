@@ -29,7 +29,7 @@ class DGL(Method):
     Module k minimises loss(aux_k(f_k(sg h_{k-1})), y) over its own and its head's parameters, and passes
     sg h_k on; the last module's head is the network's own. Belilovsky, Eickenberg & Oyallon, "Decoupled
     greedy learning of CNNs" (2020), with the MLP-SR heads of the released code; the paper compares these with
-    two others, "mlp" and "cnn", whose details are from memory of that code.
+    two others of that code, "mlp" and "cnn".
     """
 
     family: ClassVar[str] = "proxy"

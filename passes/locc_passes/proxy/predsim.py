@@ -51,7 +51,7 @@ class PredSim(Method):
     With `bio`, the paper's biologically plausible variant: z(h) is h; a fixed random matrix P brings labels y
     to `target_proj_size` numbers; sim has S(P y) for S(Y), and pred is the binary cross-entropy of the signs
     [P y > 0], whose classifier passes its error through a fixed random matrix. With `loss_unsup` the
-    objective is alpha unsup + (1 - alpha) of it. Both are from memory of the released code.
+    objective is alpha unsup + (1 - alpha) of it. Both as in the released code.
     """
 
     family: ClassVar[str] = "proxy"
