@@ -41,7 +41,7 @@ def _sample(method: str) -> Subject:
 # ---- the sample ------------------------------------------------------------------------------
 
 
-QUICK = ("al", "dgl", "fa")
+QUICK = ("dgl", "fa")
 """One a family or so; `make slow` samples the others, `make mutants` judges all of each method."""
 
 

@@ -479,6 +479,7 @@ def test_what_shares_of_a_batch_do_not_add_up_to_is_refused() -> None:
         compiled(mlp(), Written(averaging), ["first"], schedule="pipelined", replicas=2)
 
 
+@pytest.mark.slow
 def test_replicas_go_on_from_their_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("whole", "first", "second")]
     (one, _), (other, _) = together(2, shared, 2, True, files[0], "", 4)
