@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from locc.errors import RunError
@@ -138,7 +137,7 @@ class Codes:
         piece = self.pieces.get(code)
         if piece is not None and piece.reason is not None:
             return eagerly()
-        if is_in_torch_dispatch_mode():  # the compiler would run the code itself, and then raise
+        if torch._C._len_torch_dispatch_stack():  # the compiler would run the code itself, and then raise
             if self.strict:
                 raise RunError(
                     f"module '{segment.owner}' cannot be compiled within a TorchDispatchMode (a counter of "
