@@ -279,7 +279,7 @@ def train(
     torch.manual_seed(seed)
     loaders = data_of(data, batch_size, seed, input_shape, loss)
     assert loaders is not None
-    further = settings_of(set_ or (), {*ctx.params, "model", "example_inputs"})
+    further = settings_of(set_ or (), ctx.params.keys() - {"model"})
     program = compile(
         placed(load_model(model)[0], device),
         method,

@@ -241,9 +241,9 @@ def settings_of(texts: Iterable[str], elsewhere: Iterable[str]) -> dict[str, Any
     Raises:
         MisuseError: there is no such argument, or it has a flag, or none is meant.
     """
-    own = set(elsewhere)
-    named = [p.name for p in signature(compile).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    known, found = [name for name in named if name not in own], {}
+    named = {p.name for p in signature(compile).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    own = named & set(elsewhere)
+    known, found = sorted(named - own - {"model", "example_inputs"}), {}
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
         if name in own:

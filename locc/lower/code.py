@@ -105,6 +105,13 @@ def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], is_lea
     return graph.call_function(tracked, (made,))
 
 
+def written(owner: str, graph: fx.Graph, root: nn.Module) -> Code:
+    """Return the code of a graph in which nothing draws."""
+    with graph.inserting_before(next(iter(graph.nodes))):
+        graph.placeholder("streams_")
+    return Code(owner, graph, root, _unnamed(graph), ())
+
+
 def _unnamed(graph: fx.Graph) -> tuple[str, ...]:
     """Number what has a name in a graph; returns the paths of what it takes of the root."""
     paths: dict[str, str] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import networkx as nx
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 from locc.ir import TrainingGraph
 from locc.ir.captured import owned_tensor
 from locc.ir.view import node_tensors
+from locc.lower.code import written
 from locc.lower.instructions import Plan, Segment, release
 from locc.markers import split
 
@@ -104,7 +104,9 @@ def inference(ir: TrainingGraph, judge: Callable[[Any, Any], Tensor]) -> Inferen
     tensors: dict[str, list[Tensor]] = {}
     for stage in stages(ir):
         reads, writes = ([n.name for n in held] for held in (stage.reads, stage.writes))
-        instructions.append(_segment(stage.owner, _code(ir.root, stage_graph(stage)), reads, writes))
+        instructions.append(
+            _segment(stage.owner, written(stage.owner, stage_graph(stage), ir.root), reads, writes)
+        )
         lying = (s for n in stage.nodes for s in n.all_input_nodes if s.op == "get_attr")
         every = dict.fromkeys((*stage.nodes, *lying))
         tensors.setdefault(stage.owner, []).extend(t for n in every for _, t in node_tensors(ir.root, n))
@@ -114,7 +116,7 @@ def inference(ir: TrainingGraph, judge: Callable[[Any, Any], Tensor]) -> Inferen
     read = list(dict.fromkeys(o for o in outputs if isinstance(o, fx.Node) and o not in held))
     rebuild = ir.captured.inference_output or ir.captured.output
 
-    def judged(*values: Any) -> tuple[Tensor]:
+    def judged(_: Any, *values: Any) -> tuple[Tensor]:
         found = dict(zip(read, values, strict=False)) | {
             n: owned_tensor(ir.root, str(n.target)) for n in held
         }
@@ -130,14 +132,7 @@ def inference(ir: TrainingGraph, judge: Callable[[Any, Any], Tensor]) -> Inferen
 
 
 def _segment(owner: str, function: Callable[..., Any], reads: list[str], writes: list[str]) -> Segment:
-    return Segment(owner, False, lambda _, *values: function(*values), (), tuple(reads), tuple(writes))
-
-
-def _code(root: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    code = graph.python_code("self")
-    space: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, "<locc inference>", "exec"), space)
-    return partial(space["forward"], root)
+    return Segment(owner, False, function, (), tuple(reads), tuple(writes))
 
 
 def flat_outputs(ir: TrainingGraph) -> list[Any]:

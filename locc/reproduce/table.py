@@ -429,6 +429,7 @@ GPT = Setting(
         Row("bp", recipe=ADAM),
         Row("bigram", score=bigram),
         Row("al", recipe=ADAM, word=MEANS),
+        Row("al-pipe", recipe=ADAM, word=MEANS),
         Row("al", "al-dense", {"decoders": "dense"}, ADAM, word=MEANS),
     ],
     every=True,

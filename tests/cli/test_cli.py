@@ -254,6 +254,8 @@ def test_export(tmp_path: Path) -> None:
         (["train", *MLP, *DIGITS, "--set", "bakend=inductor"], "nearest: 'backend'"),
         (["train", *MLP, *DIGITS, "--set", "backend"], "give NAME=VALUE"),
         (["train", *MLP, *DIGITS, "--set", "clip=1"], "give --clip"),
+        (["train", *MLP, *DIGITS, "--set", "model=x"], "give NAME=VALUE"),
+        (["train", *MLP, *DIGITS, "--set", "example_inputs=1"], "give NAME=VALUE"),
         (["train", *MLP, "--data", f"{MODEL}:number"], "must give a DataLoader"),
         (["inspect", *MLP], "give --input-shape"),
         (["inspect", *MLP, "--input-shape", "a"], "--input-shape a"),
