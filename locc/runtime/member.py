@@ -56,21 +56,8 @@ class Member:
     def __init__(self, program: _Program, own: ranks.Ranks) -> None:
         self._program, self.ranks = program, own
         self.pace: ranks.Pace | None = None
-        settings = program.settings
-        if settings.visits:
-            raise LoccError(
-                f"offload='cpu' is for training in one process, and {own.size} were started; leave it out, "
-                "or start one"
-            )
-        if settings.offload is not None:
-            own.away = ranks.Away(settings.offload)
-        if settings.stages is not None:
-            ranks.check_stages(program.ir, settings.stages, own)
-        if settings.replay is not None and not settings.replay.buffer:
-            raise LoccError(
-                f"buffer=0 trains in lock-step, and {own.size} processes were started; give a buffer, or use "
-                "schedule='pipelined'"
-            )
+        if program.settings.offload is not None:
+            own.away = ranks.Away(program.settings.offload)
 
     @classmethod
     def joined(cls, program: _Program) -> Member | None:
@@ -80,8 +67,23 @@ class Member:
             LoccError: the program and the processes do not go together.
         """
         settings, executor = program.settings, program.built.executor
+        replicas = settings.replicas or 1
+
+        def check(size: int) -> None:
+            if settings.visits:
+                raise LoccError(
+                    f"offload='cpu' is for training in one process, and {size} were started; leave it out, "
+                    "or start one"
+                )
+            if settings.replay is not None and not settings.replay.buffer:
+                raise LoccError(
+                    f"buffer=0 trains in lock-step, and {size} processes were started; give a buffer, or use "
+                    "schedule='pipelined'"
+                )
+            ranks.check_size(program.ir, size, replicas, settings.stages)
+
         own, executor.seed = ranks.join(
-            program.ir, settings.timeout or TIMEOUT, settings.replicas or 1, program.steps, executor.seed
+            program.ir, settings.timeout or TIMEOUT, replicas, program.steps, executor.seed, check
         )
         return None if own is None else cls(program, own)
 

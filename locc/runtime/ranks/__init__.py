@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .away import Away
-from .joint import check_stages, count, forget, gather, homes, join, leave, lent, place
+from .joint import check_size, count, forget, gather, homes, join, leave, lent, place
 from .pace import Pace
 from .placement import Cost, measured
 from .ranks import END, JUDGED, OVER, PASS, STOP, Ranks
@@ -18,7 +18,7 @@ __all__ = [
     "Cost",
     "Pace",
     "Ranks",
-    "check_stages",
+    "check_size",
     "count",
     "forget",
     "gather",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,47 +20,53 @@ from locc.runtime.progress import Progress
 from locc.runtime.ranks.ranks import Ranks
 
 
-def join(ir: TrainingGraph, timeout: float, replicas: int, steps: int, seed: int) -> tuple[Ranks | None, int]:
+def join(
+    ir: TrainingGraph, timeout: float, replicas: int, steps: int, seed: int, check: Callable[[int], None]
+) -> tuple[Ranks | None, int]:
     """Take this process's place among the ranks, each with the tensors and the seed of rank 0.
+
+    `check` refuses a number of processes before they connect.
 
     Returns:
         The place, None where this process is alone, and the seed.
 
     Raises:
-        LoccError: there are more ranks than modules and replicas of them, or they run different programs.
+        LoccError: the ranks run different programs.
     """
-    ranks = Ranks.join(timeout, replicas)
+    ranks = Ranks.join(timeout, replicas, check)
     if ranks is None:
         return None, seed
-    if ranks.size % replicas:
-        raise LoccError(
-            f"{ranks.size} processes were started, and replicas={replicas} of each stage do not come to that "
-            f"number; start a multiple of {replicas}"
-        )
-    most = len(ir.modules) * replicas
-    if ranks.size > most:
-        of_each = "" if replicas == 1 else f", of which replicas={replicas} each"
-        raise LoccError(
-            f"{ranks.size} processes were started, and the program has {len(ir.modules)} modules{of_each}: "
-            f"start at most {most}, or split the model in more places"
-        )
     ranks.agree({"the program's graph": graph_hash(ir), "steps done": steps})
     ranks.share([(tensor, 0) for tensor in _tensors(ir.root)])
     return ranks, ranks.told(seed)
 
 
-def check_stages(ir: TrainingGraph, stages: Sequence[Sequence[str]], ranks: Ranks) -> None:
-    """Refuse stages that are none of the program's.
+def check_size(ir: TrainingGraph, size: int, replicas: int, stages: Sequence[Sequence[str]] | None) -> None:
+    """Refuse what a number of processes does not go with.
 
     Raises:
-        LoccError: they are not every module once, in order, for as many ranks.
+        LoccError: there are more than modules and replicas of them, or stages are none of the program's: not
+            every module once, in order, for as many ranks.
     """
-    wanted = len(stages) * ranks.width
+    if size % replicas:
+        raise LoccError(
+            f"{size} processes were started, and replicas={replicas} of each stage do not come to that "
+            f"number; start a multiple of {replicas}"
+        )
     names = [module.name for module in ir.modules]
+    most = len(names) * replicas
+    if size > most:
+        of_each = "" if replicas == 1 else f", of which replicas={replicas} each"
+        raise LoccError(
+            f"{size} processes were started, and the program has {len(names)} modules{of_each}: "
+            f"start at most {most}, or split the model in more places"
+        )
+    if stages is None:
+        return
     if [name for stage in stages for name in stage] != names or not all(stages):
         raise LoccError(f"stages={stages}: give every module once, in order, none empty: {names}")
-    if wanted != ranks.size:
-        raise LoccError(f"stages={stages} is for {wanted} ranks, and {ranks.size} were started")
+    if len(stages) * replicas != size:
+        raise LoccError(f"stages={stages} is for {len(stages) * replicas} ranks, and {size} were started")
 
 
 def place(ranks: Ranks, ir: TrainingGraph, stages: Sequence[Sequence[str]], device: torch.device) -> None:

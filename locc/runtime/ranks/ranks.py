@@ -97,10 +97,11 @@ class Ranks:
     _made = 0
 
     @classmethod
-    def join(cls, timeout: float, width: int = 1) -> Ranks | None:
+    def join(cls, timeout: float, width: int, check: Callable[[int], None]) -> Ranks | None:
         """Return this process's place among those of torch.distributed; None where it is alone.
 
-        Joins the process group that `torchrun` describes in the environment, if nobody has yet.
+        Joins the process group that `torchrun` describes in the environment, if nobody has yet. `check` looks
+        at the number of processes first: who left while others connect would be taken for dead by them.
         """
         if not dist.is_available():
             return None
@@ -111,6 +112,7 @@ class Ranks:
             atexit.register(dist.destroy_process_group)
         if dist.get_world_size() < 2:
             return None
+        check(dist.get_world_size())
         return cls(dist.get_rank(), dist.get_world_size(), timeout, width)
 
     @property
