@@ -13,14 +13,24 @@ from locc.rewrite.building import Given, build, build_custom, given_for
 from locc.rewrite.chain import GradientChain, handed_down, returning
 from locc.rewrite.crossing import LentGradients, activations, advised, has_rows, read_by, rows, unreached
 from locc.rewrite.dropout import before_dropout, give_copy, in_place, is_dropout
-from locc.rewrite.heads import POSITIONS, RANK, AttachHeads, LocalLoss, local_modules, local_values, untrained
+from locc.rewrite.heads import (
+    LAYOUT,
+    LOCAL_LOSS,
+    POSITIONS,
+    RANK,
+    AttachHeads,
+    LocalLoss,
+    local_modules,
+    local_values,
+    untrained,
+)
 from locc.rewrite.inverses import Activation, InverseMaker, range_of
 from locc.rewrite.layouts import layout_at, output_layout, prediction_spec, spec_of
 from locc.rewrite.local_loss import LossLike, head_loss, heads_of
 from locc.rewrite.noise import disturb, draw
 from locc.rewrite.objectives import add_all, judged, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
-from locc.rewrite.passes import Method, Pass, apply, configure, options
+from locc.rewrite.passes import Method, Pass, apply, configure, option, options
 from locc.rewrite.reach import learned, trained
 from locc.rewrite.tangents import before_nonlinearity, pull, push
 from locc.rewrite.targets import CLASS_IDS, NUMBERS, divided, own_target
@@ -28,6 +38,8 @@ from locc.rewrite.traits import averages_positions, ending, has_norms, has_recti
 
 __all__ = [
     "CLASS_IDS",
+    "LAYOUT",
+    "LOCAL_LOSS",
     "NUMBERS",
     "POSITIONS",
     "RANK",
@@ -74,6 +86,7 @@ __all__ = [
     "learned",
     "local_modules",
     "local_values",
+    "option",
     "options",
     "output_error",
     "output_layout",

@@ -34,7 +34,13 @@ RANK: Mapping[str, Any] = {
     "range": (8, 1024),
     "scale": "log",
 }
-"""The fields by which a method passes these two options of `AttachHeads` on."""
+LAYOUT: Mapping[str, Any] = {
+    "help": "where the dimensions of boundaries are, if the guess from shapes is wrong",
+}
+LOCAL_LOSS: Mapping[str, Any] = {
+    "help": "loss of (head output, target), by name or callable; the user's own unless given",
+}
+"""The options by which a method passes those of `AttachHeads` and `LocalLoss` on: `option(None, **RANK)`."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -18,6 +18,8 @@ from locc.ir.invariants import check
 from locc.recipes import Recipe
 from locc.rewrite.layout import guard_group_norms
 from locc.rewrite.targets import specs
+
+T = TypeVar("T")
 
 
 class UndefinedError(MethodError):
@@ -51,10 +53,9 @@ class Pass(ABC):
 class Method(ABC):
     """A local-learning method: a declared sequence of passes.
 
-    The fields of the dataclass are the method's hyper-parameters, and its options on the command
-    line. `field(metadata={"help": ..., "range": (0.01, 1.0), "scale": "log"})` documents one, and says where
-    to search for a good value (`choices` for one that is no number); `locc.methods()` passes this on. A field
-    that holds a callable or a network is left out of the command line.
+    The fields of the dataclass are the method's hyper-parameters, and its options on the command line.
+    `option` documents one; `locc.methods()` passes this on. A field that holds a callable or a network is
+    left out of the command line.
     """
 
     family: ClassVar[str]
@@ -104,6 +105,27 @@ class Method(ABC):
         yield from ()
 
 
+def option(
+    default: T,
+    help: str,
+    *,
+    range: tuple[float, float] | None = None,
+    scale: str = "linear",
+    choices: Sequence[Any] = (),
+) -> T:
+    """Return a field of a method: an option with its meaning.
+
+    Args:
+        default: its value unless the user gives one.
+        help: what it means.
+        range: where to search for a good value; whole numbers where it is one.
+        scale: "log" where its logarithm is to be searched evenly.
+        choices: the values of one that is no number.
+    """
+    about = {"help": help, "range": range, "scale": scale, "choices": tuple(choices)}
+    return dataclasses.field(default=default, metadata=about)
+
+
 def options(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
     """Return the options of a method by name."""
     return {f.name: f for f in dataclasses.fields(method) if f.init}
@@ -116,11 +138,11 @@ def configure(name: str, method: type[Method], given: dict[str, Any]) -> Method:
         MethodError: an option is unknown, missing or has an unusable value.
     """
     known = options(method)
-    for option in given:
-        if option not in known:
+    for key in given:
+        if key not in known:
             raise MethodError(
-                f"method '{name}' has no option '{option}'; "
-                + (nearest(option, known) if known else "it takes no options")
+                f"method '{name}' has no option '{key}'; "
+                + (nearest(key, known) if known else "it takes no options")
             )
     try:
         return method(**given)

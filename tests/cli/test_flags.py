@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pytest
 
 from locc.commands.flags import MisuseError, flags_of, take
-from locc.rewrite import Method, Pass
+from locc.rewrite import Method, Pass, option
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Sample(Method):
 
     family: ClassVar[str] = "test"
     reference: ClassVar[str] = "none"
-    sigma: float = field(default=0.1, metadata={"help": "noise"})
+    sigma: float = option(0.1, "noise")
     steps: int = 3
     tied: bool = False
     shape: Literal["flat", "image"] = "flat"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from locc import Method, Pass
 from locc.ir import TensorSpec, TrainingGraph
-from locc.rewrite import CLASS_IDS, AttachHeads, LocalLoss, OutputLoss, has_rows, spec_of
+from locc.rewrite import CLASS_IDS, AttachHeads, LocalLoss, OutputLoss, has_rows, option, spec_of
 
 
 def written(ring: Tensor, minibatch: Tensor, clock: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ class Buffered(Method):
     family: ClassVar[str] = "proxy"
     reference: ClassVar[str] = "Belilovsky, Eickenberg & Oyallon 2020, Decoupled greedy learning of CNNs"
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS,)
-    size: int = field(default=4, metadata={"help": "number M of minibatches in a ring"})
-    stride: int = field(default=2, metadata={"help": "slots by which the reader moves in a step"})
+    size: int = option(4, "number M of minibatches in a ring")
+    stride: int = option(2, "slots by which the reader moves in a step")
 
     def passes(self) -> Sequence[Pass]:
         """Return the heads, the losses and the rings."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from locc.ir import TrainingGraph
@@ -16,6 +16,7 @@ from locc.rewrite import (
     Pass,
     Recipe,
     is_rectified,
+    option,
     prediction_spec,
     spec_of,
 )
@@ -77,51 +78,34 @@ class AL(Method):
     )
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
 
-    decoders: str = field(
-        default="own",
-        metadata={
-            "help": "own: the upper modules decode labels. dense: all modules encode, and dense decoders are "
-            "added and kept at inference, as in the authors' code",
-            "choices": DECODERS,
-        },
+    decoders: str = option(
+        "own",
+        "own: the upper modules decode labels. dense: all modules encode, and dense decoders are "
+        "added and kept at inference, as in the authors' code",
+        choices=DECODERS,
     )
-    width: int = field(
-        default=256,
-        metadata={
-            "help": "units of a label's code, with dense decoders (the paper's: 256 to 3000)",
-            "range": (16, 4096),
-            "scale": "log",
-        },
+    width: int = option(
+        256,
+        "units of a label's code, with dense decoders (the paper's: 256 to 3000)",
+        range=(16, 4096),
+        scale="log",
     )
-    label_lr: float = field(
-        default=2.0,
-        metadata={
-            "help": "learning rate of label encoders and decoders, in units of the others'",
-            "range": (0.2, 20.0),
-            "scale": "log",
-        },
+    label_lr: float = option(
+        2.0,
+        "learning rate of label encoders and decoders, in units of the others'",
+        range=(0.2, 20.0),
+        scale="log",
     )
-    expansion: float = field(
-        default=5.0,
-        metadata={
-            "help": "width of a bridge's hidden layer, in units of its output",
-            "range": (0.5, 10.0),
-            "scale": "log",
-        },
+    expansion: float = option(
+        5.0, "width of a bridge's hidden layer, in units of its output", range=(0.5, 10.0), scale="log"
     )
-    warmup: int = field(
-        default=300,
-        metadata={
-            "help": "steps that fit makes first: label encoders and decoders alone, on labels without data",
-            "range": (0, 2000),
-        },
+    warmup: int = option(
+        300,
+        "steps that fit makes first: label encoders and decoders alone, on labels without data",
+        range=(0, 2000),
     )
-    bridge: Factory | None = field(
-        default=None, metadata={"help": "(activation's spec, label encoding's spec) -> bridge"}
-    )
-    encoder: Factory | None = field(
-        default=None, metadata={"help": "(label encoding's spec, next encoding's spec) -> label encoder"}
-    )
+    bridge: Factory | None = option(None, "(activation's spec, label encoding's spec) -> bridge")
+    encoder: Factory | None = option(None, "(label encoding's spec, next encoding's spec) -> label encoder")
 
     def __post_init__(self) -> None:
         if self.decoders not in DECODERS:

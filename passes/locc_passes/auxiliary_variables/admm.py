@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from locc.ir import TrainingGraph
-from locc.rewrite import Pass, spec_of
+from locc.rewrite import Pass, option, spec_of
 from locc_passes.auxiliary_variables.blocks import BlockMethod, Blocks, Formula, check
 from locc_passes.auxiliary_variables.formulas import (
     OUTPUTS,
@@ -131,30 +131,13 @@ class ADMM(BlockMethod):
 
     reference: ClassVar[str] = "Taylor et al. 2016, Training neural networks without gradients"
 
-    beta: float = field(
-        default=1.0,
-        metadata={"help": "weight of the products' constraint", "range": (0.01, 100.0), "scale": "log"},
-    )
-    gamma: float = field(
-        default=10.0,
-        metadata={"help": "weight of the nonlinearities' constraint", "range": (0.01, 100.0), "scale": "log"},
-    )
-    alpha: float = field(
-        default=1.0,
-        metadata={"help": "how far weights stay where they were", "range": (0.001, 100.0), "scale": "log"},
-    )
-    sweeps: int = field(default=6, metadata={"help": "sweeps over all blocks in a step", "range": (1, 20)})
-    warm: int = field(
-        default=6, metadata={"help": "sweeps on a batch before its multiplier moves", "range": (0, 100)}
-    )
-    output: str = field(
-        default="hinge",
-        metadata={"help": "loss at the output, in the place of the user's", "choices": OUTPUTS},
-    )
-    rounds: int = field(
-        default=10,
-        metadata={"help": "conjugate-gradient rounds for what a convolution reads", "range": (1, 50)},
-    )
+    beta: float = option(1.0, "weight of the products' constraint", range=(0.01, 100.0), scale="log")
+    gamma: float = option(10.0, "weight of the nonlinearities' constraint", range=(0.01, 100.0), scale="log")
+    alpha: float = option(1.0, "how far weights stay where they were", range=(0.001, 100.0), scale="log")
+    sweeps: int = option(6, "sweeps over all blocks in a step", range=(1, 20))
+    warm: int = option(6, "sweeps on a batch before its multiplier moves", range=(0, 100))
+    output: str = option("hinge", "loss at the output, in the place of the user's", choices=OUTPUTS)
+    rounds: int = option(10, "conjugate-gradient rounds for what a convolution reads", range=(1, 50))
 
     def __post_init__(self) -> None:
         check(self, ("beta", "gamma", "alpha"), ("sweeps", "rounds"))
@@ -171,5 +154,4 @@ class ADMM(BlockMethod):
 
     def passes(self) -> Sequence[Pass]:
         """Return the sweep."""
-        given = (self.beta, self.gamma, self.alpha, self.sweeps, self.warm, self.output, self.rounds)
-        return (UpwardSweep(*given),)
+        return (UpwardSweep(**vars(self)),)

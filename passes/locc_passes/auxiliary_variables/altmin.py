@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
 from locc.ir import TrainingGraph
 from locc.losses import Loss
-from locc.rewrite import Method, OptimizerSpec, Pass, Recipe, is_rectified, range_of
+from locc.rewrite import Method, OptimizerSpec, Pass, Recipe, is_rectified, option, range_of
 from locc_passes.auxiliary_variables.codes import InnerSteps, coded
 from locc_passes.auxiliary_variables.fits import FitCodes, RememberCodes
 
@@ -42,55 +42,25 @@ class AltMin(Method):
         network="BatchNorm after each linear layer, and no bias there",
     )
 
-    steps: int = field(default=5, metadata={"help": "inner steps on the codes of a module", "range": (1, 20)})
-    rate: float = field(
-        default=0.3,
-        metadata={"help": "learning rate of the inner steps", "range": (0.01, 1.0), "scale": "log"},
+    steps: int = option(5, "inner steps on the codes of a module", range=(1, 20))
+    rate: float = option(0.3, "learning rate of the inner steps", range=(0.01, 1.0), scale="log")
+    momentum: float = option(0.9, "Nesterov momentum of the inner steps", range=(0.0, 0.99))
+    mu: float = option(
+        0.003, "weight of the codes' constraint against the loss", range=(0.0001, 1.0), scale="log"
     )
-    momentum: float = field(
-        default=0.9, metadata={"help": "Nesterov momentum of the inner steps", "range": (0.0, 0.99)}
-    )
-    mu: float = field(
-        default=0.003,
-        metadata={
-            "help": "weight of the codes' constraint against the loss",
-            "range": (0.0001, 1.0),
-            "scale": "log",
-        },
-    )
-    mu_step: float = field(
-        default=0.0, metadata={"help": "growth of mu with each batch, up to 10 x mu", "range": (0.0, 0.0001)}
-    )
-    lambda_c: float = field(
-        default=0.0, metadata={"help": "weight of the mean size of the codes", "range": (0.0, 0.1)}
-    )
-    lambda_w: float = field(
-        default=0.0, metadata={"help": "weight of the mean size of the weights", "range": (0.0, 0.1)}
+    mu_step: float = option(0.0, "growth of mu with each batch, up to 10 x mu", range=(0.0, 0.0001))
+    lambda_c: float = option(0.0, "weight of the mean size of the codes", range=(0.0, 0.1))
+    lambda_w: float = option(0.0, "weight of the mean size of the weights", range=(0.0, 0.1))
+
+    output_lr: float = option(
+        1.0, "learning rate of the last module, in units of the others'", range=(0.01, 10.0), scale="log"
     )
 
-    output_lr: float = field(
-        default=1.0,
-        metadata={
-            "help": "learning rate of the last module, in units of the others'",
-            "range": (0.01, 10.0),
-            "scale": "log",
-        },
+    memory: bool = option(False, "fit hidden linear layers to the codes of all batches, column by column")
+    forget: float = option(
+        0.0, "of the memory: the share of it that each batch replaces; 0 sums all batches", range=(0.0, 0.5)
     )
-
-    memory: bool = field(
-        default=False,
-        metadata={"help": "fit hidden linear layers to the codes of all batches, column by column"},
-    )
-    forget: float = field(
-        default=0.0,
-        metadata={
-            "help": "of the memory: the share of it that each batch replaces; 0 sums all batches",
-            "range": (0.0, 0.5),
-        },
-    )
-    sweeps: int = field(
-        default=1, metadata={"help": "of the memory: sweeps over the columns in a step", "range": (1, 20)}
-    )
+    sweeps: int = option(1, "of the memory: sweeps over the columns in a step", range=(1, 20))
 
     def __post_init__(self) -> None:
         if self.sweeps < 1 or not 0 <= self.forget < 1:

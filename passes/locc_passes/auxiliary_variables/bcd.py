@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from locc.ir import TrainingGraph
-from locc.rewrite import Pass
+from locc.rewrite import Pass, option
 from locc_passes.auxiliary_variables.blocks import BlockMethod, Blocks, Formula, check
 from locc_passes.auxiliary_variables.descent import descended_bias, descended_input, descended_weight
 from locc_passes.auxiliary_variables.formulas import (
@@ -25,19 +26,15 @@ from locc_passes.auxiliary_variables.layers import unlayered
 
 
 @dataclass(frozen=True)
-class ThreeSplitSweep(Pass):
-    """Sets V_i, U_i, W_i and b_i of each layer, the last one first, to the minimum of the objective.
+class Sweep(Pass):
+    """Sets the blocks of each layer in turn, the last one first."""
 
-    F = R(V_N, y) + sum_i gamma / 2 ||V_i - sigma_i(U_i)||^2 + rho / 2 ||U_i - W_i V_(i-1) - b_i||^2, plus
-    alpha / 2 ||. - its old value||^2 for V_N, for U_i of the hidden layers, and for W_i and b_i.
-    """
+    blocks: ClassVar[tuple[str, ...]] = ("V",)
 
     gamma: float = 1.0
-    rho: float = 1.0
     alpha: float = 5.0
     sweeps: int = 1
     output: str = "squared"
-    old_weight: bool = False
     rounds: int = 10
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
@@ -49,13 +46,35 @@ class ThreeSplitSweep(Pass):
         ir.apply_loss()
         blocks = Blocks(ir, "U", "V")
         for i, layer in enumerate(blocks.layers, start=1):
-            blocks.begin(f"U{i}", layer.pre)
-            blocks.begin(f"V{i}", layer.post)
+            for kind in self.blocks:
+                blocks.begin(f"{kind}{i}", layer.pre if kind == "U" else layer.post)
         for _ in range(self.sweeps):
             for i in range(blocks.last, 0, -1):
                 self._activation(blocks, i)
                 self._weights(blocks, i)
         blocks.finish()
+
+    @abstractmethod
+    def _activation(self, blocks: Blocks, i: int) -> None:
+        """Set what layer i computes."""
+
+    @abstractmethod
+    def _weights(self, blocks: Blocks, i: int) -> None:
+        """Set W_i, then b_i."""
+
+
+@dataclass(frozen=True)
+class ThreeSplitSweep(Sweep):
+    """Sets V_i, U_i, W_i and b_i of each layer, the last one first, to the minimum of the objective.
+
+    F = R(V_N, y) + sum_i gamma / 2 ||V_i - sigma_i(U_i)||^2 + rho / 2 ||U_i - W_i V_(i-1) - b_i||^2, plus
+    alpha / 2 ||. - its old value||^2 for V_N, for U_i of the hidden layers, and for W_i and b_i.
+    """
+
+    blocks: ClassVar[tuple[str, ...]] = ("U", "V")
+
+    rho: float = 1.0
+    old_weight: bool = False
 
     def _activation(self, blocks: Blocks, i: int) -> None:
         """Set V_i, then U_i."""
@@ -89,7 +108,7 @@ class ThreeSplitSweep(Pass):
 
 
 @dataclass(frozen=True)
-class TwoSplitSweep(Pass):
+class TwoSplitSweep(Sweep):
     """Lowers the objective over V_i, W_i and b_i of each layer in turn, the last one first.
 
     F = R(V_N, y) + sum_i gamma / 2 ||V_i - sigma_i(W_i V_(i-1) + b_i)||^2, plus alpha / 2 ||. - its old
@@ -97,28 +116,7 @@ class TwoSplitSweep(Pass):
     others are nonlinear least squares, for which some Gauss-Newton steps stand that never rise.
     """
 
-    gamma: float = 1.0
-    alpha: float = 5.0
-    sweeps: int = 1
     steps: int = 3
-    output: str = "squared"
-    rounds: int = 10
-
-    def requires(self, ir: TrainingGraph) -> Iterator[str]:
-        """Refuse networks that are no chain of layers."""
-        yield from unlayered(ir)
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        """Add the sweeps; the user's loss is only reported."""
-        ir.apply_loss()
-        blocks = Blocks(ir, "U", "V")
-        for i, layer in enumerate(blocks.layers, start=1):
-            blocks.begin(f"V{i}", layer.post)
-        for _ in range(self.sweeps):
-            for i in range(blocks.last, 0, -1):
-                self._activation(blocks, i)
-                self._weights(blocks, i)
-        blocks.finish()
 
     def _activation(self, blocks: Blocks, i: int) -> None:
         layer = blocks.layer(i)
@@ -144,14 +142,6 @@ class TwoSplitSweep(Pass):
         blocks.set(f"b{i}", fits[1], *around, f"W{i}", f"b{i}", self.gamma, self.alpha)
 
 
-_OUTPUT = {"help": "loss at the output, in the place of the user's", "choices": OUTPUTS}
-_SWEEPS = {"help": "sweeps over all blocks in a step", "range": (1, 10)}
-_GAMMA = {"help": "weight of the nonlinearities' constraint", "range": (0.01, 10.0), "scale": "log"}
-_RHO = {"help": "weight of the products' constraint", "range": (0.01, 10.0), "scale": "log"}
-_ALPHA = {"help": "how far blocks stay where they were", "range": (0.1, 100.0), "scale": "log"}
-_ROUNDS = {"help": "conjugate-gradient rounds for what a convolution reads", "range": (1, 50)}
-
-
 @dataclass(frozen=True)
 class BCD3(BlockMethod):
     """Block coordinate descent with products and activations as variables: every block in closed form.
@@ -169,23 +159,20 @@ class BCD3(BlockMethod):
 
     reference: ClassVar[str] = "Zeng, Lau, Lin & Yao 2019, three-splitting"
 
-    gamma: float = field(default=1.0, metadata=_GAMMA)
-    rho: float = field(default=1.0, metadata=_RHO)
-    alpha: float = field(default=5.0, metadata=_ALPHA)
-    sweeps: int = field(default=1, metadata=_SWEEPS)
-    output: str = field(default="squared", metadata=_OUTPUT)
-    old_weight: bool = field(
-        default=False, metadata={"help": "set b by the old W, as the released code does"}
-    )
-    rounds: int = field(default=10, metadata=_ROUNDS)
+    gamma: float = option(1.0, "weight of the nonlinearities' constraint", range=(0.01, 10.0), scale="log")
+    rho: float = option(1.0, "weight of the products' constraint", range=(0.01, 10.0), scale="log")
+    alpha: float = option(5.0, "how far blocks stay where they were", range=(0.1, 100.0), scale="log")
+    sweeps: int = option(1, "sweeps over all blocks in a step", range=(1, 10))
+    output: str = option("squared", "loss at the output, in the place of the user's", choices=OUTPUTS)
+    old_weight: bool = option(False, "set b by the old W, as the released code does")
+    rounds: int = option(10, "conjugate-gradient rounds for what a convolution reads", range=(1, 50))
 
     def __post_init__(self) -> None:
         check(self, ("gamma", "rho", "alpha"), ("sweeps", "rounds"))
 
     def passes(self) -> Sequence[Pass]:
         """Return the sweep."""
-        given = (self.gamma, self.rho, self.alpha, self.sweeps, self.output, self.old_weight, self.rounds)
-        return (ThreeSplitSweep(*given),)
+        return (ThreeSplitSweep(**vars(self)),)
 
 
 @dataclass(frozen=True)
@@ -202,16 +189,16 @@ class BCD2(BlockMethod):
 
     reference: ClassVar[str] = "Zeng, Lau, Lin & Yao 2019, two-splitting"
 
-    gamma: float = field(default=1.0, metadata=_GAMMA)
-    alpha: float = field(default=5.0, metadata=_ALPHA)
-    sweeps: int = field(default=1, metadata=_SWEEPS)
-    steps: int = field(default=3, metadata={"help": "inner steps on a block", "range": (1, 20)})
-    output: str = field(default="squared", metadata=_OUTPUT)
-    rounds: int = field(default=10, metadata=_ROUNDS)
+    gamma: float = option(1.0, "weight of the nonlinearities' constraint", range=(0.01, 10.0), scale="log")
+    alpha: float = option(5.0, "how far blocks stay where they were", range=(0.1, 100.0), scale="log")
+    sweeps: int = option(1, "sweeps over all blocks in a step", range=(1, 10))
+    steps: int = option(3, "inner steps on a block", range=(1, 20))
+    output: str = option("squared", "loss at the output, in the place of the user's", choices=OUTPUTS)
+    rounds: int = option(10, "conjugate-gradient rounds for what a convolution reads", range=(1, 50))
 
     def __post_init__(self) -> None:
         check(self, ("gamma", "alpha"), ("sweeps", "steps", "rounds"))
 
     def passes(self) -> Sequence[Pass]:
         """Return the sweep."""
-        return (TwoSplitSweep(self.gamma, self.alpha, self.sweeps, self.steps, self.output, self.rounds),)
+        return (TwoSplitSweep(**vars(self)),)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from locc.ir import TensorSpec, TrainingGraph
-from locc.rewrite import Pass, spec_of
+from locc.rewrite import Pass, option, spec_of
 from locc_passes.auxiliary_variables.admm import unlinear
 from locc_passes.auxiliary_variables.blocks import BlockMethod, Blocks, Formula, check
 from locc_passes.auxiliary_variables.formulas import OUTPUTS, affine, bent
@@ -216,14 +216,9 @@ class DLADMM(BlockMethod):
 
     reference: ClassVar[str] = "Wang, Yu, Chen & Zhao 2019, dlADMM"
 
-    rho: float = field(
-        default=0.1, metadata={"help": "weight of every constraint", "range": (1e-6, 1.0), "scale": "log"}
-    )
-    sweeps: int = field(default=1, metadata={"help": "times down and up in a step", "range": (1, 10)})
-    output: str = field(
-        default="cross_entropy",
-        metadata={"help": "loss at the output, in the place of the user's", "choices": OUTPUTS},
-    )
+    rho: float = option(0.1, "weight of every constraint", range=(1e-6, 1.0), scale="log")
+    sweeps: int = option(1, "times down and up in a step", range=(1, 10))
+    output: str = option("cross_entropy", "loss at the output, in the place of the user's", choices=OUTPUTS)
 
     def __post_init__(self) -> None:
         check(self, ("rho",), ("sweeps",))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx, nn
@@ -20,6 +20,7 @@ from locc.rewrite import (
     Recipe,
     add_all,
     has_rows,
+    option,
     output_error,
     unreached,
 )
@@ -112,24 +113,19 @@ class DFA(Method):
     reference: ClassVar[str] = "Nøkland 2016"
     recipe: ClassVar[Recipe] = RECIPE
 
-    init: str = field(
-        default="uniform",
-        metadata={
-            "help": "law of the feedback matrices [n,C]: uniform (U(+-1/sqrt(n)), as published), or "
-            "torch.nn.init's kaiming_ or xavier_, uniform or normal",
-            "choices": INITS,
-        },
+    init: str = option(
+        "uniform",
+        "law of the feedback matrices [n,C]: uniform (U(+-1/sqrt(n)), as published), or "
+        "torch.nn.init's kaiming_ or xavier_, uniform or normal",
+        choices=INITS,
     )
-    feedback: Given | None = field(
-        default=None,
-        metadata={
-            "help": "your own matrices: a dict by module of tensors [n,C], or a factory (boundary spec, "
-            "output spec[, module's name]) -> tensor"
-        },
+    feedback: Given | None = option(
+        None,
+        "your own matrices: a dict by module of tensors [n,C], or a factory (boundary spec, "
+        "output spec[, module's name]) -> tensor",
     )
-    zero_init: bool = field(
-        default=False,
-        metadata={"help": "start all forward weights and biases at zero (for tanh and sigmoid networks)"},
+    zero_init: bool = option(
+        False, "start all forward weights and biases at zero (for tanh and sigmoid networks)"
     )
 
     def __post_init__(self) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
 from locc.ir import TrainingGraph
-from locc.rewrite import Given, GradientChain, Method, OutputLoss, Pass, Recipe
+from locc.rewrite import Given, GradientChain, Method, OutputLoss, Pass, Recipe, option
 from locc_passes.feedback.layers import FeedbackLayers, opened
 from locc_passes.feedback.published import RECIPE, advice
 from locc_passes.feedback.zero import ZeroWeights
@@ -27,23 +27,18 @@ class FA(Method):
     reference: ClassVar[str] = "Lillicrap, Cownden, Tweed & Akerman 2016"
     recipe: ClassVar[Recipe] = RECIPE
 
-    init: str = field(
-        default="kaiming_uniform",
-        metadata={
-            "help": "law of the feedback matrices: kaiming_ or xavier_, uniform or normal",
-            "choices": ("kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"),
-        },
+    init: str = option(
+        "kaiming_uniform",
+        "law of the feedback matrices: kaiming_ or xavier_, uniform or normal",
+        choices=("kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"),
     )
-    feedback: Given | None = field(
-        default=None,
-        metadata={
-            "help": "your own matrices: a dict by layer of tensors in the shape of its weight, or a factory "
-            "(spec of the weight, the same again[, layer's name]) -> tensor"
-        },
+    feedback: Given | None = option(
+        None,
+        "your own matrices: a dict by layer of tensors in the shape of its weight, or a factory "
+        "(spec of the weight, the same again[, layer's name]) -> tensor",
     )
-    zero_init: bool = field(
-        default=False,
-        metadata={"help": "start all forward weights and biases at zero (for tanh and sigmoid networks)"},
+    zero_init: bool = option(
+        False, "start all forward weights and biases at zero (for tanh and sigmoid networks)"
     )
 
     def opened(self, model: nn.Module, splits: Sequence[str]) -> Iterator[str]:

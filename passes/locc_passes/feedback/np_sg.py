@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
 from locc.errors import MethodError, nearest
 from locc.ir import Phase, TrainingGraph
-from locc.rewrite import GradientChain, Method, OptimizerSpec, OutputLoss, Pass, Recipe
+from locc.rewrite import GradientChain, Method, OptimizerSpec, OutputLoss, Pass, Recipe, option
 from locc_passes.feedback.layers import FeedbackLayers, opened
 from locc_passes.feedback.perturbation import LearnedFeedback, NodePerturbation
 
@@ -53,50 +53,33 @@ class NPSG(Method):
         "(and the square's factor 2)",
     )
 
-    noise: float = field(
-        default=0.1,
-        metadata={"help": "deviation c of the noise (0.01 to 0.1)", "range": (0.003, 0.3), "scale": "log"},
+    noise: float = option(0.1, "deviation c of the noise (0.01 to 0.1)", range=(0.003, 0.3), scale="log")
+    lr_scale: float = option(
+        1.0,
+        "multiplies the learning rate of the feedback, the recipe's or your optimizer's",
+        range=(0.1, 100.0),
+        scale="log",
     )
-    lr_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "multiplies the learning rate of the feedback, the recipe's or your optimizer's",
-            "range": (0.1, 100.0),
-            "scale": "log",
-        },
+    warmup: int = option(
+        0, "passes over the data in which the feedback learns alone, before the first", range=(0, 3)
     )
-    warmup: int = field(
-        default=0,
-        metadata={
-            "help": "passes over the data in which the feedback learns alone, before the first",
-            "range": (0, 3),
-        },
+    init: str = option(
+        "kaiming_uniform",
+        "law of the feedback matrices at the start: kaiming_ or xavier_, uniform or normal",
+        choices=("kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"),
     )
-    init: str = field(
-        default="kaiming_uniform",
-        metadata={
-            "help": "law of the feedback matrices at the start: kaiming_ or xavier_, uniform or normal",
-            "choices": ("kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"),
-        },
+    solver: str = option(
+        "sgd",
+        "how the feedback learns: 'sgd', or 'least-squares' (linear layers) from all steps",
+        choices=("sgd", "least-squares"),
     )
-    solver: str = field(
-        default="sgd",
-        metadata={
-            "help": "how the feedback learns: 'sgd', or 'least-squares' (linear layers) from all steps",
-            "choices": ("sgd", "least-squares"),
-        },
+    gamma: float = option(
+        0.1,
+        "ridge of the least squares: what the sum of squared errors starts from, times I",
+        range=(0.001, 10.0),
+        scale="log",
     )
-    gamma: float = field(
-        default=0.1,
-        metadata={
-            "help": "ridge of the least squares: what the sum of squared errors starts from, times I",
-            "range": (0.001, 10.0),
-            "scale": "log",
-        },
-    )
-    reduction: str = field(
-        default="mean", metadata={"help": "'mean' or 'sum': how the loss joins the samples of a batch"}
-    )
+    reduction: str = option("mean", "'mean' or 'sum': how the loss joins the samples of a batch")
 
     def __post_init__(self) -> None:
         if self.reduction not in REDUCTIONS:

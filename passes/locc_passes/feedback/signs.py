@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from locc.ir import TrainingGraph, owned_tensor
 from locc.nn import feedback_call
-from locc.rewrite import GradientChain, Method, OutputLoss, Pass, Recipe, has_norms
+from locc.rewrite import GradientChain, Method, OutputLoss, Pass, Recipe, has_norms, option
 from locc_passes.feedback.layers import FeedbackLayers, FeedbackMatrix, feedback_layer, opened
 from locc_passes.feedback.products import FeedbackProduct, multiplied
 
@@ -150,12 +150,10 @@ class UniformSigns(Method):
     recipe: ClassVar[Recipe] = Recipe()
     sizes: ClassVar[str] = ALIKE
 
-    normalize: bool = field(
-        default=False,
-        metadata={
-            "help": "strict normalisation: each update leaves a weight at its initial norm (Moskovitz, "
-            "Litwin-Kumar & Abbott 2018)"
-        },
+    normalize: bool = option(
+        False,
+        "strict normalisation: each update leaves a weight at its initial norm (Moskovitz, "
+        "Litwin-Kumar & Abbott 2018)",
     )
 
     def opened(self, model: nn.Module, splits: Sequence[str]) -> Iterator[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from locc.errors import MethodError
 from locc.nn import Factory
 from locc.rewrite import (
+    LAYOUT,
+    LOCAL_LOSS,
     POSITIONS,
     RANK,
     AttachHeads,
@@ -19,6 +21,7 @@ from locc.rewrite import (
     OutputLoss,
     Pass,
     Recipe,
+    option,
 )
 
 
@@ -41,38 +44,27 @@ class DGL(Method):
         network="BatchNorm in every module",
     )
 
-    head: str | Factory = field(
-        default="auto",
-        metadata={
-            "help": "the paper's mlp-sr (reduced maps, 1x1 convolutions, MLP), mlp (the same without "
-            "convolutions) or cnn (two 3x3 convolutions at full size), or linear; each adapts to flat, "
-            "sequence and image boundaries. auto: mlp-sr on images, as in the paper, and linear elsewhere. "
-            "Cheaper where every position has many classes: sr (linear on a quarter of the positions), "
-            "bottleneck (linear through a quarter of the width) and unembedding (the model's own last layer "
-            "as it is, which the last module alone trains). "
-            "From Python also a factory (boundary spec, output spec) -> module",
-            "choices": ("auto", "mlp-sr", "mlp", "cnn", "linear", "sr", "bottleneck", "unembedding"),
-        },
+    head: str | Factory = option(
+        "auto",
+        "the paper's mlp-sr (reduced maps, 1x1 convolutions, MLP), mlp (the same without "
+        "convolutions) or cnn (two 3x3 convolutions at full size), or linear; each adapts to flat, "
+        "sequence and image boundaries. auto: mlp-sr on images, as in the paper, and linear elsewhere. "
+        "Cheaper where every position has many classes: sr (linear on a quarter of the positions), "
+        "bottleneck (linear through a quarter of the width) and unembedding (the model's own last layer "
+        "as it is, which the last module alone trains). "
+        "From Python also a factory (boundary spec, output spec) -> module",
+        choices=("auto", "mlp-sr", "mlp", "cnn", "linear", "sr", "bottleneck", "unembedding"),
     )
-    positions: float | None = field(default=None, metadata=POSITIONS)
-    rank: int | None = field(default=None, metadata=RANK)
-    hidden: int = field(
-        default=2048,
-        metadata={
-            "help": "most units of a hidden linear layer of mlp-sr and mlp, otherwise four times the "
-            "channels",
-            "range": (64, 8192),
-            "scale": "log",
-        },
+    positions: float | None = option(None, **POSITIONS)
+    rank: int | None = option(None, **RANK)
+    hidden: int = option(
+        2048,
+        "most units of a hidden linear layer of mlp-sr and mlp, otherwise four times the channels",
+        range=(64, 8192),
+        scale="log",
     )
-    layout: str | None = field(
-        default=None,
-        metadata={"help": "where the dimensions of boundaries are, if the guess from shapes is wrong"},
-    )
-    local_loss: LossLike | None = field(
-        default=None,
-        metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
-    )
+    layout: str | None = option(None, **LAYOUT)
+    local_loss: LossLike | None = option(None, **LOCAL_LOSS)
 
     def __post_init__(self) -> None:
         if self.hidden < 1:

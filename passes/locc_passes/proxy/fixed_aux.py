@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-from locc.rewrite import POSITIONS, AttachHeads, LocalLoss, LossLike, Method, OutputLoss, Pass
+from locc.rewrite import (
+    LAYOUT,
+    LOCAL_LOSS,
+    POSITIONS,
+    AttachHeads,
+    LocalLoss,
+    LossLike,
+    Method,
+    OutputLoss,
+    Pass,
+    option,
+)
 
 
 @dataclass(frozen=True)
@@ -24,15 +35,9 @@ class FixedAux(Method):
         "Mostafa, Ramesh & Cauwenberghs 2018, Deep supervised learning using local errors"
     )
 
-    layout: str | None = field(
-        default=None,
-        metadata={"help": "where the dimensions of boundaries are, if the guess from shapes is wrong"},
-    )
-    positions: float | None = field(default=None, metadata=POSITIONS)
-    local_loss: LossLike | None = field(
-        default=None,
-        metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
-    )
+    layout: str | None = option(None, **LAYOUT)
+    positions: float | None = option(None, **POSITIONS)
+    local_loss: LossLike | None = option(None, **LOCAL_LOSS)
 
     def passes(self) -> Sequence[Pass]:
         """Return the fixed heads, their losses, and the loss at the output."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from torch import fx, nn
 from locc.errors import MethodError
 from locc.ir import BatchDim, TensorSpec, TrainingGraph
 from locc.nn import PredictiveCoding, guess_layout
-from locc.rewrite import Method, OptimizerSpec, OutputLoss, Pass, Recipe, layout_at, spec_of
+from locc.rewrite import Method, OptimizerSpec, OutputLoss, Pass, Recipe, layout_at, option, spec_of
 from locc_passes.proxy.terms import LocalTerm
 
 
@@ -67,17 +67,10 @@ class GIM(Method):
         OptimizerSpec("adam", 2e-4), source="Lowe et al. 2019, released code; batches of 32, 300 epochs"
     )
 
-    steps: int = field(default=5, metadata={"help": "positions ahead that are predicted", "range": (1, 12)})
-    skip: int = field(
-        default=1, metadata={"help": "nearest positions that are not predicted", "range": (0, 4)}
-    )
-    negatives: int = field(
-        default=16,
-        metadata={"help": "others among which the right one is found", "range": (1, 128), "scale": "log"},
-    )
-    grid: int = field(
-        default=7, metadata={"help": "a map is averaged to so many rows and columns", "range": (2, 16)}
-    )
+    steps: int = option(5, "positions ahead that are predicted", range=(1, 12))
+    skip: int = option(1, "nearest positions that are not predicted", range=(0, 4))
+    negatives: int = option(16, "others among which the right one is found", range=(1, 128), scale="log")
+    grid: int = option(7, "a map is averaged to so many rows and columns", range=(2, 16))
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("skip", 0), ("negatives", 1), ("grid", 2)):

@@ -16,6 +16,7 @@ from locc.ir import BatchDim, TensorSpec, TrainingGraph
 from locc.nn import build_decoder, build_head, supervised_contrast
 from locc.rewrite import (
     CLASS_IDS,
+    LOCAL_LOSS,
     POSITIONS,
     RANK,
     AttachHeads,
@@ -25,6 +26,7 @@ from locc.rewrite import (
     OutputLoss,
     Pass,
     Recipe,
+    option,
     own_target,
 )
 from locc_passes.proxy.terms import HeadTerm, LocalTerm, one_label_a_row
@@ -147,40 +149,26 @@ class InfoPro(Method):
         network="BatchNorm in every module",
     )
 
-    task: str = field(
-        default="softmax",
-        metadata={"help": "softmax: the user's loss of a head; contrast: of its features", "choices": TASKS},
+    task: str = option(
+        "softmax", "softmax: the user's loss of a head; contrast: of its features", choices=TASKS
     )
-    reconstruction: tuple[float, float] = field(
-        default=(1.0, 0.0),
-        metadata={
-            "help": "lambda1 of the first module, and of the last with a local loss; published with mean and "
-            "std: 5 for two modules, 5 and 0 for eight"
-        },
+    reconstruction: tuple[float, float] = option(
+        (1.0, 0.0),
+        "lambda1 of the first module, and of the last with a local loss; published with mean and "
+        "std: 5 for two modules, 5 and 0 for eight",
     )
-    weight: tuple[float, float] = field(
-        default=(0.5, 1.0),
-        metadata={"help": "lambda2 of the first module, and of the last with a local loss"},
+    weight: tuple[float, float] = option(
+        (0.5, 1.0), "lambda2 of the first module, and of the last with a local loss"
     )
-    mean: tuple[float, ...] | float | None = field(
-        default=None, metadata={"help": "what was subtracted from images in [0, 1], for each channel or all"}
+    mean: tuple[float, ...] | float | None = option(
+        None, "what was subtracted from images in [0, 1], for each channel or all"
     )
-    std: tuple[float, ...] | float | None = field(
-        default=None, metadata={"help": "by what they were divided then"}
-    )
-    temperature: float = field(
-        default=0.07, metadata={"help": "of task='contrast'", "range": (0.01, 1.0), "scale": "log"}
-    )
-    width: int = field(
-        default=12,
-        metadata={"help": "hidden channels of image decoders", "range": (4, 64), "scale": "log"},
-    )
-    positions: float | None = field(default=None, metadata=POSITIONS)
-    rank: int | None = field(default=None, metadata=RANK)
-    local_loss: LossLike | None = field(
-        default=None,
-        metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
-    )
+    std: tuple[float, ...] | float | None = option(None, "by what they were divided then")
+    temperature: float = option(0.07, "of task='contrast'", range=(0.01, 1.0), scale="log")
+    width: int = option(12, "hidden channels of image decoders", range=(4, 64), scale="log")
+    positions: float | None = option(None, **POSITIONS)
+    rank: int | None = option(None, **RANK)
+    local_loss: LossLike | None = option(None, **LOCAL_LOSS)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from locc.errors import MethodError, nearest
 from locc.ir import TrainingGraph
 from locc.nn import FEATURES, PAIR_OBJECTIVES, gaussian_kernel, matrix_loss, pair_kernel, pair_loss
-from locc.rewrite import CLASS_IDS, Method, OptimizerSpec, OutputLoss, Pass, Recipe, ending
+from locc.rewrite import CLASS_IDS, Method, OptimizerSpec, OutputLoss, Pass, Recipe, ending, option
 from locc_passes.proxy.terms import PairTerm, Stages
 
 ORDERS = ("stages", "together")
@@ -105,34 +105,21 @@ class PairProxy(Method):
     )
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS,)
 
-    objective: str = field(
-        default="auto",
-        metadata={
-            "help": "what is compared of K and its target; auto: alignment, without pull nmse",
-            "choices": ("auto", *PAIR_OBJECTIVES),
-        },
+    objective: str = option(
+        "auto",
+        "what is compared of K and its target; auto: alignment, without pull nmse",
+        choices=("auto", *PAIR_OBJECTIVES),
     )
-    feature: str = field(
-        default="auto",
-        metadata={
-            "help": "phi, the nonlinearity after a cut; auto: relu, and none after a module that ends in a "
-            "tanh or a sigmoid",
-            "choices": ("auto", *FEATURES),
-        },
+    feature: str = option(
+        "auto",
+        "phi, the nonlinearity after a cut; auto: relu, and none after a module that ends in a "
+        "tanh or a sigmoid",
+        choices=("auto", *FEATURES),
     )
-    pool: int = field(
-        default=4,
-        metadata={"help": "side of the windows in which phi(g) of a map is averaged", "range": (1, 8)},
-    )
-    pull: bool = field(
-        default=True, metadata={"help": "bring samples of one class together, too (not only others apart)"}
-    )
-    order: str = field(
-        default="stages",
-        metadata={
-            "help": "stages: one module after the other, as published; together: all",
-            "choices": ORDERS,
-        },
+    pool: int = option(4, "side of the windows in which phi(g) of a map is averaged", range=(1, 8))
+    pull: bool = option(True, "bring samples of one class together, too (not only others apart)")
+    order: str = option(
+        "stages", "stages: one module after the other, as published; together: all", choices=ORDERS
     )
 
     def __post_init__(self) -> None:
@@ -186,16 +173,12 @@ class KernelPull(Method):
     )
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS,)
 
-    objective: str = field(
-        default="cosine", metadata={"help": "how the matrices are compared", "choices": MATRIX_LOSSES}
-    )
-    sigma: float = field(
-        default=0.5,
-        metadata={
-            "help": "width of the kernel, in units of the root mean square distance of two rows (locc's own)",
-            "range": (0.1, 10.0),
-            "scale": "log",
-        },
+    objective: str = option("cosine", "how the matrices are compared", choices=MATRIX_LOSSES)
+    sigma: float = option(
+        0.5,
+        "width of the kernel, in units of the root mean square distance of two rows (locc's own)",
+        range=(0.1, 10.0),
+        scale="log",
     )
 
     def __post_init__(self) -> None:

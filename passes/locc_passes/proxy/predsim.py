@@ -12,6 +12,8 @@ from locc.errors import nearest
 from locc.nn import Factory
 from locc.rewrite import (
     CLASS_IDS,
+    LAYOUT,
+    LOCAL_LOSS,
     NUMBERS,
     POSITIONS,
     RANK,
@@ -21,6 +23,7 @@ from locc.rewrite import (
     OptimizerSpec,
     Pass,
     Recipe,
+    option,
 )
 from locc_passes.proxy.similarity import (
     AttachSignHeads,
@@ -64,79 +67,44 @@ class PredSim(Method):
     target: ClassVar[tuple[str, ...]] = (CLASS_IDS, NUMBERS)
     label: ClassVar[str] = "predsim"
 
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "weight of sim; 1 - beta is that of pred; unless given, 0.99, and 0.01 with bio",
-            "range": (0.0, 1.0),
-        },
+    beta: float | None = option(
+        None,
+        "weight of sim; 1 - beta is that of pred; unless given, 0.99, and 0.01 with bio",
+        range=(0.0, 1.0),
     )
-    output_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "weight of the last module's loss; unless given, 1 - beta, and 1 where beta is 0 or 1. A "
-            "single module always counts in full",
-            "range": (0.001, 1.0),
-            "scale": "log",
-        },
+    output_weight: float | None = option(
+        None,
+        "weight of the last module's loss; unless given, 1 - beta, and 1 where beta is 0 or 1. A "
+        "single module always counts in full",
+        range=(0.001, 1.0),
+        scale="log",
     )
-    dim_in_decoder: int = field(
-        default=4096,
-        metadata={
-            "help": "largest number of features that the classifiers of pred read",
-            "range": (64, 8192),
-            "scale": "log",
-        },
+    dim_in_decoder: int = option(
+        4096, "largest number of features that the classifiers of pred read", range=(64, 8192), scale="log"
     )
-    positions: float | None = field(default=None, metadata=POSITIONS)
-    rank: int | None = field(default=None, metadata=RANK)
-    undropped: bool = field(
-        default=True, metadata={"help": "take h before the dropout that ends a module, as published"}
+    positions: float | None = option(None, **POSITIONS)
+    rank: int | None = option(None, **RANK)
+    undropped: bool = option(True, "take h before the dropout that ends a module, as published")
+    layout: str | None = option(None, **LAYOUT)
+    local_loss: LossLike | None = option(None, **LOCAL_LOSS)
+    zero_output: bool = option(
+        False, "start the weight of the output layer at zero, as the released code does"
     )
-    layout: str | None = field(
-        default=None,
-        metadata={"help": "where the dimensions of boundaries are, if the guess from shapes is wrong"},
+    bio: bool = option(False, "the biologically plausible variant: projected labels, no map z")
+    target_proj_size: int = option(
+        128, "with bio: numbers that a label is projected to", range=(8, 1024), scale="log"
     )
-    local_loss: LossLike | None = field(
-        default=None,
-        metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
+    loss_unsup: str = option(
+        "none",
+        "a local loss without labels: sim (the similarities of the module's input) or recon (the "
+        "input itself; the first module has none)",
+        choices=UNSUPERVISED,
     )
-    zero_output: bool = field(
-        default=False,
-        metadata={"help": "start the weight of the output layer at zero, as the released code does"},
+    alpha: float = option(
+        0.5, "weight of loss_unsup, if there is one; 1 - alpha is then that of sim and pred", range=(0.0, 0.9)
     )
-    bio: bool = field(
-        default=False, metadata={"help": "the biologically plausible variant: projected labels, no map z"}
-    )
-    target_proj_size: int = field(
-        default=128,
-        metadata={
-            "help": "with bio: numbers that a label is projected to",
-            "range": (8, 1024),
-            "scale": "log",
-        },
-    )
-    loss_unsup: str = field(
-        default="none",
-        metadata={
-            "help": "a local loss without labels: sim (the similarities of the module's input) or recon (the "
-            "input itself; the first module has none)",
-            "choices": UNSUPERVISED,
-        },
-    )
-    alpha: float = field(
-        default=0.5,
-        metadata={
-            "help": "weight of loss_unsup, if there is one; 1 - alpha is then that of sim and pred",
-            "range": (0.0, 0.9),
-        },
-    )
-    sim_head: Factory | None = field(
-        default=None, metadata={"help": "factory (boundary spec, output spec) -> module of z(h)"}
-    )
-    pred_head: Factory | None = field(
-        default=None, metadata={"help": "factory (boundary spec, output spec) -> classifier"}
-    )
+    sim_head: Factory | None = option(None, "factory (boundary spec, output spec) -> module of z(h)")
+    pred_head: Factory | None = option(None, "factory (boundary spec, output spec) -> classifier")
 
     def __post_init__(self) -> None:
         if self.beta is not None and not 0 <= self.beta <= 1:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from locc.errors import MethodError
 from locc.rewrite import (
+    LOCAL_LOSS,
     POSITIONS,
     RANK,
     AttachHeads,
@@ -18,6 +19,7 @@ from locc.rewrite import (
     OutputLoss,
     Pass,
     Recipe,
+    option,
 )
 from locc_passes.proxy.terms import Stages
 
@@ -43,23 +45,13 @@ class GreedySeq(Method):
         network="BatchNorm in every module",
     )
 
-    depth: int = field(
-        default=2, metadata={"help": "layers of the auxiliary network before its classifier", "range": (0, 3)}
+    depth: int = option(2, "layers of the auxiliary network before its classifier", range=(0, 3))
+    width: int | None = option(
+        None, "its channels (default: twice the boundary's)", range=(16, 2048), scale="log"
     )
-    width: int | None = field(
-        default=None,
-        metadata={
-            "help": "its channels (default: twice the boundary's)",
-            "range": (16, 2048),
-            "scale": "log",
-        },
-    )
-    positions: float | None = field(default=None, metadata=POSITIONS)
-    rank: int | None = field(default=None, metadata=RANK)
-    local_loss: LossLike | None = field(
-        default=None,
-        metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
-    )
+    positions: float | None = option(None, **POSITIONS)
+    rank: int | None = option(None, **RANK)
+    local_loss: LossLike | None = option(None, **LOCAL_LOSS)
 
     def __post_init__(self) -> None:
         if self.depth < 0:
@@ -89,21 +81,13 @@ class Cascade(Method):
         source="Marquez et al. 2018, released code; batches of 64, a tenth on plateaus",
     )
 
-    dropout: float = field(default=0.5, metadata={"help": "of the temporary heads", "range": (0.0, 0.9)})
-    dim_in_decoder: int = field(
-        default=4096,
-        metadata={
-            "help": "largest number of features that a temporary head reads",
-            "range": (64, 8192),
-            "scale": "log",
-        },
+    dropout: float = option(0.5, "of the temporary heads", range=(0.0, 0.9))
+    dim_in_decoder: int = option(
+        4096, "largest number of features that a temporary head reads", range=(64, 8192), scale="log"
     )
-    positions: float | None = field(default=None, metadata=POSITIONS)
-    rank: int | None = field(default=None, metadata=RANK)
-    local_loss: LossLike | None = field(
-        default=None,
-        metadata={"help": "loss of (head output, target), by name or callable; the user's own unless given"},
-    )
+    positions: float | None = option(None, **POSITIONS)
+    rank: int | None = option(None, **RANK)
+    local_loss: LossLike | None = option(None, **LOCAL_LOSS)
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:

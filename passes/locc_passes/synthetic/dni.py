@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from locc.errors import MethodError, nearest
@@ -17,6 +17,7 @@ from locc.rewrite import (
     Pass,
     Recipe,
     has_norms,
+    option,
     unreached,
 )
 from locc_passes.synthetic.carried import CarriedState
@@ -69,59 +70,42 @@ class DNI(Method):
     )
     labelled: ClassVar[bool] = False
 
-    width: int | None = field(
-        default=None,
-        metadata={
-            "help": "hidden width of a synthesiser (default 1024, or 128 channels for images), "
-            "on which the cost of a step depends most",
-            "range": (32, 2048),
-            "scale": "log",
-        },
+    width: int | None = option(
+        None,
+        "hidden width of a synthesiser (default 1024, or 128 channels for images), "
+        "on which the cost of a step depends most",
+        range=(32, 2048),
+        scale="log",
     )
-    lr_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "multiplies the learning rate of the synthesisers, the recipe's or your optimizer's",
-            "range": (0.1, 100.0),
-            "scale": "log",
-        },
+    lr_scale: float = option(
+        1.0,
+        "multiplies the learning rate of the synthesisers, the recipe's or your optimizer's",
+        range=(0.1, 100.0),
+        scale="log",
     )
-    reduction: str = field(
-        default="mean", metadata={"help": "'mean' or 'sum': how the loss joins the samples of a batch"}
+    reduction: str = option("mean", "'mean' or 'sum': how the loss joins the samples of a batch")
+    trace: float = option(
+        0.0,
+        "lambda: the share of the next module's target, against its prediction, in what comes "
+        "back through it to be predicted; 1 is the true gradient, and the whole backward pass",
+        range=(0.0, 1.0),
     )
-    trace: float = field(
-        default=0.0,
-        metadata={
-            "help": "lambda: the share of the next module's target, against its prediction, in what comes "
-            "back through it to be predicted; 1 is the true gradient, and the whole backward pass",
-            "range": (0.0, 1.0),
-        },
+    inputs: bool = option(False, "in training, modules read what a network predicts from the model's input")
+    carry: tuple[str, ...] = option(
+        (),
+        "inputs that hold a recurrent state: in training they are what the model's last outputs, "
+        "in this order, were in the step before, and a synthesiser predicts the gradient behind a chunk",
     )
-    inputs: bool = field(
-        default=False,
-        metadata={"help": "in training, modules read what a network predicts from the model's input"},
+    carry_scale: float = option(
+        0.1,
+        "multiplies the synthetic gradient at the end of a chunk (0.1: dni-pytorch's example); 0 "
+        "is truncated backpropagation through time",
+        range=(0.0, 1.0),
     )
-    carry: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "inputs that hold a recurrent state: in training they are what the model's last outputs, "
-            "in this order, were in the step before, and a synthesiser predicts the gradient behind a chunk"
-        },
-    )
-    carry_scale: float = field(
-        default=0.1,
-        metadata={
-            "help": "multiplies the synthetic gradient at the end of a chunk (0.1: dni-pytorch's example); 0 "
-            "is truncated backpropagation through time",
-            "range": (0.0, 1.0),
-        },
-    )
-    factory: Factory | None = field(
-        default=None,
-        metadata={
-            "help": "(value's spec, output's spec) -> network of the value; for cdni of (value, labels), "
-            "which are class ids in the shape of the value's rows, or vectors with the classes last"
-        },
+    factory: Factory | None = option(
+        None,
+        "(value's spec, output's spec) -> network of the value; for cdni of (value, labels), "
+        "which are class ids in the shape of the value's rows, or vectors with the classes last",
     )
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from locc.errors import MethodError, nearest
@@ -17,6 +17,7 @@ from locc.rewrite import (
     OptimizerSpec,
     Pass,
     Recipe,
+    option,
     unreached,
 )
 from locc_passes.target.passes import Inverses, OutputTargets, Turns
@@ -60,50 +61,30 @@ class DTPDRL(Method):
         OptimizerSpec("adam", 2.012e-5, {"betas": (0.99, 0.999), "eps": 5.084e-8, "weight_decay": 5.385e-6}),
     )
 
-    eta: float = field(
-        default=0.06859,
-        metadata={
-            "help": "step from the prediction to its target, along the mean loss's gradient",
-            "range": (0.001, 10.0),
-            "scale": "log",
-        },
+    eta: float = option(
+        0.06859,
+        "step from the prediction to its target, along the mean loss's gradient",
+        range=(0.001, 10.0),
+        scale="log",
     )
-    sigma: float = field(
-        default=0.05688,
-        metadata={
-            "help": "standard deviation of the noise that trains the feedback",
-            "range": (0.001, 0.5),
-            "scale": "log",
-        },
+    sigma: float = option(
+        0.05688, "standard deviation of the noise that trains the feedback", range=(0.001, 0.5), scale="log"
     )
-    warmup: int = field(
-        default=6,
-        metadata={"help": "passes that train the feedback alone, before the first epoch", "range": (0, 10)},
+    warmup: int = option(6, "passes that train the feedback alone, before the first epoch", range=(0, 10))
+    extra: int = option(1, "passes that train the feedback alone, at the end of each epoch", range=(0, 3))
+    activation: Activation = option(
+        "auto",
+        "of the feedback: tanh, sigmoid, relu, elu, linear; 'auto': the range of what it gives",
+        choices=("auto", *ACTIVATIONS),
     )
-    extra: int = field(
-        default=1,
-        metadata={
-            "help": "passes that train the feedback alone, at the end of each epoch",
-            "range": (0, 3),
-        },
+    lr_scale: float = option(
+        1.0,
+        "multiplies the learning rate of the feedback, the recipe's or your optimizer's",
+        range=(0.1, 100.0),
+        scale="log",
     )
-    activation: Activation = field(
-        default="auto",
-        metadata={
-            "help": "of the feedback: tanh, sigmoid, relu, elu, linear; 'auto': the range of what it gives",
-            "choices": ("auto", *ACTIVATIONS),
-        },
-    )
-    lr_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "multiplies the learning rate of the feedback, the recipe's or your optimizer's",
-            "range": (0.1, 100.0),
-            "scale": "log",
-        },
-    )
-    factory: Factory | None = field(
-        default=None, metadata={"help": "(value that it reads, value it leads back to) -> feedback network"}
+    factory: Factory | None = option(
+        None, "(value that it reads, value it leads back to) -> feedback network"
     )
 
     def __post_init__(self) -> None:
@@ -141,6 +122,9 @@ class DTPDRL(Method):
         )
 
 
+_OF = DTPDRL.__dataclass_fields__
+
+
 @dataclass(frozen=True)
 class DDTPLinear(DTPDRL):
     """Direct difference target propagation: a linear map leads from the output back to each module.
@@ -158,11 +142,9 @@ class DDTPLinear(DTPDRL):
         "feedback",
         OptimizerSpec("adam", 1.638e-4, {"betas": (0.999, 0.999), "eps": 2.838e-4, "weight_decay": 5.836e-7}),
     )
-    eta: float = field(default=0.06097, metadata=DTPDRL.__dataclass_fields__["eta"].metadata)
-    sigma: float = field(default=0.09075, metadata=DTPDRL.__dataclass_fields__["sigma"].metadata)
-    activation: Activation = field(
-        default="linear", metadata=DTPDRL.__dataclass_fields__["activation"].metadata
-    )
+    eta: float = option(0.06097, **_OF["eta"].metadata)
+    sigma: float = option(0.09075, **_OF["sigma"].metadata)
+    activation: Activation = option("linear", **_OF["activation"].metadata)
 
     def feedback(self) -> Pass:
         """Return the pass that adds the feedback: a map from the prediction to each module."""
@@ -185,15 +167,10 @@ class DDTPRHL(DDTPLinear):
         "feedback",
         OptimizerSpec("adam", 3.024e-4, {"betas": (0.9, 0.999), "eps": 3.403e-6, "weight_decay": 1.621e-3}),
     )
-    eta: float = field(default=0.04352, metadata=DTPDRL.__dataclass_fields__["eta"].metadata)
-    sigma: float = field(default=0.04162, metadata=DTPDRL.__dataclass_fields__["sigma"].metadata)
-    activation: Activation = field(
-        default="auto", metadata=DTPDRL.__dataclass_fields__["activation"].metadata
-    )
-    hidden: int = field(
-        default=1024,
-        metadata={"help": "width of the random layer", "range": (64, 4096), "scale": "log"},
-    )
+    eta: float = option(0.04352, **_OF["eta"].metadata)
+    sigma: float = option(0.04162, **_OF["sigma"].metadata)
+    activation: Activation = option("auto", **_OF["activation"].metadata)
+    hidden: int = option(1024, "width of the random layer", range=(64, 4096), scale="log")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from locc.errors import MethodError, nearest
@@ -20,6 +20,7 @@ from locc.rewrite import (
     Recipe,
     has_norms,
     is_rectified,
+    option,
     unreached,
 )
 from locc_passes.target.passes import ORDERS, Inverses, Reconstruction, Targets, Turns
@@ -58,51 +59,31 @@ class DTP(Method):
     )
     difference: ClassVar[bool] = True
 
-    eta: float = field(
-        default=0.3277,
-        metadata={
-            "help": "step from the last hidden output to its target, along the mean loss's gradient",
-            "range": (0.01, 300.0),
-            "scale": "log",
-        },
+    eta: float = option(
+        0.3277,
+        "step from the last hidden output to its target, along the mean loss's gradient",
+        range=(0.01, 300.0),
+        scale="log",
     )
-    sigma: float = field(
-        default=0.3598,
-        metadata={
-            "help": "standard deviation of the noise that trains the inverses",
-            "range": (0.001, 1.0),
-            "scale": "log",
-        },
+    sigma: float = option(
+        0.3598, "standard deviation of the noise that trains the inverses", range=(0.001, 1.0), scale="log"
     )
-    order: str = field(
-        default="epoch",
-        metadata={
-            "help": "'epoch': inverses and modules train in turns; 'batch': together",
-            "choices": ORDERS,
-        },
+    order: str = option(
+        "epoch", "'epoch': inverses and modules train in turns; 'batch': together", choices=ORDERS
     )
-    activation: Activation = field(
-        default="auto",
-        metadata={
-            "help": "of the inverses: tanh, sigmoid, relu, elu, linear; 'auto': the range of what they give",
-            "choices": ("auto", *ACTIVATIONS),
-        },
+    activation: Activation = option(
+        "auto",
+        "of the inverses: tanh, sigmoid, relu, elu, linear; 'auto': the range of what they give",
+        choices=("auto", *ACTIVATIONS),
     )
-    init: str = field(
-        default="orthogonal",
-        metadata={"help": "of the inverses: 'orthogonal' or 'pytorch'", "choices": INITS},
+    init: str = option("orthogonal", "of the inverses: 'orthogonal' or 'pytorch'", choices=INITS)
+    lr_scale: float = option(
+        1.0,
+        "multiplies the learning rate of the inverses, the recipe's or your optimizer's",
+        range=(0.1, 10.0),
+        scale="log",
     )
-    lr_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "multiplies the learning rate of the inverses, the recipe's or your optimizer's",
-            "range": (0.1, 10.0),
-            "scale": "log",
-        },
-    )
-    factory: Factory | None = field(
-        default=None, metadata={"help": "(module's output, value it reads) -> inverse network"}
-    )
+    factory: Factory | None = option(None, "(module's output, value it reads) -> inverse network")
 
     def __post_init__(self) -> None:
         if not self.eta > 0:
@@ -163,11 +144,9 @@ class TP(DTP):
     published: ClassVar[Recipe | None] = None
     difference: ClassVar[bool] = False
 
-    eta: float = field(
-        default=1000.0,
-        metadata={
-            "help": "step from the last hidden output to its target, along the mean loss's gradient",
-            "range": (1.0, 1e8),
-            "scale": "log",
-        },
+    eta: float = option(
+        1000.0,
+        "step from the last hidden output to its target, along the mean loss's gradient",
+        range=(1.0, 1e8),
+        scale="log",
     )
