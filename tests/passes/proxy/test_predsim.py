@@ -453,21 +453,3 @@ def test_factories_replace_the_heads() -> None:
     )  # fmt: skip
     assert asked == ["sim f32[B,8] f32[B,3]", "pred f32[B,8] f32[B,3]"]
     program.step(*batch())
-
-
-def test_the_shortcut_learns_from_the_block_that_it_joins() -> None:
-    """A projection shortcut inside a block belongs to that block; nothing of it crosses to another one."""
-
-    class Joined(nn.Module):
-        def __init__(self, n: int) -> None:
-            super().__init__()
-            self.conv, self.short = nn.Conv2d(n, 5, 3, padding=1), nn.Conv2d(n, 5, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.relu(self.conv(x) + self.short(x))
-
-    model = nn.Sequential(Joined(1), Joined(5), nn.Sequential(nn.Flatten(), nn.Linear(320, 3)))
-    program = locc.compile(model, "predsim", ["0", "1"], example_inputs=torch.randn(4, 1, 8, 8))
-    for k in "01":
-        owned = {n for n in program.ir.parameters(k) if n.startswith("model")}
-        assert owned == {f"model.{k}.{layer}.{w}" for layer in ("conv", "short") for w in ("weight", "bias")}
