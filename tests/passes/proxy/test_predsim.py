@@ -280,14 +280,6 @@ def test_k1_is_not_weighted_and_other_weights_are_an_option() -> None:
         torch.testing.assert_close(report.objectives["output.loss"], factor * report.loss)
 
 
-def test_the_classifier_starts_at_zero_and_the_similarity_map_has_no_bias() -> None:
-    program = locc.compile(published(0.1), "predsim", ["0"], example_inputs=torch.randn(4, 1, 8, 8))
-    sim, pred = program.root.aux.values()
-    assert not pred.linear.weight.any()
-    assert [n for n, _ in sim.named_parameters()] == ["map.weight"]
-    assert sim.map.weight.shape == (5, 5, 3, 3)
-
-
 @pytest.mark.parametrize(
     "options",
     [
