@@ -8,7 +8,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,25 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from locc import files, registry
-from locc.budget import Load, MemoryBudget, fewest
-from locc.capture import Dynamic, capture, marker_ancestors
-from locc.errors import CaptureError, LoccError, LoccWarning, MethodError, RunError, SplitError
+from locc.capture import Dynamic
+from locc.errors import LoccError, LoccWarning, MethodError
 from locc.filling import filled
-from locc.fitting import loads
-from locc.ir import Inputs, Root, TrainingGraph
-from locc.ir.captured import Captured
-from locc.losses import MODEL, Loss, own_loss
+from locc.ir import Inputs, Root
+from locc.losses import MODEL, Loss
 from locc.lower import stages
-from locc.partition import Cut, TiedPolicy, opened_by, partition, places, resolve
+from locc.partition import TiedPolicy
 from locc.program import Program
 from locc.proof import prove
-from locc.proof.experiment.batch import accepts, made_up, small_batch
 from locc.quiet import attempting
 from locc.recipes import Recipe
-from locc.rewrite import Method, apply, configure, options
-from locc.rewrite.local_loss import check_heads
-from locc.rewrite.passes import refuse_early
-from locc.rewrite.targets import examples, misfit, wanted
+from locc.request import Request, Splits, on_device, refuse_lazy, rewrite
+from locc.rewrite import Method, configure, options
+from locc.rewrite.targets import misfit
 from locc.runtime import Built, Compiled, Executor, Settings, waves, within
 from locc.runtime import replicas as replication
 from locc.runtime.compiled import Codes
@@ -45,36 +39,12 @@ from locc.runtime.offload import Offload, OnDisk
 from locc.runtime.recompute import computed_again
 from locc.runtime.replay import Replay
 from locc.runtime.visits import InHostMemory, device_for
-from locc.snapshot import preserved, undone_on_failure
-from locc.tasks import tasks_of
-
-FEW = 3
-"""Samples on which a model is captured: it runs on them, and on one less."""
+from locc.snapshot import undone_on_failure
 
 _HOME = os.path.dirname(__file__) + os.sep
 
-Splits = int | str | Sequence[str] | MemoryBudget
-
 _log = logging.getLogger("locc")
 _told: WeakValueDictionary[tuple[int, str], nn.Module] = WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything `compile` was asked for, checked as far as possible without example inputs."""
-
-    root: Root
-    method: Method
-    name: str
-    splits: Splits
-    loss: Loss
-    tied: str
-    settings: Settings
-    verify: bool
-    dynamic: Dynamic = None
-    prediction: str | int | None = None
-    cache: bool = False
-    weights: str | Path | None = None
 
 
 def compile(
@@ -253,7 +223,7 @@ def compile(
         raise LoccError(f"model must be a torch.nn.Module; found {type(model).__name__}")
     if isinstance(model, Compiled):
         raise LoccError("this is a program already; pass program.model to compile its model anew")
-    _refuse_lazy(model)
+    refuse_lazy(model)
     chosen, name = _method(method, method_options)
     order = schedule or chosen.schedule
     settings = Settings(
@@ -326,7 +296,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     ):
         device = device_for(program.device) if request.settings.visits else program.device
         recorder = recorder_for(device) if request.settings.backend == "cudagraphs" else None
-        inputs = _on_device(inputs, program.device)
+        inputs = on_device(inputs, program.device)
         torch.manual_seed(seed)
         ir = rewrite(request, inputs, TiedPolicy(request.tied, request.method.ties))
         program.root.aux.to(program.device)
@@ -361,7 +331,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
             offload = OnDisk(place, ir, learners)
         elif request.settings.visits:
             offload = InHostMemory(ir, learners, device)
-            ir.captured.example = _on_device(inputs, torch.device("cpu"))
+            ir.captured.example = on_device(inputs, torch.device("cpu"))
     with torch.no_grad():
         for parameter, value in ir.initial:
             parameter.copy_(value)
@@ -416,149 +386,6 @@ def _tell(name: str, training: str, advice: Sequence[str]) -> None:
         warnings.warn(f"method '{name}' may train badly: {text}", LoccWarning, stacklevel=level)
 
 
-def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
-    """Capture and cut the model, and apply the method."""
-    ir = cut(request, inputs, policy)
-    apply(request.method, request.name, ir)
-    check_target(request, ir, inputs)
-    check_local_losses(ir, inputs)
-    return ir
-
-
-def check_target(request: Request, ir: TrainingGraph, inputs: Inputs) -> None:
-    """Refuse a loss that takes no target of a kind that the method can read, as far as it can be tried.
-
-    Raises:
-        MethodError: it takes others only.
-    """
-    kinds, output = request.method.target, ir.prediction.meta["spec"]
-    if not kinds:
-        return
-    found = small_batch(ir, inputs)
-    tried = (t.to(found.tensors[0].device) for t in examples(kinds, output, found.size))
-    nested = len(ir.tasks) > 1 or ir.tasks[0].own(found.target) is not found.target
-    if found.stand_in or nested or any(accepts(ir, found.size, target) for target in tried):
-        return
-    raise MethodError(
-        f"method '{request.name}' is undefined on this model: for the output {output} it needs "
-        f"{wanted(kinds, output)} as target, and loss '{request.loss.__name__}' does not take that, but "
-        f"{found.text}"
-    )
-
-
-def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
-    """Refuse a loss of which nothing reads the prediction alone, where a method's heads give nothing else.
-
-    Raises:
-        MethodError: there is no such part.
-    """
-    if ir.nodes(role="head_loss"):
-        found = small_batch(ir, inputs)
-        if not found.stand_in:
-            check_heads(ir, lambda node: made_up(ir, node, found.size), found.target)
-
-
-def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
-    """Capture the model and cut it into modules, as the method finds it."""
-    refuse_early(request.method, request.name, request.root.model)
-    if isinstance(request.splits, MemoryBudget):
-        request = replace(request, splits=fitting(request, request.splits, inputs))
-    captured, cuts = captured_with(request, inputs)
-    return parted(request, captured, cuts, inputs, policy)
-
-
-def captured_with(request: Request, inputs: Inputs) -> tuple[Captured, list[Cut]]:
-    """Capture the model, on a few samples if that will do, and resolve the splits."""
-    few = inputs.head(FEW)
-    try:
-        captured, cuts = captured_on(request, few, inputs)
-        captured.signature.bind(inputs)
-    except (CaptureError, RunError):  # it takes no other batch, or treats a large one otherwise
-        if few is inputs:
-            raise
-        captured, cuts = captured_on(request, inputs, inputs)
-    captured.example = inputs
-    return captured, cuts
-
-
-def parted(
-    request: Request, captured: Captured, cuts: Sequence[Cut], inputs: Inputs, policy: TiedPolicy
-) -> TrainingGraph:
-    """Cut a captured model into modules."""
-    ir = partition(captured, cuts, request.loss, policy)
-    if request.loss.name == MODEL:
-        own_loss(ir.output_structure())
-    ir.tasks = tasks_of(ir, request.loss, request.prediction, inputs)
-    (main, *_), tokens = ir.tasks, _gives_tokens(ir)
-    ir.prediction = main.value
-    reads = tuple(task.name for task in ir.tasks if task.path)
-    path = main.path if request.prediction is not None else ()
-    ir.loss_function = request.loss.on(main.spec, tokens, reads, path)
-    return ir
-
-
-def fitting(request: Request, wanted: MemoryBudget, inputs: Inputs) -> list[str]:
-    """Return the fewest splits that keep to a budget of memory.
-
-    The model is captured once, open at all places where a cut may fall. Each cut is rewritten by the method
-    and run on shapes; the model is then as before.
-
-    Raises:
-        LoccError: no cut keeps to it, nothing can be cut, or a step does not run on shapes alone.
-    """
-    schedule, name = request.settings.schedule, str(wanted)
-    if schedule not in ("lockstep", "sequential"):
-        raise SplitError(
-            f"{name} counts what is alive while one batch goes through, and schedule='{schedule}' keeps "
-            "several between its modules; use schedule='lockstep' or 'sequential', or name the splits"
-        )
-    blocks = places(request.root.model, inputs, name)
-    each = [block.path for block in blocks[:-1]]
-    with torch.random.fork_rng():
-        captured, found = captured_with(replace(request, splits=each), inputs)
-        by_path = {cut.name: cut for cut in found}
-
-        def weigh(ends: Sequence[int]) -> list[Load]:
-            with preserved(request.root, values=False), attempting():
-                cuts = [by_path[each[i]] for i in ends]
-                policy = TiedPolicy(request.tied, request.method.ties)
-                ir = parted(request, replace(captured, notes=[]), cuts, inputs, policy)
-                apply(request.method, request.name, ir)
-                return loads(ir, request.name, request.settings, inputs, wanted)
-
-        return fewest(wanted, blocks, weigh)
-
-
-def captured_on(request: Request, samples: Inputs, inputs: Inputs) -> tuple[Captured, list[Cut]]:
-    """Capture on some samples of the inputs, and resolve the splits.
-
-    Capturing runs the model end to end and several times, which takes time and may not fit in memory: a
-    few samples will do for most models.
-    """
-    root = request.root
-    assert not isinstance(request.splits, MemoryBudget)
-    marked, markers = marker_ancestors(root, samples)
-    cuts = resolve(root, request.splits, markers, inputs)
-    named = [cut.name for cut in cuts if not cut.marker]
-    layers = [f"model.{name}" for name in request.method.opened(root.model, named)]
-    opened = marked | opened_by([*(cut.path for cut in cuts if not cut.marker), *layers])
-    return capture(root, samples, opened, request.dynamic, request.cache), cuts
-
-
-def _gives_tokens(ir: TrainingGraph) -> bool:
-    """Whether the output is one of Hugging Face's, whose `logits` are [B, T, V] where they have a T."""
-    structure = ir.output_structure()
-    return isinstance(structure, Mapping) and hasattr(structure, "logits")
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if nn.parameter.is_lazy(tensor):
-            raise CaptureError(
-                f"'{path}' has no shape yet (a lazy module); run the model once on a batch, then compile it"
-            )
-
-
 def _method(method: str | Method, given: dict[str, Any]) -> tuple[Method, str]:
     if isinstance(method, Method):
         if given:
@@ -578,11 +405,3 @@ def _method(method: str | Method, given: dict[str, Any]) -> tuple[Method, str]:
                 f"compile has no argument '{option}', nor has method '{method}'; nearest: '{close[0]}'"
             )
     return configure(method, chosen, given), method
-
-
-def _on_device(inputs: Inputs, device: torch.device) -> Inputs:
-    def move(item: Any) -> Any:
-        return item.to(device) if isinstance(item, Tensor) else item
-
-    args, kwargs = torch.utils._pytree.tree_map(move, (inputs.args, inputs.kwargs))
-    return Inputs(args, kwargs)

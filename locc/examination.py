@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from locc.capture import Dynamic
-from locc.compiler import Request, Splits, _method, _on_device, check_target, cut
+from locc.compiler import _method
 from locc.errors import LoccError
 from locc.filling import filled
 from locc.ir import Coupling, Inputs, Root, TensorSpec, TrainingGraph
@@ -20,6 +20,7 @@ from locc.losses import Loss
 from locc.lower import lower
 from locc.partition import TiedPolicy
 from locc.quiet import attempting
+from locc.request import Request, Splits, check_target, cut, on_device
 from locc.rewrite import Method, apply
 from locc.runtime import Settings
 from locc.snapshot import preserved
@@ -190,7 +191,7 @@ def examine(
             preserved(model, values=False),
             filled(model, None, None, torch.initial_seed()),
         ):
-            inputs = _on_device(Inputs.of(model, example_inputs), _device(model))
+            inputs = on_device(Inputs.of(model, example_inputs), _device(model))
             stage = "partition"
             ir = cut(request, inputs, policy)
             _describe_partition(result, ir)

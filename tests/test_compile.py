@@ -1,20 +1,14 @@
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_map
 
 import locc
 from locc import LoccError, MethodError
-from locc.ir import Inputs
-from locc.testing import FAMILIES, cases, models
 from support import batch, compiled, mlp, same, sgd, snapshot
 
 X, Y = batch()
@@ -228,67 +222,6 @@ def test_a_configured_method():
     assert program.method == "dgl"
     with pytest.raises(MethodError, match="there is no method 'nope'"):
         locc.method("nope")
-
-
-# ---- a failed call leaves the model as it was --------------------------------------------------
-
-
-# ---- a model nobody here wrote -----------------------------------------------------------------
-
-
-def test_a_transformer_of_pytorchs_own():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoder(layer, 3), nn.Linear(8, 3)).double()
-    eager = copy.deepcopy(model)
-    x, y = torch.randn(2, 5, 4, dtype=torch.float64), torch.randint(3, (2, 5))
-    program = locc.compile(model, "bp", ["0", "1"], example_inputs=x, optimizer=sgd())
-    optimizer = sgd()(eager.parameters())
-    for _ in range(2):
-        report = program.step(x, y)
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(eager(x).flatten(0, 1), y.flatten())
-        loss.backward()
-        optimizer.step()
-        assert float(report.loss) == pytest.approx(loss.item(), abs=1e-12)
-    assert gap(model, eager) < 1e-12
-
-
-# ---- properties --------------------------------------------------------------------------------
-
-
-def gap(one: nn.Module, other: nn.Module) -> float:
-    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return max(float((p - q).abs().max()) for p, q in pairs)
-
-
-deterministic = models([f for f in FAMILIES if f != "tied"]).filter(
-    lambda m: "dropout" not in m.blocks and not m.shared
-)
-
-
-def in_double(value: Any) -> Any:
-    return tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, value)
-
-
-@settings(max_examples=15)
-@given(cases(deterministic, "bp", ["lockstep"]), st.sampled_from([1, 2]))
-def test_backpropagation_in_pieces_is_backpropagation(case, accumulate):
-    model, eager = (case.model.build().double() for _ in range(2))
-    x, y = in_double(case.batch())
-    splits = case.splits if isinstance(case.splits, int) else case.splits[::-1]  # any order will do
-    options = {"loss": case.model.criterion, "optimizer": sgd(), "accumulate": accumulate}
-    program = compiled(model, "bp", splits, example_inputs=x, **options)
-    inputs = Inputs.of(eager, x)
-    optimizer = sgd()(p for p in eager.parameters() if p.requires_grad)
-    for _ in range(2):
-        optimizer.zero_grad()
-        for _ in range(accumulate):
-            report = program.step(x, y)
-            loss = program.loss_function(eager(*inputs.args, **inputs.kwargs), y)
-            (loss / accumulate).backward()
-        optimizer.step()
-        assert abs(report.loss.item() - loss.item()) < 1e-12
-    assert gap(model, eager) < 1e-12
 
 
 def test_the_modularity_of_a_method_is_read_off_its_graph():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import locc
-from locc import compiler
+from locc import compiler, request
 from locc.snapshot import same_bits
 
 
@@ -220,7 +220,8 @@ def failing_at_call(number: int) -> Iterator[None]:
 @contextmanager
 def failing_stage(stage: str, after: bool) -> Iterator[None]:
     """Raise before a stage of compiling, or after it."""
-    real = getattr(compiler, stage)
+    module = compiler if hasattr(compiler, stage) else request
+    real = getattr(module, stage)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         if after:
@@ -228,7 +229,7 @@ def failing_stage(stage: str, after: bool) -> Iterator[None]:
         raise Injected
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, stage, failing)
+        patch.setattr(module, stage, failing)
         yield
 
 

@@ -16,7 +16,7 @@ _OWN = (
 )
 
 
-_COMPILER = _OWN[0] + "compiler.py"
+_COMPILER = tuple(_OWN[0] + name for name in ("compiler.py", "request.py"))
 
 
 def user_frame() -> FrameType | None:
@@ -27,7 +27,7 @@ def user_frame() -> FrameType | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name == _COMPILER:
+        if name in _COMPILER:
             return None
         if not name.startswith(_OWN) and not name.startswith("<"):
             return frame

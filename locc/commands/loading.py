@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from locc import registry
 from locc.budget import MemoryBudget, fit
 from locc.commands.flags import MisuseError
-from locc.compiler import Splits, compile
+from locc.compiler import compile
 from locc.errors import nearest
 from locc.losses import MODEL
 from locc.recipes import OPTIMIZERS, OptimizerSpec, Recipe
+from locc.request import Splits
 from locc.runtime.evaluation import batch_of
 
 DTYPES = {

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._pytree import tree_leaves
 
 
 def memory_of(tensor: Tensor) -> int:
     """Return what is equal for tensors that lie in the same storage."""
-    return int(tensor.untyped_storage()._cdata)
+    return memory_of_storage(tensor.untyped_storage())
+
+
+def memory_of_storage(storage: UntypedStorage) -> int:
+    """Return what `memory_of` does for a tensor that lies in a storage."""
+    return int(storage._cdata)
 
 
 def memories(value: Any) -> set[int]:

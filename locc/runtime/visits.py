@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from locc.errors import LoccError
 from locc.ir import TrainingGraph
 from locc.ir.captured import strip
-from locc.ir.memory import memories, memory_of
+from locc.ir.memory import memories, memory_of, memory_of_storage
 from locc.runtime.learner import Learner
 from locc.runtime.offload import Offload
 
@@ -269,11 +269,6 @@ class InHostMemory(Offload):
             _bytes(home).copy_(_bytes(storage))
             for tensor in held:
                 _lay(tensor, home)
-
-
-def memory_of_storage(storage: torch.UntypedStorage) -> int:
-    """Return what `memory_of` does for a tensor that lies in a storage."""
-    return int(storage._cdata)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -18,8 +18,8 @@ from locc.errors import LoccError
 if TYPE_CHECKING:  # pytest imports this at every start: PyTorch only where the plugin is used
     from torch import nn
 
-    from locc.compiler import Splits
     from locc.program import Program
+    from locc.request import Splits
     from locc.rewrite import Method
     from locc.runtime import Compiled
 

@@ -361,12 +361,6 @@ def test_weights_in_a_file_of_their_own(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_incomplete_program_is_refused(tmp_path: Path) -> None:
-    program = locc.compile(small(), "bp", ["2"])
-    with pytest.raises(locc.LoccError, match="not complete yet"):
-        program.export_onnx(tmp_path / "m.onnx")
-
-
 def test_batches_that_are_made_larger_hold_different_samples() -> None:
     program = compiled(x=torch.randn(2, 6))
     (x,) = resized(program.ir, [torch.randn(2, 6)], Point(7))

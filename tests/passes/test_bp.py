@@ -181,7 +181,7 @@ def test_bp_equals_backward_through_changes_in_place(splits: tuple[str, ...]) ->
     compare(case, model, copy.deepcopy(model), compiled(case, model, splits, x), x, y)
 
 
-ALONE = ("cdni", "ddtp-linear", "ddtp-rhl", "dfa", "dni", "dtp", "dtp-drl", "tp")
+ALONE = ("altmin", "cdni", "ddtp-linear", "ddtp-rhl", "dfa", "dni", "dtp", "dtp-drl", "tp")
 
 
 @pytest.mark.parametrize("method", ALONE)

@@ -158,9 +158,6 @@ def test_evaluation_is_the_mean_over_samples_in_eval_mode():
     assert str(found).startswith("loss ")
 
 
-# ---- interrupted -------------------------------------------------------------------------------
-
-
 # ---- learning rates ----------------------------------------------------------------------------
 
 

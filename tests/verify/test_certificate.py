@@ -159,9 +159,6 @@ def test_target_propagation_sends_targets_down() -> None:
     assert certificate.owner("0").backward_waits_for == ("3",)
 
 
-# ---- the verdict follows the graph ------------------------------------------------------------
-
-
 # ---- couplings and warnings -------------------------------------------------------------------
 
 

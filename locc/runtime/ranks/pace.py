@@ -12,8 +12,9 @@ import time
 import torch
 import torch.distributed as dist
 
+from locc.runtime.ranks.group import FOREVER, GRACE
 from locc.runtime.ranks.links import Links
-from locc.runtime.ranks.ranks import FOREVER, GRACE, Ranks
+from locc.runtime.ranks.ranks import Ranks
 from locc.runtime.replay import Batch, Workers
 
 POLL = 2e-3

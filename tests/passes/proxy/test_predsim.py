@@ -280,14 +280,6 @@ def test_k1_is_not_weighted_and_other_weights_are_an_option() -> None:
         torch.testing.assert_close(report.objectives["output.loss"], factor * report.loss)
 
 
-def test_the_classifier_starts_at_zero_and_the_similarity_map_has_no_bias() -> None:
-    program = locc.compile(published(0.1), "predsim", ["0"], example_inputs=torch.randn(4, 1, 8, 8))
-    sim, pred = program.root.aux.values()
-    assert not pred.linear.weight.any()
-    assert [n for n, _ in sim.named_parameters()] == ["map.weight"]
-    assert sim.map.weight.shape == (5, 5, 3, 3)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -468,21 +460,3 @@ def test_factories_replace_the_heads() -> None:
     )  # fmt: skip
     assert asked == ["sim f32[B,8] f32[B,3]", "pred f32[B,8] f32[B,3]"]
     program.step(*batch())
-
-
-def test_the_shortcut_learns_from_the_block_that_it_joins() -> None:
-    """A projection shortcut inside a block belongs to that block; nothing of it crosses to another one."""
-
-    class Joined(nn.Module):
-        def __init__(self, n: int) -> None:
-            super().__init__()
-            self.conv, self.short = nn.Conv2d(n, 5, 3, padding=1), nn.Conv2d(n, 5, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.relu(self.conv(x) + self.short(x))
-
-    model = nn.Sequential(Joined(1), Joined(5), nn.Sequential(nn.Flatten(), nn.Linear(320, 3)))
-    program = locc.compile(model, "predsim", ["0", "1"], example_inputs=torch.randn(4, 1, 8, 8))
-    for k in "01":
-        owned = {n for n in program.ir.parameters(k) if n.startswith("model")}
-        assert owned == {f"model.{k}.{layer}.{w}" for layer in ("conv", "short") for w in ("weight", "bias")}
