@@ -83,6 +83,41 @@ class Lent(Tied):
         return self.head(torch.tanh(self.mid(x)) + row)
 
 
+class Skip(nn.Module):
+    """A value of `a` skips `b`."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(inputs, width), nn.Linear(width, 4), nn.Linear(4, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.out(torch.tanh(self.b(torch.tanh(h)))) + h
+
+
+class Pair(nn.Module):
+    """Two values cross the cut behind `cell`."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.cell, self.out = nn.LSTMCell(inputs, 5), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, c = self.cell(x)
+        return self.out(torch.cat([torch.tanh(h), c], 1))
+
+
+class Ids(nn.Module):
+    """What crosses the cut are whole numbers."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.a, self.e, self.out = nn.Linear(inputs, 4), nn.Embedding(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.e(locc.split(self.a(x).argmax(1), "ids")))
+
+
 def mlp(dropout: float = 0.0) -> nn.Sequential:
     """Three linear layers, with names."""
     model = nn.Sequential()

@@ -5,9 +5,8 @@ Nothing here runs a step: what the checks of `locc.proof` saw is added by them.
 """
 
 from locc.facts.certificate import Certificate, graph_hash
-from locc.facts.derive import Derivation, derive
+from locc.facts.derive import derive
 from locc.facts.locking import NOT, STRICT, WEAK, Locking
-from locc.facts.names import Names
 from locc.facts.records import CheckRun, Memory, ObjectiveFacts, OwnerFacts, TableRow
 from locc.facts.traffic import Flow
 
@@ -17,11 +16,9 @@ __all__ = [
     "WEAK",
     "Certificate",
     "CheckRun",
-    "Derivation",
     "Flow",
     "Locking",
     "Memory",
-    "Names",
     "ObjectiveFacts",
     "OwnerFacts",
     "TableRow",

@@ -15,7 +15,7 @@ from locc.lower.instructions import (
     unknown,
 )
 from locc.lower.plan import every_plan, lower
-from locc.lower.programs import ModuleProgram, Received, Sent, module_programs, program_of
+from locc.lower.programs import ModuleProgram, module_programs, program_of
 from locc.lower.project import gathered, project
 from locc.lower.resting import Resting, at_rest, runs_frozen
 from locc.lower.stages import stages
@@ -29,11 +29,9 @@ __all__ = [
     "ModuleProgram",
     "Plan",
     "Receive",
-    "Received",
     "Resting",
     "Segment",
     "Send",
-    "Sent",
     "Update",
     "at_rest",
     "every_plan",

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import locc
+from locc import Program
 from locc.proof.findings import SENTINEL, WALK
+from locc.rewrite import Method
 
 Act = Callable[[Any, Tensor], Tensor]
 
@@ -64,6 +67,17 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.c(self.b(self.a(x))))
+
+
+def chain(act: Act | None = None, first: nn.Module | None = None, **options: Any) -> Chain:
+    """A chain with the same weights each time."""
+    torch.manual_seed(0)
+    return Chain(act or plain, first=first, **options)
+
+
+def compiled(model: Chain, method: str | Method = "dgl", **options: Any) -> Program:
+    x = torch.randn(4, model.head.in_features, generator=torch.Generator().manual_seed(1))
+    return locc.compile(model, method, ["a", "b", "c"], example_inputs=x, **options)
 
 
 def plain(m: Any, x: Tensor) -> Tensor:

@@ -16,21 +16,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import locc
 
 from .adversaries import ACTS, FORWARD, REACHES, WRITES, new_data, new_storage, numpy_view, replaces_parameter
-from .leaks import Act, Chain, Leaf, data_alias_parameter, foreign_weight, plain
+from .leaks import Act, Chain, Leaf, chain, compiled, data_alias_parameter, foreign_weight, plain
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MOVES = "the optimizer step of 'b' changes parameter 'a.linear.weight', which module 'a' owns"
 Build = Callable[[], locc.Program]
-
-
-def _chain(act: Act = plain, first: nn.Module | None = None, width: int = 4) -> Chain:
-    torch.manual_seed(0)
-    return Chain(act, first=first, width=width)
-
-
-def _compile(model: Chain, method: str = "dgl", **options: Any) -> locc.Program:
-    x = torch.randn(4, model.head.in_features, generator=torch.Generator().manual_seed(1))
-    return locc.compile(model, method, ["a", "b", "c"], example_inputs=x, **options)
 
 
 def _refused(text: str, build: Build) -> None:
@@ -41,9 +31,9 @@ def _refused(text: str, build: Build) -> None:
 
 @pytest.mark.parametrize("act", ACTS)
 def test_an_act_is_refused_by_name_and_leaves_the_model_alone(act: Act) -> None:
-    model = _chain(act)
+    model = chain(act)
     before = {k: (v, v.clone()) for k, v in model.state_dict(keep_vars=True).items()}
-    _refused(ACTS[act], lambda: _compile(model))
+    _refused(ACTS[act], lambda: compiled(model))
     after = model.state_dict(keep_vars=True)
     assert all(after[k] is v and torch.equal(v, saved) for k, (v, saved) in before.items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -61,8 +51,8 @@ LARGE: dict[Act, str] = {
 
 @pytest.mark.parametrize("act", LARGE)
 def test_large_tensors_are_watched_as_well(act: Act) -> None:
-    model = _chain(act, width=160)
-    _refused(FORWARD.format(f"{LARGE[act]} 'a.linear.weight'"), lambda: _compile(model))
+    model = chain(act, width=160)
+    _refused(FORWARD.format(f"{LARGE[act]} 'a.linear.weight'"), lambda: compiled(model))
 
 
 # ---- what needs more than an act ----------------------------------------------------------------
@@ -75,16 +65,16 @@ def in_a_list(write: bool) -> Build:
             return plain(m, x)
         return plain(m, x) + x @ m.held[0]
 
-    model = _chain(act)
+    model = chain(act)
     model.b.held = [model.a.linear.weight]
-    return lambda: _compile(model)
+    return lambda: compiled(model)
 
 
 def live_view_from_the_start() -> locc.Program:
-    model = _chain()
+    model = chain()
     del model.b.linear._parameters["weight"]
     model.b.linear.weight = model.a.linear.weight.t()
-    return _compile(model)
+    return compiled(model)
 
 
 class _Borrowing(nn.Module):
@@ -97,36 +87,36 @@ class _Borrowing(nn.Module):
 
 
 def parametrization() -> locc.Program:
-    model = _chain()
+    model = chain()
     parametrize.register_parametrization(model.b.linear, "weight", _Borrowing(model.a))
-    return _compile(model)
+    return compiled(model)
 
 
 def forward_hook() -> locc.Program:
-    model = _chain()
+    model = chain()
     model.b.register_forward_hook(lambda module, args, h: h + model.a.linear.weight.mean())
-    return _compile(model)
+    return compiled(model)
 
 
 def global_forward_hook() -> locc.Program:
-    model = _chain()
+    model = chain()
 
     def hook(module: nn.Module, args: Any, h: Tensor) -> Tensor | None:
         return h + model.a.last if module is model.b else None
 
     with _Removed(hooks.register_module_forward_hook(hook)):
-        return _compile(model)
+        return compiled(model)
 
 
 def global_backward_hook() -> locc.Program:
-    model = _chain()
+    model = chain()
 
     def hook(module: nn.Module, *_: Any) -> None:
         if module is model.b:
             model.a.linear.weight.grad = torch.ones(4, 4)
 
     with _Removed(hooks.register_module_full_backward_hook(hook)):
-        return _compile(model)
+        return compiled(model)
 
 
 class _Removed(AbstractContextManager[None]):
@@ -176,13 +166,13 @@ def _spoils_inner(m: Any, x: Tensor) -> Tensor:
 
 
 def regularised_loss() -> locc.Program:
-    model = _chain()
+    model = chain()
     cross_entropy = nn.functional.cross_entropy
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(output, target) + 1e-3 * sum(p.pow(2).sum() for p in model.parameters())
 
-    return _compile(model, loss=loss)
+    return compiled(model, loss=loss)
 
 
 def loss_that_changes_a_target() -> locc.Program:
@@ -194,13 +184,13 @@ def loss_that_changes_a_target() -> locc.Program:
             ).sum()
         return nn.functional.cross_entropy(output, target)
 
-    program = _compile(_chain(), loss=loss)
+    program = compiled(chain(), loss=loss)
     locc.verify(program, torch.randn(4, 4), {"y": torch.zeros(4).long(), "weight": torch.ones(4)})
     return program
 
 
 def optimizer_hook() -> locc.Program:
-    model = _chain()
+    model = chain()
 
     def make(params: Any) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(params, lr=0.1)
@@ -210,13 +200,13 @@ def optimizer_hook() -> locc.Program:
         return optimizer
 
     calls: list[Any] = []
-    return _compile(model, optimizer=make)
+    return compiled(model, optimizer=make)
 
 
 def global_optimizer_hook() -> locc.Program:
-    model = _chain()
+    model = chain()
     with _Removed(register_optimizer_step_post_hook(_decay(model))):
-        return _compile(model)
+        return compiled(model)
 
 
 def _decay(model: Chain) -> Callable[..., None]:
@@ -245,7 +235,7 @@ def meddling(meddle: Callable[[torch.optim.Optimizer], None]) -> Build:
         kind.every.append(kind(params))
         return kind.every[-1]
 
-    return lambda: _compile(_chain(), optimizer=make)
+    return lambda: compiled(chain(), optimizer=make)
 
 
 def _halve(optimizer: torch.optim.Optimizer) -> None:
@@ -259,9 +249,9 @@ def _forget(optimizer: torch.optim.Optimizer) -> None:
 
 
 def alias_in_buffer() -> locc.Program:
-    model = _chain(lambda m, x: plain(m, x) + x @ m.alias)
+    model = chain(lambda m, x: plain(m, x) + x @ m.alias)
     model.b.register_buffer("alias", model.a.linear.weight.data)
-    return _compile(model)
+    return compiled(model)
 
 
 OUTSIDE = "the settings or state of the optimizer of '{}' change outside its own step"
@@ -276,17 +266,17 @@ BUILDS: dict[str, tuple[Build, str]] = {
     "a forward hook": (forward_hook, REACHES),
     "a global forward hook": (global_forward_hook, REACHES),
     "a global backward hook": (global_backward_hook, WRITES),
-    "a tensor that does not detach": (lambda: _compile(_chain(first=_ReturnsSticky())), REACHES),
+    "a tensor that does not detach": (lambda: compiled(chain(first=_ReturnsSticky())), REACHES),
     "a buffer that its module replaces": (
-        lambda: _compile(_chain(_adds_to_buffer, _Reassigning())),
+        lambda: compiled(chain(_adds_to_buffer, _Reassigning())),
         FORWARD.format("changes buffer 'a.shared'"),
     ),
     "what a later backward pass needs": (
-        lambda: _compile(_chain(_spoils_inner, _Inner()), "bp"),
+        lambda: compiled(chain(_spoils_inner, _Inner()), "bp"),
         FORWARD.format("changes tensor 'a.inner'"),
     ),
     "an input that requires a gradient": (
-        lambda: _compile(_chain(lambda m, x: foreign_weight(m, x) if x.requires_grad else plain(m, x)), "bp"),
+        lambda: compiled(chain(lambda m, x: foreign_weight(m, x) if x.requires_grad else plain(m, x)), "bp"),
         "objective 'b.chain' of 'b' reaches parameter 'a.linear.weight', which module 'a' owns",
     ),
     "a loss over all parameters": (regularised_loss, "objective 'a.loss' of 'a' reaches parameter 'head."),
@@ -310,8 +300,8 @@ def test_a_planted_program_is_refused_by_name(name: str) -> None:
 
 def test_a_parameter_changed_through_a_list_is_put_back() -> None:
     """The checks on shapes do not reach it, but they must not let it be changed either."""
-    model = _chain(lambda m, x: (m.held[0].data.mul_(0.99), plain(m, x))[1])
+    model = chain(lambda m, x: (m.held[0].data.mul_(0.99), plain(m, x))[1])
     model.b.held = [model.a.linear.weight]
     before = model.a.linear.weight.clone()
-    _refused("changes parameter 'a.linear.weight'", lambda: _compile(model))
+    _refused("changes parameter 'a.linear.weight'", lambda: compiled(model))
     assert torch.equal(before, model.a.linear.weight)

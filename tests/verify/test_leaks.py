@@ -14,10 +14,9 @@ import locc
 from locc.proof import sentinel, static, storage, walk
 from locc.proof.experiment.batch import small_batch
 from locc.proof.findings import SENTINEL, WALK
-from locc.rewrite import Method
 
 from . import leaks
-from .leaks import HARMLESS, LEAKS, Act, Chain, Planted
+from .leaks import HARMLESS, LEAKS, Act, Chain, Planted, chain, compiled
 from .plants import ThirdParty
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,20 +25,10 @@ CAPTURED = [(n, p) for p in PLACES for n in LEAKS if (n, p) != ("checkpoint_reen
 """The one left out, capture refuses already."""
 
 
-def _model(act: Act, own: bool = False) -> Chain:
-    torch.manual_seed(0)
-    return Chain(act, own)
-
-
-def _compile(model: Chain, method: str | Method = "dgl", **options: object) -> locc.Program:
-    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
-    return locc.compile(model, method, ["a", "b", "c"], example_inputs=x, **options)  # type: ignore[arg-type]
-
-
 def _planted(act: Act, own: bool, place: str) -> tuple[Chain, Callable[[], locc.Program]]:
     """Return a model, and what compiles it; a method's pass plants the act where the model does not."""
-    model = _model(act, own) if place == "model" else _model(leaks.plain)
-    return model, lambda: _compile(model, "dgl" if place == "model" else ThirdParty(act, own, place))
+    model = chain(act, own=own) if place == "model" else chain(leaks.plain)
+    return model, lambda: compiled(model, "dgl" if place == "model" else ThirdParty(act, own, place))
 
 
 def _text(name: str, place: str = "model") -> str:
@@ -63,9 +52,9 @@ def test_compile_refuses_a_leak_by_name_and_leaves_the_model_alone(name: str, pl
 
 @pytest.mark.parametrize("name", LEAKS)
 def test_a_leak_that_appears_in_a_live_program_is_caught(name: str) -> None:
-    model = _model(LEAKS[name].act)
+    model = chain(LEAKS[name].act)
     model.b.active = False
-    program = _compile(model)
+    program = compiled(model)
     assert program.certificate.complete
     model.b.active = True
     with pytest.raises(locc.LocalityError) as caught:
@@ -77,9 +66,9 @@ def test_a_leak_that_appears_in_a_live_program_is_caught(name: str) -> None:
 @pytest.mark.parametrize("name", LEAKS)
 def test_the_sentinel_alone_sees_every_leak_and_the_graph_none(name: str) -> None:
     """The checks are independent: what the walk sees first, the sentinel sees as well."""
-    model = _model(LEAKS[name].act)
+    model = chain(LEAKS[name].act)
     model.b.active = False
-    program = _compile(model)
+    program = compiled(model)
     model.b.active = True
     ir = program.ir
     found = sentinel.check(ir, program.optimizers, small_batch(ir, ir.captured.example))
@@ -111,7 +100,7 @@ def test_a_harmless_look_alike_passes(act: Act, place: str) -> None:
 
 
 def test_the_path_runs_from_the_objective_to_the_parameter() -> None:
-    ir = _compile(_model(leaks.plain), verify=False).ir
+    ir = compiled(chain(leaks.plain), verify=False).ir
     entry = ir.boundaries(consumer="b")[0].entry
     entry.replace_all_uses_with(entry.all_input_nodes[0])
     ir.graph.erase_node(entry)
@@ -122,14 +111,14 @@ def test_the_path_runs_from_the_objective_to_the_parameter() -> None:
 
 def test_the_path_names_the_line_of_the_users_code() -> None:
     with pytest.raises(locc.LocalityError, match=r"path: b\.loss <- .*leaks\.py:\d+.* <- a\.linear\.weight"):
-        _compile(_model(leaks.reads_stash))
+        compiled(chain(leaks.reads_stash))
 
 
 def test_a_model_that_needs_data_is_walked_on_real_tensors_and_says_so() -> None:
     def branching(m: Planted, x: torch.Tensor) -> torch.Tensor:
         return leaks.plain(m, x) * (1.0 if float(x.detach().abs().sum()) >= 0 else 2.0)
 
-    program = _compile(_model(branching))
+    program = compiled(chain(branching))
     (check,) = [c for c in program.certificate.checks if c.name == WALK]
     assert "tiny real tensors, since fake ones do not run" in check.detail
     assert program.certificate.complete
@@ -142,9 +131,9 @@ def test_a_leak_behind_data_dependent_code_is_caught_on_real_tensors() -> None:
     with pytest.raises(
         locc.LocalityError, match=r"reaches parameter 'a\.linear\.weight'.*found by autograd walk"
     ):
-        _compile(_model(branching))
+        compiled(chain(branching))
 
 
 def test_the_walk_runs_without_data_by_default() -> None:
-    ir = _compile(_model(leaks.own_straight_through)).ir
+    ir = compiled(chain(leaks.own_straight_through)).ir
     assert walk.check(ir, small_batch(ir, ir.captured.example)).how == "fake tensors (meta)"

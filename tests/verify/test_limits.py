@@ -14,17 +14,7 @@ from torch import Tensor
 
 import locc
 
-from .leaks import Chain, Leaf, foreign_weight, plain
-
-
-def _compile(model: Chain, method: str = "dgl", **options: Any) -> locc.Program:
-    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
-    return locc.compile(model, method, ["a", "b", "c"], example_inputs=x, **options)
-
-
-def _chain(act: Any = plain, first: Any = None) -> Chain:
-    torch.manual_seed(0)
-    return Chain(act, first=first)
+from .leaks import Chain, Leaf, chain, compiled, foreign_weight, plain
 
 
 def _late(m: Any, x: Tensor) -> Tensor:
@@ -52,9 +42,9 @@ def through_a_dict() -> locc.Program:
         board["value"] = float(h.detach().sum()) * torch.ones(())
         return h
 
-    model = _chain(writing, Reading())
+    model = chain(writing, Reading())
     model.b.active = False  # capture would refuse it: it runs differently each time
-    program = _compile(model)
+    program = compiled(model)
     model.b.active = True
     locc.verify(program)
     return program
@@ -72,9 +62,9 @@ class _Lookahead(torch.optim.SGD):
 
 
 def seldom() -> locc.Program:
-    model = _chain()
+    model = chain()
     kind = type("Lookahead", (_Lookahead,), {"model": model})
-    return _compile(model, optimizer=lambda params: kind(params, lr=0.1))
+    return compiled(model, optimizer=lambda params: kind(params, lr=0.1))
 
 
 def _scales(m: Any, x: Tensor) -> Tensor:
@@ -84,14 +74,12 @@ def _scales(m: Any, x: Tensor) -> Tensor:
 
 
 UNSEEN: dict[str, Callable[[], locc.Program]] = {
-    "code that leaks after more steps than the checks run": lambda: _compile(_chain(_late)),
-    "code that leaks at a batch size that the checks do not try": lambda: _compile(
-        _chain(_at_one_batch_size)
-    ),
-    "code that leaks for values that the checks do not try": lambda: _compile(_chain(_for_some_values)),
+    "code that leaks after more steps than the checks run": lambda: compiled(chain(_late)),
+    "code that leaks at a batch size that the checks do not try": lambda: compiled(chain(_at_one_batch_size)),
+    "code that leaks for values that the checks do not try": lambda: compiled(chain(_for_some_values)),
     "an optimizer that meddles in some steps only": seldom,
     "values that travel without a tape through objects that are no modules": through_a_dict,
-    "a hook that scales another module's own gradient by a value": lambda: _compile(_chain(_scales), "bp"),
+    "a hook that scales another module's own gradient by a value": lambda: compiled(chain(_scales), "bp"),
 }
 
 

@@ -18,6 +18,7 @@ import locc
 import locc.testing
 from examples.digits import digits, loaders
 from locc.errors import MethodError
+from support import Ids, Pair, Skip
 
 D = torch.float64
 
@@ -429,26 +430,6 @@ def test_factories_and_their_shapes_are_checked():
         )
 
 
-class Skip(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.out = nn.Linear(12, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        h = self.a(x)
-        return self.out(torch.tanh(self.b(torch.tanh(h)))) + h
-
-
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.cell, self.out = nn.LSTMCell(12, 5), nn.Linear(10, 4)
-
-    def forward(self, x):
-        h, c = self.cell(x)
-        return self.out(torch.cat([torch.tanh(h), c], 1))
-
-
 class Peeks(nn.Module):
     def __init__(self):
         super().__init__()
@@ -456,15 +437,6 @@ class Peeks(nn.Module):
 
     def forward(self, x):
         return self.out(torch.cat([self.a(x), x], 1))
-
-
-class Ids(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.e, self.out = nn.Linear(12, 4), nn.Embedding(4, 5), nn.Linear(5, 4)
-
-    def forward(self, x):
-        return self.out(self.e(locc.split(self.a(x).argmax(1), "ids")))
 
 
 class Number(nn.Module):
@@ -478,10 +450,10 @@ class Number(nn.Module):
 
 REFUSED = {
     "one module": (mlp, (), "at least 2 modules"),
-    "a skip": (Skip, ("a", "b"), "skips from module 'a' to 'out'"),
-    "two values": (Pair, ("cell",), "2 values pass from module 'cell' to 'out'"),
+    "a skip": (lambda: Skip(12, 4), ("a", "b"), "skips from module 'a' to 'out'"),
+    "two values": (lambda: Pair(12), ("cell",), "2 values pass from module 'cell' to 'out'"),
     "a late input": (Peeks, ("a",), "module 'out' of the upper half reads the input"),
-    "integers": (Ids, (), "which is no activation"),
+    "integers": (lambda: Ids(12), (), "which is no activation"),
     "no class scores": (Number, ("a",), r"it must be class scores \[B,C\] or \[B,T,C\]"),
     "a softmax": (
         lambda: nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 4), nn.Softmax(1)),

@@ -17,6 +17,7 @@ from torch import nn
 import locc
 from locc.errors import MethodError
 from locc_passes.auxiliary_variables.fits import by_columns
+from support import Pair, Skip
 
 D = torch.float64
 
@@ -245,38 +246,16 @@ def test_a_memory_fits_linear_layers_alone():
         locc.compile(mlp(), "altmin", SPLITS, example_inputs=batch()[0], memory=True)
 
 
-class Skip(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.out = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(4, 6)
-
-    def forward(self, x):
-        h = self.a(x)
-        return self.out(torch.tanh(self.b(torch.tanh(h)))) + h
-
-
-class Pair(nn.Module):
-    """Two values cross the cut."""
-
-    def __init__(self):
-        super().__init__()
-        self.cell, self.out = nn.LSTMCell(6, 5), nn.Linear(10, 4)
-
-    def forward(self, x):
-        h, c = self.cell(x)
-        return self.out(torch.cat([torch.tanh(h), c], 1))
-
-
 def test_a_skip_over_a_module_is_refused():
     with pytest.raises(MethodError, match="skips from module 'a' to 'out'"):
-        locc.compile(Skip(), "altmin", ["a", "b"], example_inputs=torch.randn(5, 6))
+        locc.compile(Skip(6, 6), "altmin", ["a", "b"], example_inputs=torch.randn(5, 6))
     for options, message in (({"steps": 0}, "at least one inner step"), ({"mu": 0}, "above 0")):
         with pytest.raises(MethodError, match=message):
-            locc.compile(Skip(), "altmin", ["a"], **options)
+            locc.compile(Skip(6, 6), "altmin", ["a"], **options)
 
 
 def test_each_of_two_values_across_a_cut_has_its_code():
-    model = Pair().to(D)
+    model = Pair(6).to(D)
     twin = copy.deepcopy(model)
     x, y = batch()
     program = locc.compile(model, "altmin", ["cell"], example_inputs=x, optimizer=sgd(), mu=0.1)

@@ -16,7 +16,7 @@ from torch import nn
 import locc
 from examples.digits import digits
 from locc.errors import MethodError
-from support import sgd
+from support import Ids, sgd
 
 D = torch.float64
 
@@ -145,18 +145,9 @@ def test_convolutions_have_a_full_matrix():
     assert program.root.get_submodule("aux.feedback_1").matrix.shape == (108, 10)
 
 
-class Ids(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.e, self.out = nn.Linear(6, 4), nn.Embedding(4, 5), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.out(self.e(locc.split(self.a(x).argmax(1), "ids")))
-
-
 def test_a_module_without_an_activation_to_teach_is_refused():
     with pytest.raises(MethodError, match="'ids' sends no floating-point value"):
-        locc.compile(Ids(), "dfa", example_inputs=torch.randn(5, 6))
+        locc.compile(Ids(6), "dfa", example_inputs=torch.randn(5, 6))
 
 
 def test_a_borrowed_parameter_gets_its_readers_gradient():
