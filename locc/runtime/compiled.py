@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from locc.errors import RunError
-from locc.lower import Code, Plan, Segment, instructions_of
+from locc.lower import Backward, Code, Plan, Segment, instructions_of
 
 _log = logging.getLogger("locc")
 _numbers = itertools.count()
@@ -201,19 +201,32 @@ class Codes:
 
 
 @contextmanager
-def careful() -> Iterator[None]:
-    """Prepare compiled code for what steps do: hooks come and go, a tape serves several backward passes."""
+def careful(plan: Plan) -> Iterator[None]:
+    """Prepare compiled code for what steps of a plan do: hooks come and go, a tape may serve several times.
+
+    Where none does, a backward pass may write into what the forward one has kept for it. The key under which
+    PyTorch (2.13) keeps a kernel on disk does not say which of the two it is, but for the tag.
+    """
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
+    import torch.compiler.config as compiler
 
-    with dynamo.patch(skip_nnmodule_hook_guards=False), functorch.patch(donated_buffer=False):
+    once = not any(isinstance(i, Backward) and i.retain for i in instructions_of(plan.instructions))
+    tag = f"{compiler.cache_key_tag}, donated: {once}"
+    with (
+        dynamo.patch(skip_nnmodule_hook_guards=False),
+        functorch.patch(donated_buffer=once),
+        compiler.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
+    ):
         yield
 
 
 def _looks(code: Code, values: list[Any]) -> Hashable:
     """Return what is equal for two pieces of code that one compilation may serve."""
+    import torch._functorch.config as functorch
+
     shared = ((name, id(held)) for name, held in code.space.items() if name != "forward")
-    looks: list[Hashable] = [code.text, *shared]
+    looks: list[Hashable] = [code.text, functorch.donated_buffer, *shared]
     for held in (*vars(code.taken()).values(), *values):
         leaves: list[Any] = tree_leaves(held)
         if isinstance(held, nn.Module):
