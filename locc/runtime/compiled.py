@@ -6,7 +6,7 @@ import itertools
 import linecache
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -40,10 +40,14 @@ class BackendReport:
     Attributes:
         backend: its name.
         pieces: all that has run since the program was compiled, in the order in which it first ran.
+        groups: the names of the modules that are compiled together, with `group=`.
+        alone: why a module is in no group, by its name.
     """
 
     backend: str
     pieces: tuple[Piece, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    alone: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def eager(self) -> tuple[Piece, ...]:
@@ -66,7 +70,15 @@ class BackendReport:
         if self.backend == "cudagraphs":
             alone = (f"{piece.module}: runs eagerly, for {piece.reason}" for piece in self.eager)
             return "\n".join([f"backend 'cudagraphs': {done} turns of modules are recorded", *alone])
-        lines = [f"backend '{self.backend}': {done} pieces"]
+        lines = [f"backend '{self.backend}': {done} pieces"] if self.pieces or not self.groups else []
+        if self.groups or self.alone:
+            whole = sum(map(len, self.groups))
+            lines.append(
+                f"backend '{self.backend}': {whole} of {whole + len(self.alone)} modules are compiled in "
+                f"{len(self.groups)} group(s)"
+            )
+            lines += [f"group: {', '.join(group)}" for group in self.groups]
+            lines += [f"{name}: in no group, for {reason}" for name, reason in self.alone.items()]
         for name, pieces in self.modules.items():
             eager = [piece for piece in pieces if piece.reason is not None]
             lines.append(f"{name}: {len(pieces) - len(eager)} compiled, {len(eager)} eager")
@@ -182,7 +194,7 @@ class Codes:
         code = f"'{segment.text[-1]}'"
         if len(segment.text) > 1:
             code = f"the piece of {len(segment.text)} lines that ends with {code}"
-        reason = _reason(error)
+        reason = in_a_line(error)
         if self.strict:
             raise RunError(
                 f"module '{segment.owner}' cannot be compiled, in {code}: {reason}. Leave out strict=True, "
@@ -242,7 +254,7 @@ def _silent(number: int) -> None:
     """Take the place of what starts a random stream: that has been done."""
 
 
-def _reason(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """Return what the compiler says, in a line, with the line of code if that is somebody's own."""
     from torch._dynamo.exc import FailOnRecompileLimitHit
 

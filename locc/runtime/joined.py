@@ -52,19 +52,15 @@ class Joined:
 
     def _join(self, learners: list[Learner]) -> None:
         """Make one optimizer of those of the members, where it need know nothing but their rows."""
-        optimizers = [learner.optimizer for learner in learners]
-        if len(learners) > len(self.members) or not all(map(_plain, learners)):
+        joint = None if len(learners) > len(self.members) else joint_of(learners)
+        if joint is None or any(p.grad is not None for learner in learners for p in learner.parameters):
             return
-        states = [
-            _together(optimizer.state, list(member.trained.values()))
-            for optimizer, member in zip(optimizers, self.members, strict=True)
-        ]
-        if len({type(o) for o in optimizers}) > 1 or any(state is None for state in states):
-            return
-        joint: torch.optim.Optimizer = object.__new__(type(optimizers[0]))
-        vars(joint).update(vars(optimizers[0]))
-        vars(joint).pop("step", None)
-        joint.state = defaultdict(dict, {r: s for r, s in zip(self.rows, states, strict=True) if s})
+        for row, member, learner in zip(self.rows, self.members, learners, strict=True):
+            state = _together(learner.optimizer.state, list(member.trained.values()))
+            if state is None:
+                return
+            if state:
+                joint.state[row] = state
         self.optimizer = joint
         for row, gradient in zip(self.rows, self.gradients, strict=True):
             row.grad = gradient
@@ -83,19 +79,8 @@ class Joined:
             for learner in learners:
                 learner.update(accumulate)
             return
-        groups = [learner.optimizer.param_groups[0] for learner in learners]
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         rows = self.rows[active.start : active.stop]
-        if all(one == settings[0] for one in settings):
-            self.optimizer.param_groups = [{**settings[0], "params": rows}]
-        else:
-            self.optimizer.param_groups = [
-                {**one, "params": [row]} for one, row in zip(settings, rows, strict=True)
-            ]
-        take_step(self.optimizer)
-        for learner in learners:
-            if "step" in vars(learner.optimizer):  # a scheduler's, which warns where none was taken
-                learner.optimizer._opt_called = True  # type: ignore[attr-defined]
+        step_together(self.optimizer, learners, [[row] for row in rows])
 
     @property
     def buffers(self) -> Iterator[tuple[list[Tensor], Tensor]]:
@@ -130,8 +115,36 @@ class Joined:
         return own, [part.view(p.shape) for p, part in zip(own, parts, strict=True)]
 
 
+def joint_of(learners: Sequence[Learner]) -> torch.optim.Optimizer | None:
+    """Return an optimizer that can step for some, without their state; None where there is none."""
+    first = learners[0].optimizer
+    if not all(type(learner.optimizer) is type(first) and _plain(learner) for learner in learners):
+        return None
+    joint: torch.optim.Optimizer = object.__new__(type(first))
+    vars(joint).update(vars(first))
+    vars(joint).pop("step", None)
+    joint.state = defaultdict(dict)
+    return joint
+
+
+def step_together(
+    joint: torch.optim.Optimizer, learners: Sequence[Learner], tensors: Sequence[list[Tensor]]
+) -> None:
+    """Step on the tensors of each learner, by its own settings."""
+    groups = [learner.optimizer.param_groups[0] for learner in learners]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    if all(one == settings[0] for one in settings):
+        joint.param_groups = [{**settings[0], "params": [t for own in tensors for t in own]}]
+    else:
+        joint.param_groups = [{**one, "params": own} for one, own in zip(settings, tensors, strict=True)]
+    take_step(joint)
+    for learner in learners:
+        if "step" in vars(learner.optimizer):  # a scheduler's, which warns where none was taken
+            learner.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
 def _plain(learner: Learner) -> bool:
-    """Whether an optimizer would do to rows what it does to parameters, and nothing beside."""
+    """Whether an optimizer does nothing beside moving elements."""
     optimizer = learner.optimizer
     step = vars(optimizer).get("step")
     return (
@@ -140,7 +153,6 @@ def _plain(learner: Learner) -> bool:
         and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
         and not learner.draws
         and learner.clip is None
-        and all(p.grad is None for p in learner.parameters)
     )
 
 

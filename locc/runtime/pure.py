@@ -35,6 +35,7 @@ class _Pure(Machine):
         self.values = dict(values)
         self.sent: list[Tensor] = []
         self.objectives: list[Tensor] = []
+        self.loss: list[Tensor] = []
 
     def receive(self, task: Any) -> None:
         """Take over what is there already."""
@@ -42,6 +43,13 @@ class _Pure(Machine):
     def send(self, task: Send) -> None:
         """Note what is handed on."""
         self.sent.append(self.values[task.value].detach())
+
+    def segment(self, segment: Segment) -> None:
+        """Note the loss of the network, where it is no objective."""
+        super().segment(segment)
+        tasks = [i for i in self.plan.instructions if isinstance(i, Backward)]
+        if self.plan.loss in segment.writes and all(task.scalar != self.plan.loss for task in tasks):
+            self.loss = [self.values[self.plan.loss]]
 
     def backward(self, task: Backward) -> None:
         """Note an objective; all are differentiated together."""
@@ -63,7 +71,7 @@ class _Body(nn.Module):
         self.names = list(dict.fromkeys(name for name in reads if name in known))
 
     def forward(self, values: Sequence[Tensor]) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
-        """Return the sum of the objectives, and what is sent beside the objectives."""
+        """Return the sum of the objectives, and what is sent beside the objectives and the network's loss."""
         machine = _Pure(self.program, dict(zip(self.names, values, strict=True)))
         before = [dict(vars(module)) | module._buffers for module in self.called]
         machine.run(self.program.plan.instructions)
@@ -72,7 +80,7 @@ class _Body(nn.Module):
             if now.keys() != was.keys() or any(now[name] is not was[name] for name in now):
                 raise AloneError(f"its {type(module).__name__} sets an attribute in each step")
         total = sum(machine.objectives[1:], machine.objectives[0])
-        return total, (machine.sent, [value.detach() for value in machine.objectives])
+        return total, (machine.sent, [value.detach() for value in (*machine.objectives, *machine.loss)])
 
 
 @dataclass
@@ -111,6 +119,8 @@ class Member:
         held = {id(t): t for node in nodes for _, t in node_tensors(ir.root, node)}
         learners = [executor.learners[o] for o in program.owners if o in executor.learners]
         moved = {id(p): p for learner in learners for p in learner.parameters}
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in moved.values()):
+            raise AloneError("a hook runs with the gradient of a parameter")
         return cls(
             program,
             place,
@@ -132,15 +142,22 @@ class Member:
 
     @cached_property
     def loss(self) -> int | None:
-        """Which of them is the loss of the network, if one is."""
-        return next((n for n, t in enumerate(self._tasks) if t.scalar == self.program.plan.loss), None)
+        """Which of its scalars is the loss of the network, if it makes that."""
+        found = (n for n, task in enumerate(self._tasks) if task.scalar == self.program.plan.loss)
+        return next(found, None if self.program.plan.loss is None else len(self._tasks))
+
+    @cached_property
+    def scalars(self) -> int:
+        """How many its step yields: its objectives and, where it is none of these, the network's loss."""
+        return max(len(self._tasks), 0 if self.loss is None else self.loss + 1)
 
     @cached_property
     def _tasks(self) -> list[Backward]:
         return [i for i in self.program.plan.instructions if isinstance(i, Backward)]
 
     @cached_property
-    def _sources(self) -> list[Receive | int]:
+    def sources(self) -> list[Receive | int]:
+        """Where it has from what it reads: of other modules, or the batch by its place there."""
         plan = self.program.plan
         received = {i.value: i for i in plan.instructions if isinstance(i, Receive)}
         return [received[n] if n in received else plan.inputs.index(n) for n in self.body.names]
@@ -151,7 +168,7 @@ class Member:
         Raises:
             AloneError: something is no tensor.
         """
-        values = [batch[s] if isinstance(s, int) else receive(s) for s in self._sources]
+        values = [batch[s] if isinstance(s, int) else receive(s) for s in self.sources]
         if not all(isinstance(value, Tensor) for value in values):
             raise AloneError("it reads what is no tensor")
         return values
@@ -159,7 +176,7 @@ class Member:
     def step(
         self, trained: Sequence[Tensor], fixed: Sequence[Tensor], values: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
-        """Return the sum of the objectives and what is sent, for these tensors in place of its own."""
+        """Return the sum of the objectives, what is sent and scalars, for these tensors in place of its."""
         tensors = dict(zip((*self.trained, *self.fixed), (*trained, *fixed), strict=True))
         found: tuple[Tensor, tuple[list[Tensor], list[Tensor]]] = functional_call(
             self.body, tensors, (values,)
@@ -206,13 +223,14 @@ def _check(program: ModuleProgram, modules: Sequence[nn.Module]) -> None:
         raise AloneError("its step is more than objectives, their gradients and an update")
     if not any(isinstance(i, Backward) for i in instructions):
         raise AloneError("it does not train")
-    scalars = {i.scalar for i in instructions if isinstance(i, Backward)}
-    written = {name for i in instructions if isinstance(i, Segment) for name in i.writes}
-    if program.plan.loss in written - scalars:
-        raise AloneError("it computes the loss of the network, and trains on something else")
     for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if hooked(module):
             raise AloneError(f"a hook runs with its {type(module).__name__}")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody's code runs with a module's own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def operations(function: Callable[..., Any], *given: Tensor) -> torch.fx.GraphModule:

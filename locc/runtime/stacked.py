@@ -64,7 +64,7 @@ class Stack:
     def run(
         self, held: Joined, batches: Sequence[Sequence[Tensor]], active: range
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what is sent and objectives, each stacked; `batches` of the active members.
+        """Return what is sent and scalars, each stacked; `batches` of the active members.
 
         The others take the first one's batch, so that all ticks are of one size; nobody reads what they make.
         """
@@ -75,12 +75,12 @@ class Stack:
         if shapes not in self.functions:
             self.functions[shapes] = self._traced(held.trained, [t.clone() for t in held.fixed], values)
         before = [stack.clone() for _, stack in held.buffers] if active.start or idle else []
-        gradients, sent, objectives = self.functions[shapes](*held.trained, *held.fixed, *values)
+        gradients, sent, scalars = self.functions[shapes](*held.trained, *held.fixed, *values)
         held.take(gradients)
         for (_, stack), was in zip(held.buffers, before, strict=False):
             for part in (slice(0, active.start), slice(active.stop, None)):
                 stack[part] = was[part]
-        return sent, objectives
+        return sent, scalars
 
     def _traced(
         self, trained: list[Tensor], fixed: list[Tensor], values: list[Tensor]
@@ -90,8 +90,8 @@ class Stack:
 
         def one(own: list[Tensor], fixed: list[Tensor], values: list[Tensor]) -> Any:
             # The others are arguments as well, for what is only seen from inside must not change there.
-            gradients, (_, (sent, objectives)) = grad_and_value(first.step, has_aux=True)(own, fixed, values)
-            return gradients, sent, objectives
+            gradients, (_, (sent, scalars)) = grad_and_value(first.step, has_aux=True)(own, fixed, values)
+            return gradients, sent, scalars
 
         def every(*given: Tensor) -> Any:
             return vmap(one)(list(given[:a]), list(given[a:b]), list(given[b:]))
@@ -197,7 +197,7 @@ class Diagonal:
             stack.held = Joined.of(stack.members, accumulate)
         held = stack.held
         try:
-            sent, objectives = stack.run(held, values, active)
+            sent, scalars = stack.run(held, values, active)
         except OF_PYTORCH as error:
             self._clear()
             names = ", ".join(f"'{member.program.name}'" for member in members)
@@ -205,10 +205,11 @@ class Diagonal:
                 f"the step failed in {names}, of the modules that run as one: {type(error).__name__}: "
                 f"{error}. " + account(self.moved, self.executor.atomic)
             ) from error
-        finite = torch.stack(objectives).isfinite()[:, active.start : active.stop]
+        objectives = torch.stack(scalars[: len(stack.leader.objectives)])[:, active.start : active.stop]
+        finite = objectives.isfinite()
         if self.executor.guarded and not bool(finite.all()):
             which, i = (int(n) for n in (~finite).nonzero()[0])
-            value = float(objectives[which][active[i]])
+            value = float(objectives[which, i])
             self._clear()
             raise non_finite(members[i].objectives[which], value, account(self.moved, self.executor.atomic))
         held.update(active, accumulate)
@@ -216,12 +217,12 @@ class Diagonal:
             held.put_back()
             stack.held = None
         self.moved += [learner.owner for member in members for learner in member.learners]
-        out, scalars = ([part.unbind() for part in parts] for parts in (sent, objectives))
+        out, apart = ([part.unbind() for part in parts] for parts in (sent, scalars))
         for i, member, (number, _, mail) in zip(active, members, each, strict=True):
             for instruction, name in zip(member.sends, member.sent, strict=True):
                 mail.send(instruction, out[stack.leader.sent.index(name)][i])
-            named = {name: scalar[i] for name, scalar in zip(member.objectives, scalars, strict=True)}
-            ran(member.place, number, named, None if member.loss is None else scalars[member.loss][i])
+            named = {name: scalar[i] for name, scalar in zip(member.objectives, apart, strict=False)}
+            ran(member.place, number, named, None if member.loss is None else apart[member.loss][i])
 
     def _clear(self) -> None:
         """Drop all gradients, as where a step of any module fails."""
