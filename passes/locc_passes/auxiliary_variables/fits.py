@@ -106,6 +106,8 @@ class RememberCodes(FitCodes):
     def _fit(self, ir: TrainingGraph, owner: str, codes: dict[fx.Node, fx.Node]) -> None:
         (boundary, *_) = coded(ir, producer=owner)
         layer, path = boundary.value, f"{boundary.value.target}.weight"
+        if not ir.parameters(owner)[path].requires_grad:
+            return
         (reads,) = layer.all_input_nodes
         a = self._run(ir, owner, codes, [reads])[0]
         c = ir.stop_gradient(owner, code_of(boundary))

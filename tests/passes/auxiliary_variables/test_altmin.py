@@ -17,7 +17,7 @@ from torch import nn
 import locc
 from locc.errors import MethodError
 from locc_passes.auxiliary_variables.fits import by_columns
-from support import Pair, Skip
+from support import Pair, Skip, snapshot
 
 D = torch.float64
 
@@ -237,6 +237,21 @@ def test_sweeps_end_when_nothing_moves():
     given = (best + torch.tensor([[0, 5e-4]], dtype=D), a, best @ a, 0.0)
     assert torch.equal(by_columns(*given, 1), by_columns(*given, 9))  # the first moves less than 1e-3
     assert not torch.allclose(by_columns(*given, 1, 0.0), by_columns(*given, 9, 0.0), atol=1e-6)
+
+
+def test_a_memory_leaves_frozen_weights_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)
+    )
+    model[0].requires_grad_(False)
+    x, y = batch()
+    x = x.float()
+    program = locc.compile(model, "altmin", ["0", "2"], example_inputs=x, memory=True)
+    before = snapshot(model)
+    program.step(x, y)
+    moved = {name for name, value in snapshot(model).items() if not torch.equal(value, before[name])}
+    assert moved == {"2.weight", "4.weight", "4.bias"}
 
 
 def test_a_memory_fits_linear_layers_alone():
