@@ -246,7 +246,7 @@ def test_a_memory_leaves_frozen_weights_alone():
     )
     model[0].requires_grad_(False)
     x, y = batch()
-    x = x.float()
+    x, y = x.float(), y % 3
     program = locc.compile(model, "altmin", ["0", "2"], example_inputs=x, memory=True)
     before = snapshot(model)
     program.step(x, y)
