@@ -202,6 +202,25 @@ def compiled(model: nn.Module, method: Any = "bp", splits: Any = (), **options: 
     return locc.compile(model, method, splits, **options)
 
 
+def gap(model: nn.Module, splits: Any, x: Any = None, y: Any = None, steps: int = 2, **options: Any) -> float:
+    """How far `bp` is from `loss.backward()` in float64: the largest difference in the loss and the state."""
+    given = batch(dtype=torch.float64)
+    x, y = given[0] if x is None else x, given[1] if y is None else y
+    model = model.double()
+    eager = copy.deepcopy(model)
+    program = compiled(model, "bp", splits, optimizer=sgd(), example_inputs=x, **options)
+    optimizer = sgd()([p for p in eager.parameters() if p.requires_grad])
+    apart = [torch.zeros(())]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(eager(x), y)
+        loss.backward()
+        optimizer.step()
+        apart.append(program.step(x, y).loss - loss.detach())
+    states = zip(model.state_dict().values(), eager.state_dict().values(), strict=True)
+    return max(float(d.abs().max()) for d in (*apart, *(p - q for p, q in states)))
+
+
 def drawn(step: int, node: str, share: float, y: Tensor) -> Tensor:
     """Positions of [B,T] by the random stream of a node; those where nobody has a class come last."""
     with torch.random.fork_rng():

@@ -32,8 +32,8 @@ from locc.runtime.ranks import Away, lent
 from locc.runtime.ranks.forecast import forecast
 from locc.runtime.ranks.links import Links
 from locc.runtime.ranks.placement import Cost, shared_out
+from rules import written
 from runtime.processes import Died, together
-from runtime.turns import Written
 from support import Centred, batch, compiled, everything, mlp, same, sgd
 
 LR = torch.optim.lr_scheduler
@@ -476,7 +476,7 @@ def test_what_shares_of_a_batch_do_not_add_up_to_is_refused() -> None:
     with pytest.raises(
         MethodError, match=r"means of gradients .* has state 'mean' of module 'first', of whic"
     ):
-        compiled(mlp(), Written(averaging), ["first"], schedule="pipelined", replicas=2)
+        compiled(mlp(), written(averaging), ["first"], schedule="pipelined", replicas=2)
 
 
 @pytest.mark.slow

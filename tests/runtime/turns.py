@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,27 +54,6 @@ class InPhases(Method):
 
     def passes(self) -> Sequence[Pass]:
         return (Heads(self.phases),)
-
-
-@dataclass(frozen=True)
-class Rewrite(Pass):
-    function: Callable[[TrainingGraph], None]
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        self.function(ir)
-        ir.objective(ir.last.name, ir.apply_loss(), "loss")
-
-
-@dataclass(frozen=True)
-class Written(Method):
-    """What a function writes, and the user's loss for the last module."""
-
-    family: ClassVar[str] = "test"
-    reference: ClassVar[str] = "none"
-    function: Callable[[TrainingGraph], None]
-
-    def passes(self) -> Sequence[Pass]:
-        return (Rewrite(self.function),)
 
 
 def changed(now: Tensor, before: Tensor) -> Tensor:
