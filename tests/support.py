@@ -189,6 +189,13 @@ def every_method(but: Collection[str] = (), slow: Collection[str] = ()) -> list[
     return [pytest.param(name, marks=pytest.mark.slow) if name in late else name for name in names]
 
 
+def close(one: nn.Module, other: nn.Module, tolerance: float = 1e-10) -> None:
+    """Fail unless two modules hold the same, up to rounding."""
+    wanted = other.state_dict()
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], atol=tolerance, rtol=0, msg=name)
+
+
 def everything(program: Program) -> dict[str, Tensor]:
     """Every tensor and number that training depends on."""
     tensors, header = checkpoint._state(program)
