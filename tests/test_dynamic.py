@@ -207,6 +207,9 @@ def test_dimensions_that_the_model_needs_equal_vary_together():
     ("dynamic", "message"),
     [
         ("yes", "dynamic='yes': give 'auto', or"),
+        ([{2: "H"}], r"dynamic=\[\{2: 'H'\}\]: give 'auto', or"),
+        ({"x": 2}, "dynamic: 2 of input 'x': give {dimension: name}, or dimensions"),
+        ({"x": {2: 3}}, "dynamic: 3 is no name for a dimension"),
         ({"y": [2]}, "no tensor input 'y'; "),
         ({"x": [4]}, r"input 'x' of shape \[4, 2, 16, 16\] has no dimension 4"),
         ({"x": [0]}, "dimension 0 of input 'x' is the batch"),

@@ -63,12 +63,12 @@ class Choice:
         self.notes: list[str] = []
         if dynamic is None:
             self.groups: list[_Group] = []
-        elif isinstance(dynamic, str):
-            if dynamic != "auto":
-                raise CaptureError(f"dynamic={dynamic!r}: give 'auto', or {{input: {{dimension: name}}}}")
+        elif dynamic == "auto":
             self.groups = _grouped(call)
-        else:
+        elif isinstance(dynamic, Mapping):
             self.groups = _named(call, dynamic)
+        else:
+            raise CaptureError(f"dynamic={dynamic!r}: give 'auto', or {{input: {{dimension: name}}}}")
 
     def settle(self, eager: Eager) -> None:
         """Find a second size for each free dimension, and tell the call.
@@ -187,6 +187,10 @@ def _named(call: Call, dynamic: Mapping[str, Mapping[int, str] | Sequence[int]])
             )
         index = call.names.index(name)
         tensor = call.tensors[index]
+        if isinstance(dims, str) or not isinstance(dims, (Mapping, Sequence)):
+            raise CaptureError(
+                f"dynamic: {dims!r} of input '{name}': give {{dimension: name}}, or dimensions"
+            )
         named = dims if isinstance(dims, Mapping) else {d: _name(tensor, d, groups.values()) for d in dims}
         for dim, label in named.items():
             _check(call, index, dim, label)
@@ -209,7 +213,7 @@ def _check(call: Call, index: int, dim: int, label: str) -> None:
         )
     if dim % tensor.dim() == 0 and call.batched[index]:
         raise CaptureError(f"dynamic: dimension 0 of input '{name}' is the batch, which varies anyway")
-    if not label.isidentifier() or label == "B":
+    if not isinstance(label, str) or not label.isidentifier() or label == "B":
         raise CaptureError(f"dynamic: {label!r} is no name for a dimension; use a word other than 'B'")
     if tensor.shape[dim] < 2:
         raise CaptureError(

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from locc.errors import LoccError
+from locc.errors import LoccError, nearest
 
 if TYPE_CHECKING:
     from locc.rewrite import Method
@@ -102,17 +102,18 @@ def take(
         elif (flag in flags or flag in switches) and not equals:
             given[(flags.get(flag) or switches[flag]).field] = flag in flags
         elif flag.startswith("--") and flag not in own:
-            raise MisuseError(_unknown(flag, flags, method))
+            raise MisuseError(_unknown(flag, flags, method, own))
         else:
             rest.append(token)
     return given, rest
 
 
-def _unknown(flag: str, flags: dict[str, Flag], method: str) -> str:
+def _unknown(flag: str, flags: dict[str, Flag], method: str, own: set[str]) -> str:
+    found = f"there is no option {flag}; {nearest(flag, [o for o in (*own, *flags) if o.startswith('--')])}"
     if not flags:
-        return f"there is no option {flag}; method '{method}' takes no options of its own"
+        return f"{found} (--help lists all). Method '{method}' takes no options of its own"
     listed = "\n".join(f"  {f.spelling:<28} {f.help} (default: {f.default})" for f in flags.values())
-    return f"there is no option {flag}; method '{method}' takes\n{listed}"
+    return f"{found} (--help lists all). Method '{method}' takes\n{listed}"
 
 
 def _read(flag: Flag, text: str) -> Any:

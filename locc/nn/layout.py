@@ -297,6 +297,13 @@ def ceil_div(n: int, k: int) -> int:
     return -(-n // k)
 
 
+def pooled(dim: int | FreeDim, k: int) -> int | FreeDim:
+    """Return the size of a dimension that is pooled in windows of k, the last of which may be smaller."""
+    if isinstance(dim, FreeDim):
+        return FreeDim(f"{dim}/{k}", ceil_div(dim.size, k), ceil_div(dim.other, k))
+    return ceil_div(dim, k)
+
+
 def in_proportion(x: Tensor, example: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Return what becomes of `sizes` where [B,D,*positions] has other positions than the example did."""
     if len(example) != x.dim() - 2 or len(sizes) != len(example):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from locc.ir.spec import TensorSpec
 from locc.nn.building import CONV, check_shapes, placement, zero_
 from locc.nn.feedback import feedback_linear
-from locc.nn.layout import Layout, ceil_div, guess_layout, pool_kernel
+from locc.nn.layout import Layout, ceil_div, guess_layout, pool_kernel, pooled
 from locc.nn.readout import Head, HeadOptions, Readout, classifier
 
 _AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -141,7 +141,7 @@ def build_sim_head(spec: TensorSpec, output: TensorSpec | None = None, **options
     positions: Sequence[Any] = [spec.shape[i] for i in layout.position_dims]
     if options.get("bare") is not None and layout.kind == "image":
         kernel: Any = head.map.kernel_size
-        positions = list(map(ceil_div, positions, kernel))
+        positions = list(map(pooled, positions, kernel))
     result = TensorSpec(
         (spec.shape[layout.batch_dim], spec.shape[layout.channel_dim], *positions), spec.dtype
     )

@@ -270,7 +270,9 @@ class CudaGraphs(Eager):
         finally:
             self._start = None
             self.values, self.objectives, self.loss, self.moved = before
-            if learner is not None:
+            if learner is not None and turn.has(
+                Backward
+            ):  # another turn's gradients may wait for their update
                 learner.clear()
             if self.surrounded:
                 torch.clear_autocast_cache()

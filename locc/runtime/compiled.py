@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import linecache
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterator
@@ -79,8 +80,11 @@ class Compilation:
 
     def __init__(self, code: Code, owner: str, backend: str) -> None:
         self.serves, self.began = 1, False
-        # What the compiler remembers of sizes goes by the file's name.
-        named = code.forward.__code__.replace(co_filename=f"<locc {owner} {next(_numbers)}>")
+        # What the compiler remembers of sizes goes by the file's name. Before PyTorch 2.13 all code without a
+        # source shares one code object's compilations (pytorch#124269).
+        file = f"<locc {owner} {next(_numbers)}>"
+        linecache.cache[file] = (len(code.text), None, code.text.splitlines(True), file)
+        named = code.forward.__code__.replace(co_filename=file)
         own = FunctionType(named, code.space, code.forward.__name__)
         self.function = torch.compile(own, backend=self._backend(backend), fullgraph=True)
 

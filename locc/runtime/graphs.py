@@ -205,7 +205,7 @@ class Graphs:
 
     def __post_init__(self) -> None:
         root, owners = self.ir.root, list(self.ir.owners)
-        self._slots = {owner: slots(self.ir, owner) for owner in owners}
+        self._slots = slots(self.ir)
         self._modules: dict[str, list[nn.Module]] = {
             owner: list(dict.fromkeys(m for n in self.ir.nodes(owner) for m in node_modules(root, n)))
             for owner in owners

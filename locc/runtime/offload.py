@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from locc import files
 from locc.files import Place
 from locc.ir import TrainingGraph
+from locc.ir.memory import memory_of
+from locc.ir.readers import readers
 from locc.ir.view import node_tensors
 from locc.runtime.learner import Learner
 
@@ -32,7 +34,7 @@ class Offload:
 
     def __init__(self, ir: TrainingGraph, learners: Mapping[str, Learner]) -> None:
         self._learners = learners
-        self._held = {owner: slots(ir, owner) for owner in ir.owners}
+        self._held = slots(ir)
         self._at: str | None = None
         self._before: str | None = None
         self._next: dict[tuple[str | None, str | None], str] = {}
@@ -133,17 +135,20 @@ class OnDisk(Offload):
             files.advise(self._tensors(following), mmap.MADV_WILLNEED)
 
 
-def slots(ir: TrainingGraph, owner: str) -> list[tuple[dict[str, Any], str]]:
-    """Return where the modules have what an owner reads, in training or inference: tables and names.
+def slots(ir: TrainingGraph) -> dict[str, list[tuple[dict[str, Any], str]]]:
+    """Return where the modules have what each owner reads, in training or inference: tables and names.
 
-    A tensor may be replaced. Inference reads in its place what training is sent of another owner's.
+    A tensor may be replaced. An owner also reads what another one has lent it: its tape keeps that, when the
+    value that it came as is gone. Inference reads in its place what training is sent of another owner's.
     """
-    found = {}
-    inference = [node for node in ir.inference.nodes if node.meta.get("owner") == owner]
-    for node in [*ir.nodes(owner), *inference]:
-        for path, _ in node_tensors(ir.root, node):
+    found: dict[str, dict[tuple[int, str], tuple[dict[str, Any], str]]] = {owner: {} for owner in ir.owners}
+    reading = readers(ir.root, set(ir.graph.nodes))
+    for node in [*ir.graph.nodes, *ir.inference.nodes]:
+        for path, tensor in node_tensors(ir.root, node):
             home, _, name = path.rpartition(".")
             module = ir.root.get_submodule(home)
             table: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-            found[id(table), name] = (table, name)
-    return list(found.values())
+            for user in (node, *reading.get(memory_of(tensor), ())):
+                if (owner := user.meta.get("owner")) in found:
+                    found[owner][id(table), name] = (table, name)
+    return {owner: list(held.values()) for owner, held in found.items()}

@@ -244,8 +244,15 @@ def test_export(tmp_path: Path) -> None:
         (["train", MODEL, *DIGITS], "write package.module:name"),
         (["train", f"{MODEL}:number", *DIGITS], "gives a int"),
         (["train", *MLP, *DIGITS, "--method", "none"], "there is no method 'none'"),
-        (["train", *MLP, *DIGITS, "--method", "dgl", "--sigma", "1"], "method 'dgl' takes\n  --head"),
-        (["train", *MLP, *DIGITS, "--sigma", "1"], "method 'bp' takes no options"),
+        (
+            ["train", *MLP, *DIGITS, "--method", "dgl", "--sigma", "1"],
+            "(--help lists all). Method 'dgl' takes\n  --head",
+        ),
+        (
+            ["train", *MLP, *DIGITS, "--method", "bp", "--save-to", "x"],
+            "no option --save-to; nearest: '--save'",
+        ),
+        (["train", *MLP, *DIGITS, "--sigma", "1"], "Method 'bp' takes no options"),
         (["train", *MLP, *DIGITS, "--method", "dtp", "--sigma", "much"], "--sigma much: expected FLOAT"),
         (["train", *MLP, *DIGITS, "--method", "dtp", "--sigma"], "--sigma needs a value"),
         (["train", *MLP, *DIGITS, "--optimizer", "adan"], "nearest: 'adam'"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from locc.ir.memory import memory_of
 from locc.runtime.graphs import Start
@@ -37,7 +37,7 @@ class Tape:
                     torch.default_generator.manual_seed(seeds[call])
                     continue
                 function, args, kwargs, made = call
-                found = _tensors(function(*args, **kwargs))
+                found = _tensors(function(*_there(args), **_there(kwargs)))
                 if made:
                     for old, new in zip(made, found, strict=True):
                         old.detach().copy_(new)
@@ -70,12 +70,13 @@ class TapeRecorder(TorchDispatchMode):
         given = {memory_of(t) for t in _tensors((args, kwargs))}
         for tensor in _tensors((args, kwargs)):  # not all that writes to an argument says so
             self._save(tensor)
+        given_now = _there(args), _there(kwargs)
         result = function(*args, **kwargs)
         found = _tensors(result)
         new = [t for t in found if memory_of(t) not in given]
         assert not new or len(new) == len(found), f"{function} returns both what is new and what is not"
         self.own |= {memory_of(t) for t in new}
-        self.tape.calls.append((function, args, kwargs, new))
+        self.tape.calls.append((function, *given_now, _there(new)))
         return result
 
     def _save(self, tensor: Tensor) -> None:
@@ -83,6 +84,11 @@ class TapeRecorder(TorchDispatchMode):
         if key not in self.own and key not in self.before:
             whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
             self.before[key] = whole, whole.clone()
+
+
+def _there(value: Any) -> Any:
+    """Return the same memory in the same shape, whatever happens to a tensor's shape later (`transpose_`)."""
+    return tree_map_only(Tensor, Tensor.detach, value)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import locc
 from locc import LoccError, Program, RunError
 from locc.runtime import graphs
+from locc.testing.case import Case
+from locc.testing.families import ModelSpec
 from runtime.tape import TapeRecorder
 from runtime.turns import norms
 from support import batch, compiled, everything, same, sgd, snapshot, usual_case
@@ -93,6 +95,15 @@ def turns(program: Program) -> list[graphs.Turn]:
     return [t for _, made in found.plans.values() for t in made if isinstance(t, graphs.Turn)]
 
 
+def of(case: Case, backend: str) -> Program:
+    splits = case.splits if isinstance(case.splits, int) else list(case.splits)
+    return locc.compile(
+        case.model.build().to(DEVICE), case.method, splits, loss=case.model.criterion,
+        example_inputs=case.batch()[0], optimizer=adam, schedule="lockstep", seed=case.seed,
+        tied=case.tied, backend=backend, verify=False,
+    )  # fmt: skip
+
+
 # ---- the same training -------------------------------------------------------------------------
 
 FAST = ("bp", "dgl", "dtp", "infopro", "bcd2")
@@ -105,11 +116,7 @@ def test_recorded_steps_train_the_same_bits(method: str, recorder: Counted) -> N
     case = usual_case(method)
     found = []
     for backend in ("eager", "cudagraphs"):
-        program = locc.compile(
-            case.model.build().to(DEVICE), method, list(case.splits), loss=case.model.criterion,
-            example_inputs=case.batch()[0], optimizer=adam, schedule="lockstep", seed=case.seed,
-            tied=case.tied, backend=backend, verify=False,
-        )  # fmt: skip
+        program = of(case, backend)
         losses = [program.step(*case.batch(i)).loss for i in range(5)]
         found.append((everything(program), [float(loss) for loss in losses if loss is not None]))
     assert same(found[0][0], found[1][0])
@@ -118,6 +125,18 @@ def test_recorded_steps_train_the_same_bits(method: str, recorder: Counted) -> N
     if method in ("dgl", "infopro", "bcd2"):
         assert not program.backend_report.eager
         assert min(replays(recorder)) >= 3
+
+
+def test_a_recording_leaves_gradients_that_wait_for_their_update(recorder: Counted) -> None:
+    case = Case(ModelSpec("auxiliary", ("tanh",)), "ddtp-rhl", splits=2, batch_size=2)  # targets in between
+    found = []
+    for backend in ("eager", "cudagraphs"):
+        program = of(case, backend)
+        for i in range(5):
+            program.step(*case.batch(i))
+        found.append(everything(program))
+    assert same(*found)
+    assert sum(replays(recorder)) > 0
 
 
 def wave(program: Program) -> None:

@@ -92,7 +92,7 @@ def visits(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the same training -------------------------------------------------------------------------
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{method: (method, {}) for method in ("bp", "dgl", "fa", "dtp", "al", "altmin")},
+    **{method: (method, {}) for method in ("bp", "dgl", "fa", "dtp", "al", "altmin", "np-sg")},
     "wave": ("dgl", {"schedule": "wave"}),
     "sequential": ("dgl", {"schedule": "sequential", "features": "memory"}),
     "replay": ("dgl", {"schedule": "replay"}),

@@ -305,6 +305,21 @@ def test_options_of_the_presets() -> None:
     assert known["pred"] == shared | heads
 
 
+def test_averaged_maps_may_vary_in_size() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 600, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(600, 3)
+    )
+    x = torch.randn(4, 1, 10, 9)
+    program = locc.compile(net, "sim", ["1"], example_inputs=x, dynamic="auto", bio=True)
+    (sent,) = program.ir.nodes("1", "sim_head")
+    for probe, (height, width) in enumerate(((10, 9), (5, 4))):  # the second as capture tries them
+        x = torch.randn(4, 1, height, width)
+        found = next(iter(program.root.aux.values()))(net[1](net[0](x)))
+        assert tuple(found.shape) == sent.meta["spec"].concrete(4, probe)
+    assert program.step(torch.randn(4, 1, 6, 13), torch.tensor([0, 1, 2, 0])).objectives["1.sim"] > 0
+
+
 # ---- targets and outputs ---------------------------------------------------------------------
 
 
