@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.handwritten import DetachLoop, EndToEnd, LittleMemory, Loss
 from benchmarks.meter import allocated, gradients_of, peak
-from benchmarks.models import Chain, Workload, segments, splits
+from benchmarks.models import Attention, Chain, Workload, segments, splits
 
 if TYPE_CHECKING:
     import locc
@@ -78,6 +78,9 @@ def local(
 
     if label in (CHEAP, SMALL) and workload.heads is not None:
         options |= workload.heads
+        for part in model.modules():
+            if isinstance(part, Attention):
+                part.folded = True
     else:
         options["head"] = head
     if label == SMALL:
@@ -125,13 +128,18 @@ def largest_module(
     """Return the peak of the most expensive module when each trains alone on its recorded input.
 
     As in the chain, a module holds its input, and its output, which it hands on. Under True stands the
-    peak of modules that are compiled, under False of those that are not.
+    peak of modules that are compiled, under False of those that are not. Of modules whose input and
+    parameters have the same shapes one is measured, and the one that reads the data.
     """
     parts = segments(copy.deepcopy(model), modules)
     inputs = [x, *boundaries(parts, x)]
     heads = [workload.head(width) for width in boundary_widths(workload, parts, x)]
     found = {False: 0, True: 0}
-    for part, head, entering in zip(parts, [*heads, nn.Identity()], inputs, strict=True):
+    different = {
+        (entering is x, entering.shape, *(p.shape for p in gradients_of(part, head))): (part, head, entering)
+        for part, head, entering in zip(parts, [*heads, nn.Identity()], inputs, strict=True)
+    }
+    for part, head, entering in different.values():
         one = Alone(part, head, workload.loss, None if entering is x else entering, x, y)
         one.step()  # the optimizer's state exists only after the first step
         found[False] = max(found[False], peak(one.step, gradients_of(part, head)).total)
@@ -166,9 +174,12 @@ class Alone:
 
 
 def contestants(
-    workload: Workload, counts: Sequence[int], with_locc: bool, inductor: bool
+    workload: Workload, counts: Sequence[int], with_locc: bool, inductor: Sequence[int]
 ) -> list[Contestant]:
-    """Build all contestants on copies of one model; cheaper heads and little memory are at the largest K."""
+    """Build all contestants on copies of one model; cheaper heads and little memory are at the largest K.
+
+    End to end is compiled where there is a K in `inductor`, at which locc is compiled as well.
+    """
     torch.manual_seed(0)
     model = workload.model()
     x, y = workload.batch()
@@ -182,7 +193,7 @@ def contestants(
         enter(end_to_end, COMPILED)
     enter(little_memory)
     for modules in counts:
-        labels = [LOCC, *([INDUCTOR] if inductor else [])] if with_locc else []
+        labels = [LOCC, *([INDUCTOR] if modules in inductor else [])] if with_locc else []
         if modules > 1:
             enter(handwritten, modules)
         if modules == max(counts) and with_locc:

@@ -3,12 +3,12 @@
 Contestants train copies of one model on one batch, in turn: end-to-end backpropagation, eager and compiled,
 the faster of which the others are compared with; the same with checkpoints at every block and the optimizer
 inside of the backward pass, which is how one trains end to end in little memory; a detach loop written by
-hand; and locc's `dgl` with the same heads, eager and compiled, and at the largest K with cheaper heads where
-there are some, and with these in little memory (updates in the backward pass, and some activations computed
-again where that pays). All have Adam, fused. Times are the median of the rounds, with the fastest and the
-slowest; a ratio is taken within each round. Beside it is the arithmetic: the ratio of the floating-point
-operations in matrix products, convolutions and attention, which is what the time would be if nothing else
-took any.
+hand; and locc's `dgl` with the same heads, eager and compiled (at the largest K alone, unless told: compiling
+takes most of the time), and at the largest K with cheaper heads where there are some, and with these in
+little memory (updates in the backward pass, and some activations computed again where that pays). All have
+Adam, fused. Times are the median of the rounds, with the fastest and the slowest; a ratio is taken within
+each round. Beside it is the arithmetic: the ratio of the floating-point operations in matrix products,
+convolutions and attention, which is what the time would be if nothing else took any.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Row:
     memory_to_largest_module: float
 
 
-def measure(workload: Workload, given: argparse.Namespace, until: float, inductor: bool) -> list[Row]:
+def measure(workload: Workload, given: argparse.Namespace, until: float) -> list[Row]:
     """Run one workload and return a row for each contestant."""
     torch.compiler.reset()  # what is known of other models' sizes
     counts = given.modules
-    entered = contestants(workload, counts, not given.without_locc, inductor)
+    entered = contestants(workload, counts, not given.without_locc, given.inductor)
     names = [f"{c.label} K={c.modules}" for c in entered]
     first = [seconds(c.step) for c in entered]
     clock = time.process_time if given.processor else time.perf_counter
@@ -78,7 +78,7 @@ def measure(workload: Workload, given: argparse.Namespace, until: float, inducto
     torch.manual_seed(0)
     model, (x, y) = workload.model(), workload.batch()
     largest = {1: {kind: peaks[name] for kind, name in usual.items() if name in peaks}}
-    largest |= {k: largest_module(workload, model, x, y, k, inductor) for k in counts if k > 1}
+    largest |= {k: largest_module(workload, model, x, y, k, k in given.inductor) for k in counts if k > 1}
     return [
         Row(
             workload.name,
@@ -175,6 +175,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="time the processor and not the clock: for one thread on a busy machine",
     )
+    parser.add_argument(
+        "--inductor", type=int, nargs="+", metavar="K", help="where locc is compiled; at the largest K"
+    )
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--without-locc", action="store_true", help="compare the references alone")
     options = parser.parse_args(argv)
@@ -184,6 +187,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"no model {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
     if any(k < 1 or 12 % k for k in options.modules):
         parser.error("the twelve blocks divide into 1, 2, 3, 4, 6 or 12 modules")
+    if options.eager or not compiles():
+        options.inductor = []
+    elif options.inductor is None:
+        options.inductor = [max(options.modules)]
     return options
 
 
@@ -198,10 +205,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ", ".join(f"{key} {value}" for key, value in environment(options.processor).items()), highlight=False
     )
     rows: list[Row] = []
-    began, inductor = time.perf_counter(), compiles() and not options.eager
+    began = time.perf_counter()
     for number, name in enumerate(options.models, 1):
         until = began + 60 * options.minutes * number / len(options.models)
-        found = measure(WORKLOADS[name], options, until, inductor)
+        found = measure(WORKLOADS[name], options, until)
         show(console, found)
         rows += found
         if options.json:

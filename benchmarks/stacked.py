@@ -1,62 +1,95 @@
-"""`python -m benchmarks.stacked`: modules of one structure as one (`backend="vmap"`) against one by one.
+"""`python -m benchmarks.stacked`: modules as one (`backend="vmap"`, or `group=`) against one by one.
 
-A chain of equal layers trains with `dgl` and Adam on waves of batches: under `backend="vmap"`, and in
-lock-step, each on its own copy, in turn. Times are of a batch; a ratio is taken within each round.
+An MLP of twelve equal layers (`benchmarks.models.mlp`; `mlp-small` at width 512, batch 64) trains with `dgl`
+and Adam on waves of batches: under `backend="vmap"`, and in lock-step, each on its own copy, in turn. Beside
+them runs what neither can do without, on stacked tensors: the matrix products of a step, and one update of
+all parameters. Times are of the processor, for a batch; a ratio is taken within each round.
+
+With `--group 64MiB` the others are `backend="inductor"`, of each module and of groups of neighbours, all in
+lock-step, and what a step of the groups allocates at the most.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 import locc
-from benchmarks.meter import Timing, interleave, ratio
-from benchmarks.models import CLASSES
+from benchmarks.meter import Timing, allocated, interleave, ratio
+from benchmarks.models import BLOCKS, CLASSES, mlp, splits
 
 
-def chain(width: int, modules: int) -> nn.Sequential:
-    """Return a network of `modules` modules."""
-    torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(modules - 1)]
-    return nn.Sequential(*blocks, nn.Linear(width, CLASSES))
+def arithmetic(width: int, batch: int) -> Callable[[], None]:
+    """Return what runs the matrix products of a step and the update of the parameters, and nothing else."""
+    x, hidden = torch.randn(2, BLOCKS, batch, width)
+    logits, layer = torch.randn(BLOCKS, batch, CLASSES), torch.randn(BLOCKS, width, width)
+    head = torch.randn(BLOCKS, CLASSES, width)
+    parameters = torch.randn(BLOCKS, width * width + width + CLASSES * width + CLASSES, requires_grad=True)
+    parameters.grad = torch.randn_like(parameters)
+    optimizer = torch.optim.Adam([parameters], fused=True)
+
+    def run() -> None:
+        torch.bmm(x, layer.mT)
+        torch.bmm(hidden, head.mT)
+        torch.bmm(logits, head)
+        torch.bmm(logits.mT, hidden)
+        torch.bmm(hidden.mT, x)
+        optimizer.step()
+
+    return run
 
 
-def measure(width: int, modules: int, batch: int, wave: int, rounds: int) -> str:
+def measure(width: int, batch: int, wave: int, rounds: int, group: str | None) -> str:
     """Return a row of the table."""
     data = [(torch.randn(batch, width), torch.randint(CLASSES, (batch,))) for _ in range(wave)]
 
     def program(**options: Any) -> locc.Program:
-        splits = [str(k) for k in range(modules - 1)]
-        model = chain(width, modules)
-        return locc.compile(
-            model, "dgl", splits, example_inputs=data[0][0], optimizer=locc.Recipe(), verify=False, **options
-        )
+        torch.manual_seed(0)
+        x = data[0][0]
+        given = {"example_inputs": x, "optimizer": locc.Recipe(), "verify": False, **options}
+        return locc.compile(mlp(width), "dgl", splits(BLOCKS), **given)
 
-    one, joined = program(), program(schedule="wave", backend="vmap")
-    times = interleave(
-        {"one by one": lambda: [one.step(*each) for each in data], "vmap": lambda: joined.wave(data)}, rounds
-    )
+    def steps(one: locc.Program) -> Callable[[], object]:
+        return lambda: [one.step(*each) for each in data]
+
+    entered: dict[str, Callable[[], object]] = {}
+    if group is None:
+        joined = program(schedule="wave", backend="vmap")
+        entered["vmap"] = lambda: joined.wave(data)
+    else:
+        grouped = program(backend="inductor", group=group)
+        entered |= {"inductor": steps(program(backend="inductor")), "groups": steps(grouped)}
+    least = arithmetic(width, batch)
+    entered |= {"arithmetic": lambda: [least() for _ in data], "one by one": steps(program())}
+    times = interleave(entered, rounds, clock=time.process_time)
     apart = Timing.of(t / wave for t in times["one by one"])
-    found = ratio(times, "vmap", "one by one")
-    return f"| {width} | {apart} | {found.median:.2f} ({found.low:.2f} to {found.high:.2f}) |"
+    ratios = [ratio(times, name, "one by one") for name in entered if name != "one by one"]
+    cells = [str(width), str(apart), *(f"{r.median:.2f} ({r.low:.2f} to {r.high:.2f})" for r in ratios)]
+    if group is not None:
+        mib = allocated(lambda: grouped.step(*data[0])) / 2**20
+        cells += [str(len(grouped.backend_report.groups)), f"{mib:.2f} MiB"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256, 512])
-    parser.add_argument("--modules", type=int, default=12)
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--wave", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--group", help="a budget of memory: measure groups of neighbours, in lock-step")
     given = parser.parse_args(arguments)
-    print("| width | a batch in lock-step | vmap / lock-step |\n|---:|---|---|")
+    names = ["vmap"] if given.group is None else ["inductor", "groups"]
+    titles = ["width", "a batch in lock-step", *(f"{name} / lock-step" for name in (*names, "arithmetic"))]
+    titles += [] if given.group is None else ["groups", "peak of a step"]
+    print(f"| {' | '.join(titles)} |\n|---:|{'---|' * (len(titles) - 1)}")
     for width in given.widths:
-        print(measure(width, given.modules, given.batch, given.wave, given.rounds), flush=True)
+        print(measure(width, given.batch, given.wave, given.rounds, given.group), flush=True)
 
 
 if __name__ == "__main__":

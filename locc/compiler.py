@@ -70,6 +70,7 @@ def compile(
     replicas: int | None = None,
     backend: str = "eager",
     strict: bool = False,
+    group: int | str | None = None,
     offload: str | Path | None = None,
     tied: str = "auto",
     scheduler: Any = None,
@@ -144,6 +145,9 @@ def compile(
             why.
         strict: of "inductor" and "cudagraphs", an error instead for what cannot be compiled or recorded; the
             step that meets it is then undone.
+        group: of "inductor", neighbours whose steps are compiled as one, forward and backward, the longest
+            runs that allocate no more than this in a step ("64MiB", or bytes), for networks of tiny modules.
+            What cannot join runs by itself; `program.backend_report` has the groups, and why.
         offload: "disk" or a folder: parameters, buffers and optimizer state are in files (without a name, in
             the folder of temporary files or in that one) and those of one module at a time in memory, for
             training that does not fit there. "cpu": they are in the memory of the CPU, and on the GPU are
@@ -248,6 +252,7 @@ def compile(
         update=update,
         recompute=_names(recompute),
         strict=strict,
+        group=group,
     )
     request = Request(
         Root(model),

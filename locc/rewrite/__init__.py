@@ -30,7 +30,7 @@ from locc.rewrite.local_loss import LossLike, head_loss, heads_of
 from locc.rewrite.noise import disturb, draw
 from locc.rewrite.objectives import add_all, judged, squared_distance, weigh
 from locc.rewrite.output import OutputLoss, output_error
-from locc.rewrite.passes import Method, Pass, apply, configure, option, options
+from locc.rewrite.passes import Method, Pass, UndefinedError, apply, configure, option, options
 from locc.rewrite.reach import learned, trained
 from locc.rewrite.tangents import before_nonlinearity, pull, push
 from locc.rewrite.targets import CLASS_IDS, NUMBERS, divided, own_target
@@ -56,6 +56,7 @@ __all__ = [
     "OutputLoss",
     "Pass",
     "Recipe",
+    "UndefinedError",
     "activations",
     "add_all",
     "advised",

@@ -165,7 +165,7 @@ class Inductor(Eager):
 
     def run(self, instructions: list[Instruction]) -> None:
         """Run instructions in order."""
-        with careful():
+        with careful(self.plan):
             super().run(instructions)
 
     def compute(self, segment: Segment, values: list[Any]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from locc.ir.state import State, states
 from locc.lower import ModuleProgram, Plan
 from locc.runtime.executor import Executor
 from locc.runtime.fingerprint import Fingerprint
+from locc.runtime.grouped import Groups
 from locc.runtime.learner import Learner
 from locc.runtime.replay import Workers
 from locc.runtime.stacked import Diagonal
@@ -44,6 +45,7 @@ class Built:
     shares: dict[str | None, Plan] = field(default_factory=dict)
     workers: dict[str | None, Workers] = field(default_factory=dict)
     diagonals: dict[str | None, Diagonal] = field(default_factory=dict)
+    groups: dict[str | None, Groups] = field(default_factory=dict)
     resting: dict[str, list[nn.Module]] = field(default_factory=dict)
 
     @cached_property

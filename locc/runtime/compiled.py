@@ -6,7 +6,7 @@ import itertools
 import linecache
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from locc.errors import RunError
-from locc.lower import Code, Plan, Segment, instructions_of
+from locc.lower import Backward, Code, Plan, Segment, instructions_of
 
 _log = logging.getLogger("locc")
 _numbers = itertools.count()
@@ -40,10 +40,14 @@ class BackendReport:
     Attributes:
         backend: its name.
         pieces: all that has run since the program was compiled, in the order in which it first ran.
+        groups: the names of the modules that are compiled together, with `group=`.
+        alone: why a module is in no group, by its name.
     """
 
     backend: str
     pieces: tuple[Piece, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    alone: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def eager(self) -> tuple[Piece, ...]:
@@ -66,7 +70,15 @@ class BackendReport:
         if self.backend == "cudagraphs":
             alone = (f"{piece.module}: runs eagerly, for {piece.reason}" for piece in self.eager)
             return "\n".join([f"backend 'cudagraphs': {done} turns of modules are recorded", *alone])
-        lines = [f"backend '{self.backend}': {done} pieces"]
+        lines = [f"backend '{self.backend}': {done} pieces"] if self.pieces or not self.groups else []
+        if self.groups or self.alone:
+            whole = sum(map(len, self.groups))
+            lines.append(
+                f"backend '{self.backend}': {whole} of {whole + len(self.alone)} modules are compiled in "
+                f"{len(self.groups)} group(s)"
+            )
+            lines += [f"group: {', '.join(group)}" for group in self.groups]
+            lines += [f"{name}: in no group, for {reason}" for name, reason in self.alone.items()]
         for name, pieces in self.modules.items():
             eager = [piece for piece in pieces if piece.reason is not None]
             lines.append(f"{name}: {len(pieces) - len(eager)} compiled, {len(eager)} eager")
@@ -182,7 +194,7 @@ class Codes:
         code = f"'{segment.text[-1]}'"
         if len(segment.text) > 1:
             code = f"the piece of {len(segment.text)} lines that ends with {code}"
-        reason = _reason(error)
+        reason = in_a_line(error)
         if self.strict:
             raise RunError(
                 f"module '{segment.owner}' cannot be compiled, in {code}: {reason}. Leave out strict=True, "
@@ -201,19 +213,32 @@ class Codes:
 
 
 @contextmanager
-def careful() -> Iterator[None]:
-    """Prepare compiled code for what steps do: hooks come and go, a tape serves several backward passes."""
+def careful(plan: Plan) -> Iterator[None]:
+    """Prepare compiled code for what steps of a plan do: hooks come and go, a tape may serve several times.
+
+    Where none does, a backward pass may write into what the forward one has kept for it. The key under which
+    PyTorch (2.13) keeps a kernel on disk does not say which of the two it is, but for the tag.
+    """
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
+    import torch.compiler.config as compiler
 
-    with dynamo.patch(skip_nnmodule_hook_guards=False), functorch.patch(donated_buffer=False):
+    once = not any(isinstance(i, Backward) and i.retain for i in instructions_of(plan.instructions))
+    tag = f"{compiler.cache_key_tag}, donated: {once}"
+    with (
+        dynamo.patch(skip_nnmodule_hook_guards=False),
+        functorch.patch(donated_buffer=once),
+        compiler.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
+    ):
         yield
 
 
 def _looks(code: Code, values: list[Any]) -> Hashable:
     """Return what is equal for two pieces of code that one compilation may serve."""
+    import torch._functorch.config as functorch
+
     shared = ((name, id(held)) for name, held in code.space.items() if name != "forward")
-    looks: list[Hashable] = [code.text, *shared]
+    looks: list[Hashable] = [code.text, functorch.donated_buffer, *shared]
     for held in (*vars(code.taken()).values(), *values):
         leaves: list[Any] = tree_leaves(held)
         if isinstance(held, nn.Module):
@@ -229,7 +254,7 @@ def _silent(number: int) -> None:
     """Take the place of what starts a random stream: that has been done."""
 
 
-def _reason(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """Return what the compiler says, in a line, with the line of code if that is somebody's own."""
     from torch._dynamo.exc import FailOnRecompileLimitHit
 

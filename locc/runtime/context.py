@@ -58,6 +58,18 @@ class Context:
         """Everything under the root; a walk that a step would spend on nothing."""
         return list(self.root.modules())
 
+    @cached_property
+    def linear(self) -> list[nn.Module]:
+        """With `in_backward`, linear layers that need little memory: those that read as much as they make.
+
+        Layers that are computed again have nothing to let go of, and would compute their output for nothing.
+        """
+        if not self.in_backward:
+            return []
+        again = {m for module in self.recompute for m in module.modules()}
+        found = (m for m in self.modules if type(m) is nn.Linear and "forward" not in vars(m))
+        return [m for m in found if m.in_features >= m.out_features and m not in again]
+
     def unknown(self, plan: Plan) -> bool:
         """Whether a step of a plan runs what the backend may have to refuse, which is not known yet."""
         return self.codes.unknown(plan) if self.graphs is None else self.graphs.unknown(plan)

@@ -12,9 +12,10 @@ from locc.lower import Plan
 from locc.runtime.backends import BACKENDS
 from locc.runtime.context import Context
 from locc.runtime.machine import Channels
-from locc.runtime.recompute import recomputed
+from locc.runtime.recompute import recomputed, replaced
 from locc.runtime.stops import explained
 from locc.runtime.streams import preserved_rng
+from locc.runtime.within import weight_first
 
 
 @dataclass
@@ -51,7 +52,11 @@ class Executor(Context):
         machine = BACKENDS[self.backend](self, plan, values, step, channels)
         machine.moved = machine.moved if moved is None else moved
         try:
-            with preserved_rng(self.device), recomputed(self.recompute):
+            with (
+                preserved_rng(self.device),
+                replaced(() if machine.apart else self.linear, weight_first),
+                recomputed(self.recompute),
+            ):
                 machine.run(plan.instructions)
         except BaseException as error:
             for learner in self.learners.values():

@@ -20,11 +20,13 @@ from locc.runtime.backends import BACKENDS
 from locc.runtime.built import Built
 from locc.runtime.compiled import BackendReport
 from locc.runtime.features import Features
+from locc.runtime.grouped import Groups
 from locc.runtime.member import Member
 from locc.runtime.placed import Placed, moved_to
 from locc.runtime.progress import Progress
 from locc.runtime.ranks import Cost, measured
 from locc.runtime.ranks.forecast import Forecast, forecast
+from locc.runtime.records import size_of
 from locc.runtime.replay import Workers
 from locc.runtime.report import StepReport
 from locc.runtime.settings import Settings
@@ -93,7 +95,12 @@ class Compiled(Placed):
         joined = [piece for diagonal in self.built.diagonals.values() for piece in diagonal.pieces]
         executor = self.built.executor
         recorded = () if executor.graphs is None else executor.graphs.pieces
-        return BackendReport(self.settings.backend, (*executor.codes.pieces.values(), *joined, *recorded))
+        pieces = (*executor.codes.pieces.values(), *joined, *recorded)
+        grouped = self.built.groups.values()
+        groups = tuple(group for one in grouped for group in one.groups)
+        return BackendReport(
+            self.settings.backend, pieces, groups, {k: why for one in grouped for k, why in one.alone.items()}
+        )
 
     # ---- training ---------------------------------------------------------------------------
 
@@ -162,7 +169,12 @@ class Compiled(Placed):
                 "program.model and compile again"
             )
         plan = self.plan(self.phase)
-        tried = self.settings.strict and any(map(built.executor.unknown, self._runs(plan, updated)))
+        grouped = None if self.settings.group is None else self._groups(self.phase)
+        if grouped is None:
+            unknown = any(map(built.executor.unknown, self._runs(plan, updated)))
+        else:
+            unknown = grouped.unknown(batches)
+        tried = self.settings.strict and unknown
         backup = self._backup() if self.settings.atomic or tried else None
         try:
             if self.member is not None and self.settings.replay is not None:
@@ -223,6 +235,8 @@ class Compiled(Placed):
     def _run(self, plan: Plan, values: list[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
         if self.features is not None and self.features.plan is plan:
             return self.features.run(self.built.executor, values, self.steps)
+        if self.settings.group is not None:
+            return self._groups(self.phase).run(values, self.steps)
         return self.built.executor.run(plan, values, self.steps)
 
     def costs(self, plan: Plan, values: list[Any]) -> dict[str, Cost]:
@@ -293,9 +307,18 @@ class Compiled(Placed):
             diagonals[phase] = Diagonal(self.ir, self.built.executor, self._parts(phase))
         return diagonals[phase]
 
+    def _groups(self, phase: str | None) -> Groups:
+        groups, settings = self.built.groups, self.settings
+        if phase not in groups:
+            assert settings.group is not None
+            budget = size_of(settings.group, "group")
+            groups[phase] = Groups(self.ir, self.built.executor, self._parts(phase), budget, settings.strict)
+        return groups[phase]
+
     def _parts(self, phase: str | None) -> list[ModuleProgram]:
         if phase not in self.built.parts:
             schedule = "wave" if self.settings.replay is None else "replay"
+            schedule = "lockstep" if self.settings.group is not None else schedule
             waves.check(self.ir, self.method, self.built.certificate, schedule)
             parts = waves.ordered(module_programs(self.ir, self.plan(phase)))
             if BACKENDS[self.settings.backend].gathers:

@@ -76,9 +76,18 @@ def recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
     The second run sees the random numbers, parameters and buffers of the first one, and what it does to
     buffers (running statistics) is dropped. It ends where all that the backward pass needs is there.
     """
+    with replaced(modules, _checkpointed):
+        yield
+
+
+@contextmanager
+def replaced(
+    modules: Iterable[nn.Module], by: Callable[[Any, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Give some modules another forward inside of this context: what `by` makes of each and its own."""
     before = [(module, module.__dict__.get("forward")) for module in modules]
     for module, _ in before:
-        module.forward = _checkpointed(module, module.forward)
+        module.forward = by(module, module.forward)
     try:
         yield
     finally:

@@ -64,6 +64,7 @@ class Settings:
     update: str = "after_backward"
     recompute: bool | tuple[str, ...] = False
     strict: bool = False
+    group: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -85,6 +86,7 @@ class Settings:
             )
         self._check_vmap()
         self._check_graphs()
+        self._check_group()
         if self.strict and self.backend in ("eager", "vmap"):
             raise LoccError(
                 "strict=True refuses code that a backend cannot compile, and "
@@ -148,6 +150,29 @@ class Settings:
         given = [name for name, value in unlike.items() if value]
         if given:
             raise LoccError(f"backend='cudagraphs' does not work with {given[0]}=; leave one of them out")
+
+    def _check_group(self) -> None:
+        if self.group is None:
+            return
+        size_of(self.group, "group")
+        if self.backend not in ("inductor", "aot_eager"):
+            raise LoccError(
+                f"group={self.group!r} compiles neighbours together, and backend={self.backend!r} compiles "
+                "no code; use backend='inductor', or leave it out"
+            )
+        if self.schedule != "lockstep":
+            raise LoccError(
+                f"group={self.group!r} runs neighbours on one batch, one after the other, and "
+                f"schedule={self.schedule!r} does not; use schedule='lockstep', or leave it out"
+            )
+        unlike = {
+            "autocast": self.autocast is not None,
+            "offload": self.offload is not None,
+            "update": self.update != "after_backward",
+        }
+        given = [name for name, value in unlike.items() if value]
+        if given:
+            raise LoccError(f"group={self.group!r} does not work with {given[0]}=; leave one of them out")
 
     def _check_features(self) -> None:
         if self.features is None and self.features_limit is not None:

@@ -60,10 +60,13 @@ def check(ir: TrainingGraph, name: str, certificate: Certificate | None, schedul
         exact, why = certificate.pipeline_exact, certificate.pipeline_reason
     else:
         exact, why = pipeline_exact(flows(ir, derive(ir)), couplings(ir, None))
+    asked, instead = "trains a module on batches that later modules have not seen", "use schedule='lockstep'"
+    if schedule == "lockstep":
+        asked, instead = "with group= ends a module's step before later ones begin theirs", "leave out group="
     if not exact:
         raise MethodError(
-            f"schedule='{schedule}' trains a module on batches that later modules have not seen, and the "
-            f"program of method '{name}' is not pipeline-exact: {why}; use schedule='lockstep'"
+            f"schedule='{schedule}' {asked}, and the program of method '{name}' is not pipeline-exact: "
+            f"{why}; {instead}"
         )
 
 

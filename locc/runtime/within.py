@@ -1,9 +1,15 @@
-"""Updates within the backward pass: where they are the same as updates after it."""
+"""Updates within the backward pass: where they are the same as updates after it, and in little memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from locc.errors import MethodError
 from locc.ir import Phase, TrainingGraph
@@ -34,3 +40,43 @@ def _check(plan: Plan, name: str) -> None:
             f"update='in_backward' changes a parameter before the backward pass is over, and with method "
             f"'{name}' module '{update.owner}' has to wait: {why}; use update='after_backward'"
         )
+
+
+def weight_first(layer: nn.Linear, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward of a linear layer that lets go of its input before it makes that one's gradient.
+
+    PyTorch's own holds both, and the gradient of the weight. The bits are the same.
+    """
+
+    def run(x: Any) -> Any:
+        plain = (
+            all(type(t) in (Tensor, nn.Parameter) and not t.is_nested for t in (x, layer.weight))
+            and x.dim() > 1
+            and torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and forward_ad._current_level < 0
+        )
+        if not plain:
+            return forward(x)
+        return _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+
+    return run
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        shape, rows = x.shape, gradient.reshape(-1, gradient.shape[-1])
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        found = rows.t().mm(x.reshape(-1, shape[-1])) if of_weight else None
+        summed = rows.sum(0) if of_bias else None
+        del x
+        ctx.maybe_clear_saved_tensors()
+        return rows.mm(weight).reshape(shape) if of_x else None, found, summed

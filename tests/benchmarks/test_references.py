@@ -10,7 +10,7 @@ import torch
 from benchmarks.contestants import boundary_widths
 from benchmarks.handwritten import DetachLoop, EndToEnd, LittleMemory
 from benchmarks.meter import flops, peak
-from benchmarks.models import WORKLOADS, segments, splits
+from benchmarks.models import WORKLOADS, Attention, segments, splits
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -45,6 +45,22 @@ def test_with_little_memory_the_same_bits_are_trained_at_the_price_of_a_second_f
     block, last = 2 * 8 * 512 * 512, 2 * 8 * 512 * 10
     assert flops(lambda: usual.step(x, y)) == 12 * 3 * block - block + 3 * last
     assert flops(lambda: little.step(x, y)) == 12 * 4 * block - block + 3 * last
+
+
+def test_a_norm_that_is_folded_is_the_same_function_and_spares_a_product() -> None:
+    plain = Attention(16, 2).double()
+    for parameter in plain.norm.parameters():
+        torch.nn.init.normal_(parameter)
+    folded = copy.deepcopy(plain)
+    folded.folded = True
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    one, other = plain(x), folded(x)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    spared = flops(one.square().sum().backward) - flops(other.square().sum().backward)
+    matrix = 2 * 16 * 48  # of the queries, keys and values
+    assert spared == (15 - 2) * matrix  # that of the input, but for the two gradients of the shift
+    for ours, theirs in zip(plain.parameters(), folded.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-10)
 
 
 def test_detach_loop_takes_the_gradient_of_each_local_loss() -> None:

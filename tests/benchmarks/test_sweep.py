@@ -44,7 +44,7 @@ def act(entry, make, method, splits, export):
 
 
 def outcomes(trial, **limits):
-    found = [r for records in run([trial], act, 1, Limits(seconds=3, memory=0.25, **limits)) for r in records]
+    found = [r for records in run([trial], act, 1, Limits(seconds=6, memory=0.25, **limits)) for r in records]
     return found, {r.method: r.outcome for r in found}
 
 

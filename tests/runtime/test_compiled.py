@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import locc
 from locc import LoccError, Program, RunError
 from locc.ir import TrainingGraph
+from locc.runtime.compiled import careful
 from rules import Rule, finish, mean_square
 from support import batch, compiled, mlp, same, sgd, snapshot, usual_case
 
@@ -291,3 +292,10 @@ def test_within_a_dispatch_mode_code_runs_eagerly_and_once():
         program.step(X, Y)
         assert not program.backend_report.eager
         assert len(program.backend_report.modules) == 2
+
+
+@pytest.mark.parametrize(("method", "once"), [("dgl", True), ("infopro", False)])
+def test_a_backward_pass_writes_into_what_is_kept_for_it_where_no_other_needs_that(method, once):
+    program = usual_case(method).compile()
+    with careful(program.plan()):
+        assert torch._functorch.config.donated_buffer is once

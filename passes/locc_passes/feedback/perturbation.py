@@ -48,11 +48,22 @@ class LearnedFeedback(Pass):
     solved: bool = False
 
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
-        """What a matrix stands for is a layer: what its feedback sends back is a function of the layer."""
+        """What a matrix stands for is a layer of one module, and what it sends back a function of that."""
+        learner: dict[str, str] = {}
         for matrix in _matrices(ir):
+            name = strip(str(matrix.target).removeprefix("aux.feedback_").removesuffix(".matrix"))
+            owner = str(matrix.meta["owner"])
+            if learner.setdefault(name, owner) != owner:
+                called = [
+                    n for u in matrix.users if u.target is feedback_layer for n in u.all_input_nodes[1:2]
+                ]
+                layer = strip(str(called[0].target)) if called else name
+                yield (
+                    f"modules '{learner[name]}' and '{owner}' share the weight of '{layer}', and one of them "
+                    "would learn its feedback; keep both uses in one module, or give each a weight of its own"
+                )
             for use in matrix.users:
                 if use.target is not feedback_layer:
-                    name = strip(str(matrix.target).removeprefix("aux.feedback_").removesuffix(".matrix"))
                     yield (
                         f"'{name}' is multiplied by a function, and feedback is learned for layers; use "
                         "nn.Linear or a convolution there"

@@ -15,6 +15,7 @@ from locc.nn import Layout, guess_layout
 from locc.rewrite import (
     InverseMaker,
     Pass,
+    UndefinedError,
     activations,
     add_all,
     build,
@@ -64,7 +65,11 @@ class DifferenceReconstruction(Pass):
 
 
 def run_on(ir: TrainingGraph, module: Owner, added: Moved) -> fx.Node:
-    """Return the prediction after something is added to values that a module sends; no gradient runs back."""
+    """Return the prediction after something is added to values that a module sends; no gradient runs back.
+
+    Raises:
+        UndefinedError: the prediction does not depend on them.
+    """
     moved: Moved = {}
     for value, e in added.items():
         here = ir.stop_gradient(module.name, value)
@@ -78,6 +83,11 @@ def run_on(ir: TrainingGraph, module: Owner, added: Moved) -> fx.Node:
             read = set().union(*tapes.values())
             fed = {n: ir.stop_gradient(reader.name, moved[v]) for n, v in entries.items() if n in read}
             moved.update(zip(reached, ir.replay(reader.name, fed, reached, "disturbed"), strict=True))
+    if ir.prediction not in moved:
+        raise UndefinedError(
+            f"the prediction '{ir.prediction.name}' is not computed from what module '{module.name}' sends, "
+            "so that no target comes back to it; let it be one module with a neighbour that leads there"
+        )
     return moved[ir.prediction]
 
 

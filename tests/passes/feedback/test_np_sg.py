@@ -237,6 +237,13 @@ def test_what_it_is_not_defined_for_is_refused(model: nn.Module, options: dict[s
         compiled(model, "np-sg", SPLITS, **options)
 
 
+def test_a_weight_of_two_modules_is_refused() -> None:
+    weight = nn.Linear(4, 4).requires_grad_(False)  # what trains has one owner
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), weight, nn.Tanh(), weight, nn.Linear(4, 3))
+    with pytest.raises(MethodError, match="modules '3' and 'output' share the weight of '2', "):
+        compiled(model, "np-sg", ["1", "3"])
+
+
 def test_least_squares_fits_linear_layers() -> None:
     with pytest.raises(MethodError, match="layer '2' is a Conv2d, and the least-squares fit"):
         compiled(convolutions(), "np-sg", 2, example_inputs=torch.randn(2, 1, 6, 6), solver="least-squares")

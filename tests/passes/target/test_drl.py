@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import locc
 from locc.errors import MethodError
 from locc.rewrite import noise
+from locc.testing.case import Case
+from locc.testing.families import ModelSpec
 from support import Residual, compiled, same, sgd, snapshot
 
 Array = NDArray[np.float64]
@@ -306,3 +308,9 @@ def test_phases_train_the_feedback_alone_before_and_between() -> None:
 def test_unusable_options_are_refused(method: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(MethodError, match=words):
         compiled(nn.Linear(4, 3), method, **options)
+
+
+def test_a_module_that_the_prediction_does_not_need_is_refused() -> None:
+    case = Case(ModelSpec("auxiliary"), "ddtp-linear", splits=3)
+    with pytest.raises(MethodError, match="'head' is not computed from what module 'side' sends"):
+        case.compile()
