@@ -189,6 +189,13 @@ def every_method(but: Collection[str] = (), slow: Collection[str] = ()) -> list[
     return [pytest.param(name, marks=pytest.mark.slow) if name in late else name for name in names]
 
 
+def close(one: nn.Module, other: nn.Module, tolerance: float = 1e-10) -> None:
+    """Fail unless two modules hold the same, up to rounding."""
+    wanted = other.state_dict()
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], atol=tolerance, rtol=0, msg=name)
+
+
 def everything(program: Program) -> dict[str, Tensor]:
     """Every tensor and number that training depends on."""
     tensors, header = checkpoint._state(program)
@@ -200,6 +207,25 @@ def compiled(model: nn.Module, method: Any = "bp", splits: Any = (), **options: 
     """Compile for `batch()` unless example inputs are given."""
     options.setdefault("example_inputs", batch(dtype=next(model.parameters()).dtype)[0])
     return locc.compile(model, method, splits, **options)
+
+
+def gap(model: nn.Module, splits: Any, x: Any = None, y: Any = None, steps: int = 2, **options: Any) -> float:
+    """How far `bp` is from `loss.backward()` in float64: the largest difference in the loss and the state."""
+    given = batch(dtype=torch.float64)
+    x, y = given[0] if x is None else x, given[1] if y is None else y
+    model = model.double()
+    eager = copy.deepcopy(model)
+    program = compiled(model, "bp", splits, optimizer=sgd(), example_inputs=x, **options)
+    optimizer = sgd()([p for p in eager.parameters() if p.requires_grad])
+    apart = [torch.zeros(())]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(eager(x), y)
+        loss.backward()
+        optimizer.step()
+        apart.append(program.step(x, y).loss - loss.detach())
+    states = zip(model.state_dict().values(), eager.state_dict().values(), strict=True)
+    return max(float(d.abs().max()) for d in (*apart, *(p - q for p, q in states)))
 
 
 def drawn(step: int, node: str, share: float, y: Tensor) -> Tensor:

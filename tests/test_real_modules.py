@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import locc
+import support
 from support import batch, same, sgd, snapshot
 from zoo import hf
 
@@ -311,11 +312,5 @@ class Chained(nn.Module):
 
 
 def test_lists_of_tensors_cross_cuts_part_by_part() -> None:
-    torch.manual_seed(0)
-    model, x, y = Chained().double(), torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
-    other = copy.deepcopy(model)
-    F.cross_entropy(other(x), y).backward()
-    torch.optim.SGD(other.parameters(), 0.1).step()
-    locc.compile(model, "bp", ["features.0", "features.1"], example_inputs=x, optimizer=sgd(0.1)).step(x, y)
-    for one, two in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    assert support.gap(Chained(), ["features.0", "features.1"], x, y) < 1e-12

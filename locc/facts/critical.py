@@ -18,10 +18,10 @@ def critical_path(ir: TrainingGraph, active: frozenset[str] | None = None) -> li
     matrices (a closed form), or one backward pass through such; a repeated region counts once for each round.
     """
     found = analyse(ir, active)
-    return _longest(ir, found, order(ir, found, found.needed), None)
+    return _longest(ir, found, order(ir, found, found.needed))
 
 
-def _longest(ir: TrainingGraph, found: Analysis, tasks: list[Task], inside: str | None) -> list[str]:
+def _longest(ir: TrainingGraph, found: Analysis, tasks: list[Task]) -> list[str]:
     graph: nx.DiGraph[int] = nx.DiGraph()
     home: dict[fx.Node, int] = {}
     steps: list[list[str]] = []
@@ -69,7 +69,7 @@ def _region(ir: TrainingGraph, found: Analysis, task: RegionTask) -> list[str]:
     region = ir.repeats[task.name]
     entries = {entry for entry, _ in region.carried}
     scope = {n for n in found.needed if n.meta.get("repeat") == task.name}
-    body = _longest(ir, found, order(ir, found, scope - entries, inside=task.name), task.name)
+    body = _longest(ir, found, order(ir, found, scope - entries, inside=task.name))
     return body * region.times
 
 

@@ -46,7 +46,7 @@ def locking(ir: TrainingGraph, facts: Derivation, owner: str) -> Locking:
     """Return what the update of an owner depends on and waits for."""
     index = facts.rank[owner]
     objectives = ir.objectives(owner)
-    roots = [*objectives, *(n for n in ir.nodes(owner) if n.target is ops.assign and _learns(ir, n))]
+    roots = [*objectives, *(n for n in ir.nodes(owner) if n.target is ops.assign and _learns(n))]
     within = facts.closure(roots)
     update, backward = _later(ir, facts, within, index)
     depth = _depth(ir, facts, within, index)
@@ -69,7 +69,7 @@ def locking(ir: TrainingGraph, facts: Derivation, owner: str) -> Locking:
     return Locking(forward, update, backward, depth, values, gradients, chain, trains_on, hops)
 
 
-def _learns(ir: TrainingGraph, assign: fx.Node) -> bool:
+def _learns(assign: fx.Node) -> bool:
     """Whether an `assign` is part of what an owner learns, and not a state for the next step."""
     return "state" not in assign.all_input_nodes[0].meta
 

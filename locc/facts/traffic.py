@@ -56,7 +56,7 @@ def _flow(ir: TrainingGraph, source: fx.Node, entry: fx.Node, facts: Derivation)
     producer, consumer = str(source.meta.get("owner")), str(entry.meta.get("owner"))
     there, here = facts.place(source), facts.place(entry)
     direction = "within" if there == here else "up" if there < here else "down"
-    kind = _kind(ir, source, entry, facts)
+    kind = _kind(source, entry, facts)
     signal = facts.signals.get(source)
     hops = signal.hops if signal is not None and kind == "gradient" else 0
     spec = source.meta.get("spec")
@@ -65,7 +65,7 @@ def _flow(ir: TrainingGraph, source: fx.Node, entry: fx.Node, facts: Derivation)
     return Flow(producer, consumer, kind, value, text, direction, hops, facts.ages[source])
 
 
-def _kind(ir: TrainingGraph, source: fx.Node, entry: fx.Node, facts: Derivation) -> str:
+def _kind(source: fx.Node, entry: fx.Node, facts: Derivation) -> str:
     if source.op == "get_attr" and source not in facts.held:
         return "state"
     traits = facts.traits[source]
@@ -153,7 +153,7 @@ def by_role(ir: TrainingGraph) -> dict[str, dict[str, nn.Module]]:
     return found
 
 
-def pipeline_exact(ir: TrainingGraph, traffic: list[Flow], coupled: list[Coupling]) -> tuple[bool, str]:
+def pipeline_exact(traffic: list[Flow], coupled: list[Coupling]) -> tuple[bool, str]:
     """Whether pipelined training has the trajectory of lock-step training, and why not."""
     down = [f for f in traffic if f.direction == "down"]
     if down:

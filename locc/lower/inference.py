@@ -45,7 +45,7 @@ def stages(ir: TrainingGraph) -> list[Stage]:
     outputs = {unmarked(n) for n in flat_outputs(ir)}
     groups = _append(groups, ir, outputs & again)
     found = []
-    bodies = [_with_recomputed(nodes, again, set(nodes)) for _, nodes in groups]
+    bodies = [_with_recomputed(nodes, again) for _, nodes in groups]
     for k, (owner, _) in enumerate(groups):
         inside = set(bodies[k])
         reads = dict.fromkeys(
@@ -267,7 +267,7 @@ def _append(
     return [*groups[:-1], (owner, [*last, *nodes])]
 
 
-def _with_recomputed(nodes: list[fx.Node], again: set[fx.Node], own: set[fx.Node]) -> list[fx.Node]:
+def _with_recomputed(nodes: list[fx.Node], again: set[fx.Node]) -> list[fx.Node]:
     """Return the nodes of a stage and, before them, what it computes again, in the graph's order."""
     body: set[fx.Node] = set(nodes)
     todo = list(nodes)

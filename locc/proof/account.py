@@ -65,7 +65,7 @@ def certificate(ir: TrainingGraph, name: str, batch: Batch, seen: Evidence) -> C
     verdict, reasons = modularity(ir, derived, locks)
     traffic = flows(ir, derived)
     coupled = couplings(ir, seen.sentinel.written if seen.sentinel is not None else None)
-    exact, why = pipeline_exact(ir, traffic, coupled)
+    exact, why = pipeline_exact(traffic, coupled)
     helpers = auxiliaries(ir)
     shown = static.reached(ir)
     depth = max((lock.chain for lock in locks.values()), default=0)

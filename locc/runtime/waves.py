@@ -59,7 +59,7 @@ def check(ir: TrainingGraph, name: str, certificate: Certificate | None, schedul
     if certificate is not None:
         exact, why = certificate.pipeline_exact, certificate.pipeline_reason
     else:
-        exact, why = pipeline_exact(ir, flows(ir, derive(ir)), couplings(ir, None))
+        exact, why = pipeline_exact(flows(ir, derive(ir)), couplings(ir, None))
     asked, instead = "trains a module on batches that later modules have not seen", "use schedule='lockstep'"
     if schedule == "lockstep":
         asked, instead = "with group= ends a module's step before later ones begin theirs", "leave out group="

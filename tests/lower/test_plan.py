@@ -12,7 +12,8 @@ from benchmarks.meter import peak_memory
 from locc import Program
 from locc.ir import Phase, TrainingGraph
 from locc.lower import Backward, Instruction, Loop, Plan, Segment, Update, lower
-from runtime.turns import InPhases, Probing, Written, norms
+from rules import written
+from runtime.turns import InPhases, Probing, norms
 from support import Residual, batch, compiled, every_method, mlp, sgd, usual_case
 
 
@@ -138,7 +139,7 @@ def compiled_alone(part: nn.Module, x: Tensor, y: Tensor) -> int:
 def test_the_tape_is_kept_only_where_two_passes_share_it():
     plain = compiled(mlp(), "bp", ["relu1", "relu2"]).plan()
     assert not any(i.retain for i in plan_backwards(plain))
-    shared = plan_backwards(compiled(mlp(), Written(two_objectives), ["relu1"]).plan())
+    shared = plan_backwards(compiled(mlp(), written(two_objectives), ["relu1"]).plan())
     assert [i.retain for i in shared if i.owner == "relu1"] == [True, False]
 
 
@@ -160,7 +161,7 @@ def test_several_objectives_of_a_module_add_up():
     before = weight.detach().clone()
     h = model.get_submodule("relu1")(model.get_submodule("first")(x))
     (expected,) = torch.autograd.grad(h.mean() + h.sum(), weight)
-    report = compiled(model, Written(two_objectives), ["relu1"], optimizer=sgd(0.1)).step(x, y)
+    report = compiled(model, written(two_objectives), ["relu1"], optimizer=sgd(0.1)).step(x, y)
     assert list(report.objectives) == ["relu1.mean", "relu1.sum", "output.loss"]
     assert torch.allclose(weight, before - 0.1 * expected, rtol=0, atol=1e-12)
 

@@ -14,7 +14,8 @@ from locc import Program
 from locc.facts.traffic import couplings
 from locc.ir import Phase, TrainingGraph
 from locc.lower import Resting, at_rest
-from runtime.turns import Probing, Written, norms
+from rules import written
+from runtime.turns import Probing, norms
 from support import Residual, Tied, compiled, mlp
 
 
@@ -95,17 +96,17 @@ CASES: dict[str, tuple[Callable[[], Program], str, str]] = {
         "'embed', at rest, depends on 'head', which is not",
     ),
     "a derivative": (
-        lambda: compiled(mlp(), Written(_derived), ["relu1", "relu2"]),
+        lambda: compiled(mlp(), written(_derived), ["relu1", "relu2"]),
         "last",
         "relu1 rests",
     ),
     "a loss that is reported": (
-        lambda: compiled(mlp(), Written(_watched), ["relu1", "relu2"]),
+        lambda: compiled(mlp(), written(_watched), ["relu1", "relu2"]),
         "probe",
         "relu1 and relu2 rests",
     ),
     "chance": (
-        lambda: compiled(mlp(), Written(_drawn), ["relu1", "relu2"]),
+        lambda: compiled(mlp(), written(_drawn), ["relu1", "relu2"]),
         "last",
         "'relu1', at rest, draws random numbers in 'compute'",
     ),

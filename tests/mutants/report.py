@@ -50,10 +50,7 @@ class Result:
 def show(result: Result, console: Console) -> None:
     """Print the tables, the counts and the survivors."""
     console.print(_table("mutants by operator", result.mutants, lambda m: m.operator))
-    console.print(_table("mutants by method", result.mutants, lambda m: m.method))
-    console.print(_table("mutants by shape", result.mutants, lambda m: m.shape))
     console.print(_alone(result.of(Truth.LEAK)))
-    _refused(result.of(Truth.SAME), console)
     _counts(result, console)
     for kind, held in (("SURVIVOR", result.survivors), ("FALSE ALARM", result.false_alarms)):
         for m in held:
@@ -76,7 +73,6 @@ _COLUMNS: dict[str, Callable[[Mutant], bool]] = {
 def show_lowering(verdicts: list[Verdict], console: Console) -> None:
     """Print what became of the mutants of the lowering, and the survivors."""
     console.print(_table("mutants of the lowering", verdicts, lambda v: v.operator, lowering.COLUMNS))
-    console.print(_table("mutants of the lowering", verdicts, lambda v: v.method, lowering.COLUMNS))
     for v in (v for v in verdicts if v.survives):
         where = f"{v.method} / {v.shape} / {v.operator} / {v.where}"
         console.print(f"SURVIVOR {where}", markup=False, highlight=False, soft_wrap=True)
@@ -124,20 +120,6 @@ def _alone(leaks: Sequence[Mutant]) -> Table:
     shares = (100 * sum(map(test, leaks)) / max(len(leaks), 1) for test in _ALONE.values())
     table.add_row("all", str(len(leaks)), *(f"{share:.1f} %" for share in shares))
     return table
-
-
-def _refused(same: Sequence[Mutant], console: Console) -> None:
-    """What the verifier refuses although no gradient differs: by operator and by reason."""
-    table = Table(title="refused although no gradient differs")
-    for name in ("operator", "refused", "of", "invariants too", "for example"):
-        table.add_column(name)
-    for operator in dict.fromkeys(m.operator for m in same):
-        held = [m for m in same if m.operator == operator]
-        refused = [m for m in held if m.refused]
-        if refused:
-            invalid = sum(m.invalid for m in refused)
-            table.add_row(operator, str(len(refused)), str(len(held)), str(invalid), refused[0].message[:90])
-    console.print(table)
 
 
 def _counts(result: Result, console: Console) -> None:

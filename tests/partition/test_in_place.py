@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from locc import SplitError
-from support import batch, compiled, sgd
+from support import compiled, gap
 
 
 class Changing(nn.Module):
@@ -69,24 +66,6 @@ class OtherAlias(Changing):
         z = self.c(self.b(torch.tanh(rows.flatten(1))))
         h.mul_(2.0)
         return self.d(torch.tanh(z + h) + rows.flatten(1))
-
-
-def gap(model: nn.Module, splits: list[str], **options: Any) -> float:
-    """The largest difference from eager backpropagation after two steps."""
-    x, y = batch(dtype=torch.float64)
-    model = model.double()
-    eager = copy.deepcopy(model)
-    program = compiled(model, "bp", splits, optimizer=sgd(), **options)
-    optimizer = sgd()(eager.parameters())
-    for _ in range(2):
-        program.step(x, y)
-        optimizer.zero_grad()
-        functional.cross_entropy(eager(x), y).backward()
-        optimizer.step()
-    return max(
-        float((p - q).detach().abs().max())
-        for p, q in zip(model.parameters(), eager.parameters(), strict=True)
-    )
 
 
 @pytest.mark.parametrize(

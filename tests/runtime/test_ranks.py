@@ -32,20 +32,13 @@ from locc.runtime.ranks import Away, lent
 from locc.runtime.ranks.forecast import forecast
 from locc.runtime.ranks.links import Links
 from locc.runtime.ranks.placement import Cost, shared_out
+from rules import written
 from runtime.processes import Died, together
-from runtime.turns import Written
+from runtime.turns import every_other, network
 from support import Centred, batch, compiled, everything, mlp, same, sgd
 
 LR = torch.optim.lr_scheduler
 SPLITS = ["0", "1", "2"]
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    blocks = [
-        nn.Sequential(nn.Linear(n, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Dropout(0.2)) for n in (4, 6, 6)
-    ]
-    return nn.Sequential(*blocks, nn.Linear(6, 3))
 
 
 def loader() -> Any:
@@ -56,14 +49,10 @@ def loader() -> Any:
 def program_of(method: str, schedule: str, rank: int = 0, **options: Any) -> locc.Program:
     if schedule == "pipelined":
         options.setdefault("timeout", 20.0)
-    model = network().to(options.pop("device", "cpu"))
+    model = network(3).to(options.pop("device", "cpu"))
     with torch.no_grad():
         model[0][0].weight.add_(rank)  # all start from what rank 0 has
-    return locc.compile(
-        model, method, SPLITS, example_inputs=batch(4)[0], schedule=schedule, accumulate=2,
-        optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01), scheduler=lambda o: LR.ExponentialLR(o, 0.9),
-        **options,
-    )  # fmt: skip
+    return every_other(model, method, schedule=schedule, **options)
 
 
 def fitted(
@@ -104,7 +93,7 @@ USUAL = ("al",)
     ],
 )
 def test_ranks_end_with_the_bits_of_lockstep(method: str, device: str, tmp_path: Path) -> None:
-    if not compiled(network(), method, SPLITS).certificate.pipeline_exact:
+    if not compiled(network(3), method, SPLITS).certificate.pipeline_exact:
         with pytest.raises(MethodError, match=f"schedule='pipelined' .* method '{method}' is not pipeline-"):
             program_of(method, "pipelined")
         return
@@ -329,7 +318,7 @@ def paced(rank: int, file: str, dies: bool) -> Any:
     """Train three ranks at their own pace; the first one takes its time, or dies after three batches."""
     options = {"optimizer": lambda ps: torch.optim.Adam(ps, lr=0.01), "example_inputs": batch(4)[0]}
     program = locc.compile(
-        network(),
+        network(3),
         "dgl",
         SPLITS,
         schedule="replay",
@@ -358,7 +347,7 @@ def paced(rank: int, file: str, dies: bool) -> Any:
     with pytest.raises(LoccError, match="every=3: in schedule='replay' ranks meet at the end of a pass"):
         program.fit(Late(), checkpoint=file, every=3)
     history = program.fit(Late(), 2, progress=False, validation=[batch(5)], checkpoint=file, gather=False)
-    one = locc.compile(network(), "dgl", SPLITS, schedule="lockstep", **options)
+    one = locc.compile(network(3), "dgl", SPLITS, schedule="lockstep", **options)
     one.load(file)
     assert one.evaluate([batch(5)]) == history.epochs[-1].validation
     return steps(), program.steps, history.epochs[-1].metrics
@@ -424,7 +413,7 @@ def test_steps_by_hand() -> None:
 def shared(rank: int, replicas: int, drawing: bool, file: str, start: str = "", epochs: int = 2) -> Any:
     """Train in float64, the last batch of a pass smaller than the others; save the whole program."""
     torch.manual_seed(0)
-    model = network()
+    model = network(3)
     model[1].append(Centred())
     model.double()
     if not drawing:
@@ -476,7 +465,7 @@ def test_what_shares_of_a_batch_do_not_add_up_to_is_refused() -> None:
     with pytest.raises(
         MethodError, match=r"means of gradients .* has state 'mean' of module 'first', of whic"
     ):
-        compiled(mlp(), Written(averaging), ["first"], schedule="pipelined", replicas=2)
+        compiled(mlp(), written(averaging), ["first"], schedule="pipelined", replicas=2)
 
 
 @pytest.mark.slow
@@ -491,7 +480,7 @@ def test_replicas_go_on_from_their_checkpoint_with_the_same_bits(tmp_path: Path)
 
 def misfit(rank: int, kind: str) -> str:
     options: dict[str, Any] = {}
-    model = network()
+    model = network(3)
     if kind == "model" and rank:
         model[1][1] = nn.Tanh()
     if kind == "stages":

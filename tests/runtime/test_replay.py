@@ -19,28 +19,17 @@ import locc
 from locc import CheckpointError, LoccError, MethodError
 from locc.lower import Receive
 from locc.runtime.replay import FIFO, Batch, Replay, Workers
+from runtime.turns import batches, every_other, network
 from support import batch, compiled, everything, mlp, same, sgd
 
 LR = torch.optim.lr_scheduler
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(n, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Dropout(0.2)) for n in (4, 6)]
-    return nn.Sequential(*blocks, nn.Linear(6, 3))
-
-
-def batches(number: int = 6) -> list[tuple[Tensor, Tensor]]:
-    x, y = batch(4 * number)
-    return list(zip(x.split(4), y.split(4), strict=True))
+SIX = batches(*[4] * 6)
 
 
 def program_of(**options: Any) -> locc.Program:
-    return locc.compile(
-        network(), "dgl", ["0", "1"], example_inputs=batch(4)[0], seed=1, accumulate=2,
-        optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01), scheduler=lambda o: LR.ExponentialLR(o, 0.9),
-        **options,
-    )  # fmt: skip
+    return every_other(network(), "dgl", seed=1, **options)
 
 
 def trained(program: locc.Program) -> dict[str, Tensor]:
@@ -52,19 +41,19 @@ def test_without_a_buffer_it_is_lockstep() -> None:
     states = []
     for options in ({"schedule": "lockstep"}, {"schedule": "replay", "buffer": 0}):
         program = program_of(**options)
-        program.fit(batches(), 2, progress=False, scheduler_interval="step")
+        program.fit(SIX, 2, progress=False, scheduler_interval="step")
         states.append(trained(program))
     assert same(*states)
 
 
 def test_a_fit_that_was_cut_goes_on_with_what_was_kept(tmp_path: Path) -> None:
     whole, first, second = (program_of(schedule="replay", buffer=3, slow={"1": 0.5}) for _ in range(3))
-    whole.fit(batches(), 4, progress=False)
-    first.fit(batches(), 2, progress=False)
+    whole.fit(SIX, 4, progress=False)
+    first.fit(SIX, 2, progress=False)
     assert any(first.workers(None).buffers)
     first.save(tmp_path / "file")
     second.load(tmp_path / "file")
-    second.fit(batches(), 2, progress=False)
+    second.fit(SIX, 2, progress=False)
     assert same(trained(whole), trained(second))
 
 

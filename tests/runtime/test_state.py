@@ -17,7 +17,7 @@ from locc.ir.spec import BatchDim
 from locc.ir.state import State, states
 from locc.ir.view import Phase, Repeat
 from locc.testing import assert_lowered, assert_side_by_side
-from runtime.turns import Written
+from rules import written
 from support import everything, same, sgd
 
 F64 = torch.float64
@@ -73,7 +73,7 @@ def data(size: int, number: int = 0, done: Tensor | None = None) -> tuple[Any, T
 def build(function: Any = None, rate: float = 0.1, **options: Any) -> Program:
     torch.manual_seed(0)
     options = {"example_inputs": data(5)[0], "seed": 0, "optimizer": sgd(rate), **options}
-    return locc.compile(Net().double(), Written(function or holding()), ["a"], **options)
+    return locc.compile(Net().double(), written(function or holding()), ["a"], **options)
 
 
 def held(program: Program) -> State:

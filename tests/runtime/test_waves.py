@@ -7,33 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import locc
 from locc import LoccError, MethodError, RunError
 from locc.callbacks import Callback
-from support import batch, compiled, everything, mlp, same, sgd
+from runtime.turns import batches, every_other, network
+from support import compiled, everything, mlp, same, sgd
 
 LR = torch.optim.lr_scheduler
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(n, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Dropout(0.2)) for n in (4, 6)]
-    return nn.Sequential(*blocks, nn.Linear(6, 3))
-
-
-def batches(*sizes: int) -> list[Any]:
-    x, y = batch(sum(sizes))
-    return list(zip(x.split(sizes), y.split(sizes), strict=True))
-
-
 def trained(method: str, **options: Any) -> dict[str, torch.Tensor]:
-    program = locc.compile(
-        network(), method, ["0", "1"], example_inputs=batch(4)[0], seed=1, accumulate=2,
-        optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01), scheduler=lambda o: LR.ExponentialLR(o, 0.9),
-        **options,
-    )  # fmt: skip
+    program = every_other(network(), method, seed=1, **options)
     # The last batch of a pass has another size.
     program.fit(batches(4, 4, 4, 3), 2, progress=False, scheduler_interval="step")
     return everything(program)

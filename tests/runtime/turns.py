@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from locc import Program
 from locc.ir import TensorSpec, TrainingGraph
 from locc.ir.view import Phase
 from locc.rewrite import Method, Pass
+from support import batch, compiled
 
 
 def norms() -> nn.Sequential:
@@ -21,6 +24,30 @@ def norms() -> nn.Sequential:
     net.add_module("b", nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.4)))
     net.add_module("c", nn.Linear(6, 3))
     return net
+
+
+def network(depth: int = 2) -> nn.Sequential:
+    """Modules `0`, `1`, .. with BatchNorm and dropout, and a last one; the same weights in every call."""
+    torch.manual_seed(0)
+    widths = (4, *[6] * (depth - 1))
+    blocks = [nn.Sequential(nn.Linear(n, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Dropout(0.2)) for n in widths]
+    return nn.Sequential(*blocks, nn.Linear(6, 3))
+
+
+def every_other(model: nn.Sequential, method: str, **options: Any) -> Program:
+    """A program of a `network` that updates every other step, by Adam at a rate that falls."""
+    splits = [str(i) for i in range(len(model) - 1)]
+    return compiled(
+        model, method, splits, example_inputs=batch(4)[0], accumulate=2,
+        optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01),
+        scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9), **options,
+    )  # fmt: skip
+
+
+def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    """One batch after the other."""
+    x, y = batch(sum(sizes))
+    return list(zip(x.split(sizes), y.split(sizes), strict=True))
 
 
 def head(ir: TrainingGraph, owner: str) -> fx.Node:
@@ -54,27 +81,6 @@ class InPhases(Method):
 
     def passes(self) -> Sequence[Pass]:
         return (Heads(self.phases),)
-
-
-@dataclass(frozen=True)
-class Rewrite(Pass):
-    function: Callable[[TrainingGraph], None]
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        self.function(ir)
-        ir.objective(ir.last.name, ir.apply_loss(), "loss")
-
-
-@dataclass(frozen=True)
-class Written(Method):
-    """What a function writes, and the user's loss for the last module."""
-
-    family: ClassVar[str] = "test"
-    reference: ClassVar[str] = "none"
-    function: Callable[[TrainingGraph], None]
-
-    def passes(self) -> Sequence[Pass]:
-        return (Rewrite(self.function),)
 
 
 def changed(now: Tensor, before: Tensor) -> Tensor:

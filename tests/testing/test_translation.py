@@ -56,13 +56,15 @@ def early(instructions: list[Instruction]) -> list[Instruction]:
 def test_a_plan_with_one_wrong_instruction(change: Any, what: str) -> None:
     found = program(kept)
     assert_lowered(found, X, Y, plan=planned(found, lambda all: all))
-    with pytest.raises(AssertionError, match=f"'By' does not compute what its graph means: {what}.* step 1"):
+    with pytest.raises(
+        AssertionError, match=f"'Rule' does not compute what its graph means: {what}.* step 1"
+    ):
         assert_lowered(found, X, Y, plan=planned(found, change))
 
 
 def test_a_plan_that_fails_or_reports_another_loss() -> None:
     found = program(chained)
-    with pytest.raises(AssertionError, match=r"the plan of method 'By' fails: KeyError: "):
+    with pytest.raises(AssertionError, match=r"the plan of method 'Rule' fails: KeyError: "):
         assert_lowered(found, X, Y, plan=planned(found, without(Backward, "two")))
     with pytest.raises(AssertionError, match="means: the loss is not that"):
         assert_lowered(found, X, Y, plan=replace(found.plan(), loss=None))

@@ -9,41 +9,21 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 import locc
-from locc import Method, Pass, Program
+from locc import Program
 from locc.ir import Repeat, TensorSpec, TrainingGraph, carry, inner
+from rules import Rule, repeat
 
 X = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
 Y = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
 NUMBER = TensorSpec((), torch.float64)
 Rewrite = Callable[[TrainingGraph], None]
-
-
-@dataclass(frozen=True)
-class Step(Pass):
-    act: Rewrite
-
-    def rewrite(self, ir: TrainingGraph) -> None:
-        self.act(ir)
-
-
-@dataclass(frozen=True)
-class By(Method):
-    """A method that is one function of the training graph."""
-
-    act: Rewrite
-    family: ClassVar[str] = "test"
-    reference: ClassVar[str] = "none"
-
-    def passes(self) -> Sequence[Pass]:
-        return (Step(self.act),)
 
 
 def weight(value: float) -> nn.Linear:
@@ -57,7 +37,7 @@ def model(*between: tuple[str, nn.Module]) -> nn.Module:
 
 
 def program(act: Rewrite | str, net: nn.Module | None = None, **options: Any) -> Program:
-    method = act if isinstance(act, str) else By(act)
+    method = act if isinstance(act, str) else Rule(act)
     options = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "loss": "mse", "seed": 3} | options
     net = model() if net is None else net
     return locc.compile(net, method, ["one"], example_inputs=X.to(next(net.parameters()).dtype), **options)
@@ -113,9 +93,7 @@ def rounds(ir: TrainingGraph) -> None:
     slope = ir.gradient(ir.emit(owner, torch.square, leaf), leaf)
     moved = ir.emit(owner, lower, z, slope)
     ir.assign(owner, held, ir.emit(owner, operator.add, held, 1))
-    for node in ir.graph.nodes:
-        if node not in before and node.op != "get_attr":
-            node.meta["repeat"] = "rounds"
+    repeat(ir, "rounds", before)
     ir.repeats["rounds"] = Repeat("rounds", 4, ((b, total), (a, b), (z, moved)))
     factor = ir.emit(owner, operator.mul, total, moved)
     ir.objective(owner, ir.emit(owner, operator.mul, ir.apply_loss(), factor), "product")

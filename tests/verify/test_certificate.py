@@ -51,6 +51,11 @@ def test_the_verdict_on_the_methods_of_the_literature(method: str) -> None:
     assert certificate.verdict == VERDICTS[method]
     assert certificate.pipeline_exact == (VERDICTS[method] == "strictly modular")
     assert certificate.complete
+    assert len(certificate.checks) == 4
+    for owner in certificate.owners:
+        for objective in owner.objectives:
+            assert len(objective.proved_by) == 3
+            assert set(objective.reaches) <= set(owner.parameters)
 
 
 @pytest.mark.parametrize("depth", [2, 3, 5])

@@ -45,6 +45,7 @@ def test_the_peak_is_that_of_a_real_step(method: str, shape: str) -> None:
     """Not on recurrent layers: their CPU kernels keep a workspace that shapes do not tell."""
     program = _compile(method, shape)
     memory = program.certificate.memory
+    assert program.certificate.complete
     assert memory is not None
     measured = _measured(program, SHAPES[shape].x(), SHAPES[shape].y())
     assert memory.peak == pytest.approx(measured, rel=0.02, abs=SCALARS)

@@ -15,6 +15,7 @@ from torch import nn
 
 import locc
 from locc.errors import MethodError
+from support import close
 from zoo import find
 
 D = torch.float64
@@ -162,8 +163,7 @@ def test_against_the_rule_by_hand(name, splits):
         loss.backward()
         optimizer.step()
         torch.testing.assert_close(report.loss, loss.detach(), atol=1e-10, rtol=0)
-        for (n, p), q in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
-            torch.testing.assert_close(p, q, atol=1e-10, rtol=0, msg=n)
+        close(model, reference)
 
 
 def test_one_seed_one_set_of_matrices():

@@ -12,7 +12,7 @@ from torch import nn
 
 import locc
 from locc.errors import MethodError
-from support import sgd
+from support import close, sgd
 
 D = torch.float64
 
@@ -62,8 +62,7 @@ def test_with_one_hidden_layer_it_is_dfa():
     for _ in range(3):
         one.step(x, y)
         two.step(x, y)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-14, rtol=0)
+    close(model, twin, 1e-14)
 
 
 class Blocks(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 
 import locc
 from locc_passes.feedback import signs
-from support import sgd
+from support import close, sgd
 from zoo import find
 
 D = torch.float64
@@ -84,8 +84,7 @@ def test_with_the_weights_own_sizes_it_is_backpropagation():
         program.root.aux[f"feedback_{number}"].matrix.copy_(model[number].weight.abs())
     program.step(x, y)
     locc.compile(twin, "bp", ["2", "4"], example_inputs=x, optimizer=sgd()).step(x, y)
-    for p, q in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-12, rtol=0)
+    close(model, twin, 1e-12)
 
 
 def test_the_scales():
@@ -136,5 +135,4 @@ def test_strict_normalisation_keeps_the_norm_of_each_weight():
             for name, p in twin.named_parameters():
                 if name in norms:
                     p.mul_(norms[name] / p.norm())
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(p, q, atol=1e-12, rtol=0)
+        close(model, twin, 1e-12)

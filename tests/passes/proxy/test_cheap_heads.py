@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import locc
 from locc.losses import cross_entropy
-from support import batch, drawn, everything, mlp, same, sgd, snapshot
+from support import batch, close, drawn, everything, mlp, same, sgd, snapshot
 
 WORDS, LENGTH = 11, 12
 
@@ -102,7 +102,7 @@ def test_three_steps_equal_the_formulas(method: str, options: Any, share: float,
             with torch.no_grad():
                 for p, g in zip(own, grads, strict=True):
                     p.sub_(0.1 * g)
-    assert same_numbers(model, mine)
+    close(model, mine)
 
 
 def layers(head: Any) -> nn.Module:
@@ -120,13 +120,6 @@ class Fixed(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h @ self.weight.T
-
-
-def same_numbers(one: nn.Module, other: nn.Module) -> bool:
-    wanted = other.state_dict()
-    for name, tensor in one.state_dict().items():
-        torch.testing.assert_close(tensor, wanted[name], atol=1e-10, rtol=0, msg=name)
-    return True
 
 
 @pytest.mark.parametrize(("method", "share"), [("dgl", {"head": "sr"}), ("infopro", {"positions": 0.25})])

@@ -18,7 +18,7 @@ import locc
 from locc.errors import MethodError
 from locc.ir import TensorSpec
 from locc_passes.synthetic.passes import labels_for
-from support import batch, compiled, mlp, sgd
+from support import batch, close, compiled, mlp, sgd
 
 
 class Conditioned(nn.Module):
@@ -56,8 +56,7 @@ def test_steps_equal_the_formulas() -> None:
                 p -= 0.05 * p.grad
                 p.grad = None
         for a, b in ((model, other), (program.root.aux["relu1_synthesiser"], net)):
-            for p, q in zip(a.parameters(), b.parameters(), strict=True):
-                assert torch.allclose(p, q, rtol=0, atol=1e-10)
+            close(a, b)
 
 
 def test_the_default_synthesiser_adds_a_linear_map_of_the_one_hot_label() -> None:

@@ -21,7 +21,7 @@ from locc import Program
 from locc.errors import MethodError
 from locc.ir import TensorSpec
 from locc.testing import assert_lowered, assert_side_by_side
-from support import Residual, Tied, batch, compiled, mlp, sgd, snapshot
+from support import Residual, Tied, batch, close, compiled, mlp, sgd, snapshot
 
 SPLITS = ["relu1", "relu2"]
 
@@ -152,8 +152,7 @@ def test_steps_equal_the_formulas(options: dict[str, Any]) -> None:
         for name, value in zip(names, expected, strict=True):
             assert abs(float(report.objectives[name]) - value) < 1e-10
         for a, b in ((model, other), *zip(aux, nets, strict=True)):
-            for p, q in zip(a.parameters(), b.parameters(), strict=True):
-                assert torch.allclose(p, q, rtol=0, atol=1e-10)
+            close(a, b)
 
 
 def test_synthetic_inputs_unlock_the_forward_pass_and_end_with_training() -> None:
@@ -234,8 +233,7 @@ def test_an_oracle_makes_it_backpropagation(reduction: str) -> None:
         for name, value in report.objectives.items():
             if "regression" in name:
                 assert float(value) < 1e-20
-        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-            assert torch.allclose(p, q, rtol=0, atol=1e-12), name
+        close(model, twin, 1e-12)
 
 
 @pytest.mark.parametrize(("trace", "apart"), [(1.0, False), (0.5, True)])

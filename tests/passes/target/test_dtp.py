@@ -24,7 +24,7 @@ from locc.errors import MethodError
 from locc.ir import TensorSpec
 from locc.rewrite import noise
 from locc_passes.target.initial import orthogonal_init
-from support import Residual, Tied, batch, compiled, mlp, sgd
+from support import Residual, Tied, batch, close, compiled, mlp, sgd
 
 ETA = 0.3277
 SIGMA = 0.3598
@@ -188,11 +188,6 @@ class Reference:
             for p, slope in zip(held, slopes, strict=True):
                 if slope is not None:
                     p -= self.rate * slope
-
-
-def close(a: nn.Module, b: nn.Module, tolerance: float = 1e-10) -> None:
-    for (name, p), (_, q) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=tolerance), f"{name}: {(p - q).abs().max()}"
 
 
 @pytest.mark.parametrize("phases", [(None,) * 4, ("inverses", "inverses", "forward", "forward", "inverses")])
