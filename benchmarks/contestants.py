@@ -135,10 +135,10 @@ def largest_module(
     inputs = [x, *boundaries(parts, x)]
     heads = [workload.head(width) for width in boundary_widths(workload, parts, x)]
     found = {False: 0, True: 0}
-    different = {
-        (entering is x, entering.shape, *(p.shape for p in gradients_of(part, head))): (part, head, entering)
-        for part, head, entering in zip(parts, [*heads, nn.Identity()], inputs, strict=True)
-    }
+    different: dict[object, tuple[nn.Module, nn.Module, Tensor]] = {}
+    for part, head, entering in zip(parts, [*heads, nn.Identity()], inputs, strict=True):
+        shapes = [p.shape for p in gradients_of(part, head)]
+        different[type(head), entering is x, entering.shape, *shapes] = part, head, entering
     for part, head, entering in different.values():
         one = Alone(part, head, workload.loss, None if entering is x else entering, x, y)
         one.step()  # the optimizer's state exists only after the first step

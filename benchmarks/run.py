@@ -167,7 +167,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("-k", "--modules", type=int, nargs="+", default=[1, 4, 12], help="divisors of 12")
     parser.add_argument("--rounds", type=int, default=15, help="at most, and at least three")
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which there are no more rounds")
+    parser.add_argument("--minutes", type=float, default=6.0, help="after which there are no more rounds")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch; its own choice by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there as well")
     parser.add_argument(
