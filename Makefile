@@ -5,7 +5,7 @@
 #   make property the property tests on thousands of drawn programs (half an hour or so)
 #   make mutants  plant leaks in every method's graphs and mistakes in its plans: each must be found (ten minutes)
 #   make lint     ruff and mypy --strict      make format   let ruff rewrite the sources
-#   make bench    local against end-to-end, and its figures in docs
+#   make bench    local against end-to-end, and its figures in docs (ten minutes or so on two cores of its own)
 #   make bench-gpu the same by backend, and offload="cpu", where there is a GPU
 #   make reproduce published networks on MNIST, each beside bp, and a GPT: docs/results.md (half an hour)
 #   make defaults what each method reaches on MNIST with its defaults (hours)

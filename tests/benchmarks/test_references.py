@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks.contestants import boundary_widths
+from benchmarks.contestants import boundary_widths, handwritten, largest_module
 from benchmarks.handwritten import DetachLoop, EndToEnd, LittleMemory
 from benchmarks.meter import flops, peak
 from benchmarks.models import WORKLOADS, Attention, segments, splits
@@ -90,3 +90,12 @@ def test_detach_loop_takes_the_gradient_of_each_local_loss() -> None:
         for ours, theirs in zip([*part.parameters(), *head.parameters()], parameters, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
         h = out.detach()
+
+
+def test_the_loop_by_hand_needs_the_memory_of_the_largest_module() -> None:
+    workload = WORKLOADS["mlp-small"]
+    model, (x, y) = workload.model(), workload.batch()
+    alone = largest_module(workload, model, x, y, 12, inductor=False)[False]
+    loop = handwritten(workload, model, x, y, 12)
+    loop.step()
+    assert loop.peak() == pytest.approx(alone, rel=0.01)
