@@ -127,7 +127,8 @@ class Compiled(Placed):
         Args:
             batches: (x, y) as `step` takes them, all of one shape.
             updated: called after each module's step with the number of the batch, the module with its
-                auxiliaries, and their objectives by name.
+                auxiliaries, and their objectives by name. With `backend="vmap"`, the parameters of modules
+                that run as one are then as they were before the wave.
 
         Raises:
             MethodError: the program is not pipeline-exact.
