@@ -121,8 +121,9 @@ class Groups:
         mail = Mail({owner: part.name for part in self.programs for owner in part.owners})
         moved: list[str] = []
         made: list[Found] = []
+        eagerly = replace(self.executor, backend="eager")
         if not self.units:
-            looked, eagerly = [], replace(self.executor, backend="eager")
+            looked = []
             for part in self.programs:
                 looked.append(self._look(part, batch, mail))
                 made.append(eagerly.run(part.plan, batch, step, mail, moved))
@@ -138,7 +139,8 @@ class Groups:
                 except Exception as error:  # the compiler's, or the batch's own: nothing has changed
                     found, refused = None, error
                 parts = [m.program for m in unit.members] if isinstance(unit, Group) else [unit]
-                made += found or [self.executor.run(p.plan, batch, step, mail, moved) for p in parts]
+                runs = self.executor if refused is None else eagerly  # which tells what is wrong with a batch
+                made += found or [runs.run(p.plan, batch, step, mail, moved) for p in parts]
                 if refused is not None and isinstance(unit, Group):
                     self._refuse(unit, batch, refused)
         self.known.add(_sizes(batch))
