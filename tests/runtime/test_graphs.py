@@ -20,8 +20,7 @@ from torch import Tensor, nn
 import locc
 from locc import LoccError, Program, RunError
 from locc.runtime import graphs
-from locc.testing.case import Case
-from locc.testing.families import ModelSpec
+from locc.testing import Case, ModelSpec
 from runtime.tape import TapeRecorder
 from runtime.turns import norms
 from support import batch, compiled, everything, same, sgd, snapshot, usual_case

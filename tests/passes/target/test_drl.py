@@ -21,8 +21,7 @@ from torch import Tensor, nn
 import locc
 from locc.errors import MethodError
 from locc.rewrite import noise
-from locc.testing.case import Case
-from locc.testing.families import ModelSpec
+from locc.testing import Case, ModelSpec
 from support import Residual, compiled, same, sgd, snapshot
 
 Array = NDArray[np.float64]
