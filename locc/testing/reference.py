@@ -81,8 +81,11 @@ class _Meaning:
         return seen
 
     def step(self) -> StepReport:
-        for node in (n for n in self.ir.graph.nodes if n in self.needed):
-            self._value(node)
+        needed = [n for n in self.ir.graph.nodes if n in self.needed]
+        ends = {n.meta["repeat"]: n for n in needed if "repeat" in n.meta}
+        for node in needed:  # a region in the place of its last node, where all that it reads is there
+            if "repeat" not in node.meta or ends[node.meta["repeat"]] is node:
+                self._value(node)
         for name, value in self.objectives.items():
             if not torch.isfinite(value):
                 raise RunError(f"objective '{name}' is {float(value)}; nothing was updated")
@@ -101,13 +104,14 @@ class _Meaning:
         self.commits = []
 
     def _value(self, node: fx.Node) -> None:
-        if node not in self.values:
-            for source in node.all_input_nodes:
-                self._value(source)
-            if "repeat" in node.meta:
-                self._repeat(node.meta["repeat"])
-            else:
-                self.values[node] = self._compute(node)
+        if node in self.values:
+            return
+        if "repeat" in node.meta:
+            self._repeat(node.meta["repeat"])
+            return
+        for source in node.all_input_nodes:
+            self._value(source)
+        self.values[node] = self._compute(node)
 
     def _repeat(self, name: str) -> None:
         region, before, self.commits = self.ir.repeats[name], self.commits, []

@@ -96,6 +96,9 @@ def test_a_pipeline_is_exact_where_the_certificate_says_so_and_only_there(case: 
         splits=("blocks.0", "blocks.1"),
     )
 )
+@example(  # the reference ran a repeated region twice, and a buffer in it moved twice
+    Case(ModelSpec("chain", ("tanh", "running_mean")), "altmin", splits=("stem", "blocks.0"))
+)
 @example(  # a tangent read a lent parameter as one of its own
     Case(
         ModelSpec("convolution", ("relu", "relu"), shared=True),
