@@ -81,14 +81,12 @@ class _Meaning:
         return seen
 
     def step(self) -> StepReport:
-        needed = [n for n in self.ir.graph.nodes if n in self.needed]
-        ends = {n.meta["repeat"]: n for n in needed if "repeat" in n.meta}
-        for node in needed:  # a region in the place of its last node, where all that it reads is there
-            if "repeat" not in node.meta or ends[node.meta["repeat"]] is node:
-                self._value(node)
-        for name, value in self.objectives.items():
-            if not torch.isfinite(value):
-                raise RunError(f"objective '{name}' is {float(value)}; nothing was updated")
+        ends = {n.meta.get("repeat", n): n for n in self.ir.graph.nodes if n in self.needed}
+        places = set(ends.values())  # a region's is its last node's, where all that it reads is there
+        for node in (n for n in self.ir.graph.nodes if n in places):
+            self._value(node)
+        for name, value in ((n, v) for n, v in self.objectives.items() if not torch.isfinite(v)):
+            raise RunError(f"objective '{name}' is {float(value)}; nothing was updated")
         trained = {n.meta["owner"] for n in self.needed if n.target is ops.objective}
         for owner in (o for o in self.context.learners if o in trained):
             self._draw(of_update(owner))
@@ -104,14 +102,12 @@ class _Meaning:
         self.commits = []
 
     def _value(self, node: fx.Node) -> None:
-        if node in self.values:
-            return
-        if "repeat" in node.meta:
+        if node not in self.values and "repeat" in node.meta:
             self._repeat(node.meta["repeat"])
-            return
-        for source in node.all_input_nodes:
-            self._value(source)
-        self.values[node] = self._compute(node)
+        elif node not in self.values:
+            for source in node.all_input_nodes:
+                self._value(source)
+            self.values[node] = self._compute(node)
 
     def _repeat(self, name: str) -> None:
         region, before, self.commits = self.ir.repeats[name], self.commits, []
