@@ -2,7 +2,7 @@
 #
 #   make demo     train a small network with dtp, predsim and bp; certificates, ONNX, a table
 #   make test     the test suite              make slow     the long and the GPU tests as well
-#   make property the property tests on thousands of drawn programs (half an hour or so)
+#   make property the property tests on thousands of drawn programs (hours)
 #   make mutants  plant leaks in every method's graphs and mistakes in its plans: each must be found (ten minutes)
 #   make lint     ruff and mypy --strict      make format   let ruff rewrite the sources
 #   make bench    local against end-to-end, and its figures in docs (ten minutes or so on two cores of its own)

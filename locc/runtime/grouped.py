@@ -237,15 +237,16 @@ class Groups:
             RunError: there is.
         """
         rest = iter(gradients)
-        every = iter(zip(scalars, torch.stack(scalars).isfinite().tolist(), strict=True))
+        guarded = self.executor.guarded  # else nobody waits for the numbers
+        fine = torch.stack(scalars).isfinite().tolist() if guarded else [True] * len(scalars)
+        every = iter(zip(scalars, fine, strict=True))
         found: list[Found] = []
         learners: list[Learner] = []
         failed: tuple[str, Tensor] | None = None
         for member in group.members:
             own = [next(every) for _ in range(member.scalars)]
             named = {name: value for name, (value, _) in zip(member.objectives, own, strict=False)}
-            wrong = (one for one, (_, fine) in zip(named.items(), own, strict=False) if not fine)
-            failed = next(wrong, None) if self.executor.guarded else None
+            failed = next((one for one, (_, ok) in zip(named.items(), own, strict=False) if not ok), None)
             if failed is not None:
                 break
             for parameter, gradient in zip(member.trained.values(), rest, strict=False):

@@ -82,11 +82,11 @@ class _Meaning:
 
     def step(self) -> StepReport:
         ends = {n.meta.get("repeat", n): n for n in self.ir.graph.nodes if n in self.needed}
-        places = set(ends.values())  # a region's is its last node's, where all that it reads is there
-        for node in (n for n in self.ir.graph.nodes if n in places):
+        for node in sorted(ends.values()):  # a region where its last node is: all that it reads is there
             self._value(node)
-        for name, value in ((n, v) for n, v in self.objectives.items() if not torch.isfinite(v)):
-            raise RunError(f"objective '{name}' is {float(value)}; nothing was updated")
+        for name, value in self.objectives.items():
+            if not torch.isfinite(value):
+                raise RunError(f"objective '{name}' is {float(value)}; nothing was updated")
         trained = {n.meta["owner"] for n in self.needed if n.target is ops.objective}
         for owner in (o for o in self.context.learners if o in trained):
             self._draw(of_update(owner))
