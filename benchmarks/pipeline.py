@@ -166,6 +166,9 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=float, default=20.0, help="of a module's forward pass")
     parser.add_argument("--rounds", type=int, default=5, help="of the MLP")
     parser.add_argument("--width", type=int, default=768, help="of the MLP")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="of the MLP, a round; the first of them fills the pipeline"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the passes there as well")
     options = parser.parse_args()
     print(f"modules that wait, {options.batches} batches; seconds of a pass")
@@ -181,7 +184,7 @@ def main() -> None:
         print(f"| {size} | " + " | ".join(f"{seconds:.2f}" for seconds in row) + " |", flush=True)
     if options.json:
         options.json.write_text(json.dumps(passes, indent=2) + "\n")
-    (found, *_) = together(2, throughput, 20, options.rounds, options.width, 256)
+    (found, *_) = together(2, throughput, options.steps, options.rounds, options.width, 256)
     print("an MLP of 8 layers, a thread a process; milliseconds a step, median of rounds (lowest to highest)")
     for name, each in found.items():
         milliseconds = sorted(1e3 * s for s in each)
