@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from locc.errors import RunError
 from locc.lower import Backward, Code, Plan, Segment, instructions_of
+from locc.runtime.masks import made_again
 
 _log = logging.getLogger("locc")
 _numbers = itertools.count()
@@ -115,7 +116,10 @@ class Compilation:
 
         def compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             # Dropout draws what it does eagerly; what cannot be compiled is known before anything has run.
-            with inductor.patch(fallback_random=True), functorch.patch(force_non_lazy_backward_lowering=True):
+            with (
+                inductor.patch(fallback_random=True),
+                functorch.patch(force_non_lazy_backward_lowering=True, joint_custom_pass=made_again),
+            ):
                 made = real(graph, inputs)
 
             def run(*values: Any) -> Any:
@@ -224,7 +228,7 @@ def careful(plan: Plan) -> Iterator[None]:
     import torch.compiler.config as compiler
 
     once = not any(isinstance(i, Backward) and i.retain for i in instructions_of(plan.instructions))
-    tag = f"{compiler.cache_key_tag}, donated: {once}"
+    tag = f"{compiler.cache_key_tag}, masks made again, donated: {once}"
     with (
         dynamo.patch(skip_nnmodule_hook_guards=False),
         functorch.patch(donated_buffer=once),

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import locc
 from locc import LoccError, Program, RunError
 from locc.ir import TrainingGraph
+from locc.runtime.backends import AotEager
 from locc.runtime.compiled import careful
 from rules import Rule, finish, mean_square
 from support import batch, compiled, mlp, same, sgd, snapshot, usual_case
@@ -299,3 +300,21 @@ def test_a_backward_pass_writes_into_what_is_kept_for_it_where_no_other_needs_th
     program = usual_case(method).compile()
     with careful(program.plan()):
         assert torch._functorch.config.donated_buffer is once
+
+
+def test_the_sign_of_what_is_handed_on_is_not_kept_for_the_backward_pass(monkeypatch):
+    # What inductor keeps, without its C++ compiler.
+    monkeypatch.setattr(AotEager, "compiler", "aot_eager_decomp_partition")
+    kept: list[Tensor] = []
+    parts = [nn.Sequential(nn.Linear(4, 64), nn.ReLU()), nn.Sequential(nn.Linear(64, 64), nn.ReLU())]
+    program = trained(nn.Sequential(*parts, nn.Linear(64, 3)), "aot_eager", head=_averaged)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        program.step(X[:5], Y[:5])
+    assert not program.backend_report.eager
+    assert [t.shape for t in kept if t.dtype == torch.float32 and t.shape == (5, 64)]
+    assert not [t.shape for t in kept if t.dtype == torch.bool and t.shape == (5, 64)]
+
+
+def _averaged(boundary: Any, output: Any) -> nn.Module:
+    """A head that is linear in its input's mean, and keeps no input for its backward pass."""
+    return nn.Sequential(nn.Unflatten(1, (16, 4)), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 3))
