@@ -122,9 +122,14 @@ def copy(tensor: Tensor, place: Place | None = None) -> Tensor:
     return tensor.detach().clone()
 
 
-def active() -> bool:
-    """Whether `keeping` is in force."""
-    return bool(_places)
+def gradients(of: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Return gradients, None of what is not used; within `keeping` each goes to a file as it is made."""
+    away = [tensor.register_hook(put_away) for tensor in tensors] if _places else []
+    try:
+        return torch.autograd.grad(of, tensors, allow_unused=True)
+    finally:
+        for hook in away:
+            hook.remove()
 
 
 def put_away(tensor: Tensor) -> Tensor:
