@@ -194,10 +194,10 @@ def compile(
     the CPU. A module's files are let go when the next one's turn comes, and those of that one are asked for;
     gradients are in memory during a module's turn alone. The system reads and writes them, and keeps in
     memory what fits. With "wave" that is paid once for all batches of a wave; a step of `bp` pays it twice.
-    Checkpoints, `evaluate`, `predict` and `export_onnx_modules` read the files as they go. In memory are all
-    tensors under a page, what passes between modules, and one module's gradients; while compiling (the first
-    step, without `example_inputs`) copies of tensors and their gradients are in files, too.
-    `program.diagnose`, `program.forecast` and `export_onnx` keep a copy of the model while they run.
+    Checkpoints, `evaluate`, `predict` and exports read the files as they go. In memory are all tensors under
+    a page, what passes between modules, and one module's gradients; while compiling (the first step, without
+    `example_inputs`), and in `program.diagnose` and `program.forecast`, copies of tensors and the gradients
+    of the whole are in files, too.
 
     With `offload="cpu"` the model is one in the memory of the CPU (pinned), wherever it was, and its modules
     visit the GPU that it was on, or the current one: a module is copied there with its optimizer state and

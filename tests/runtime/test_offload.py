@@ -176,6 +176,7 @@ def test_it_is_evaluated_exported_and_verified(place: str, tmp_path: Path, visit
     assert found.evaluate(batches()) == expected.evaluate(batches())
     locc.verify(found)
     found.export_onnx(tmp_path / "model.onnx")  # compares with the model
+    assert len(list(tmp_path.iterdir())) == (2 if place == "disk" else 1)  # what is in files stays in one
     assert all(in_file(t) == (place == "disk") for t in made_of(found, "0"))
     assert same(everything(expected), everything(found))
 
@@ -259,9 +260,12 @@ def test_eight_times_the_memory_there_is(tmp_path: Path) -> None:
     expected = []
     for _ in range(2):
         expected += [f"loss {float(plain.step(*larger.batch(plain.steps)).loss)}" for _ in range(2)]
-        expected.append(f"evaluated: {plain.evaluate([larger.batch(-1)])}")
-    assert re.findall(r"^(?:loss|evaluated:) .*", first.stdout + then.stdout, re.MULTILINE) == expected
+        expected += [larger.diagnosed(plain), f"evaluated: {plain.evaluate([larger.batch(-1)])}"]
+    assert (
+        re.findall(r"^(?:loss|angles:|evaluated:) .*", first.stdout + then.stdout, re.MULTILINE) == expected
+    )
     assert len(list((tmp_path / "large" / "modules").glob("*.onnx"))) == larger.DEPTH + 1
+    assert (tmp_path / "large" / "model.onnx").exists()
     without = run("memory", str(tmp_path))
     assert without.returncode == 1
     assert "can't allocate memory" in without.stderr
