@@ -206,9 +206,10 @@ def compile(
     calls (`predict`, `evaluate`) let modules visit as well, in eval mode and without gradients.
 
     A model that does not fit in memory is built within `locc.deferred()`, where its tensors are in files from
-    the beginning; or on the `meta` device. Then compiling gives it memory (files, with `offload=`) module by
-    module, submodules first: with the values in `weights`, or as each module's own `reset_parameters()` draws
-    them, which for PyTorch's modules are those that `seed` gives where the model is built.
+    the beginning; or on the `meta` device. Then compiling gives it memory (files, with `offload=`, and where
+    several processes will each hold a part of it) module by module, submodules first: with the values in
+    `weights`, or as each module's own `reset_parameters()` draws them, which for PyTorch's modules are those
+    that `seed` gives where the model is built.
 
     With `cache=True` a file is kept in the folder `$LOCC_CACHE` (by default `locc` in the user's folder of
     caches: `~/.cache/locc` on Linux). It is found by the source of locc and of the model's classes, the
@@ -291,13 +292,13 @@ def _replay(schedule: str, **given: Any) -> Replay | None:
 def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
-    place = request.settings.files
+    place, meanwhile = request.settings.files, request.meanwhile
     with (
         torch.random.fork_rng(),
         undone_on_failure(request.root),
         attempting(),
-        filled(request.root.model, request.weights, place, seed),
-        files.keeping(place, _tensors(request.root)),
+        filled(request.root.model, request.weights, meanwhile, seed),
+        files.keeping(meanwhile, () if place is None else _tensors(request.root)),
     ):
         device = device_for(program.device) if request.settings.visits else program.device
         recorder = recorder_for(device) if request.settings.backend == "cudagraphs" else None

@@ -41,9 +41,7 @@ class Network:
     def large(self) -> bool:
         """Whether the weights are not to be copied: they exceed `LARGE`, or are in files (`offload=`)."""
         weights = [*self.module.parameters(), *self.module.buffers()]
-        return sum(t.nbytes for t in weights) > LARGE or any(
-            files.in_file(t.untyped_storage()) for t in weights if files.why_not(t) is None
-        )
+        return sum(t.nbytes for t in weights) > LARGE or any(map(files.lies, weights))
 
 
 def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

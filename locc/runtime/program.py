@@ -23,6 +23,7 @@ from locc.runtime.compiled import BackendReport
 from locc.runtime.features import Features
 from locc.runtime.grouped import Groups
 from locc.runtime.member import Member
+from locc.runtime.offload import OnDisk
 from locc.runtime.placed import Placed, moved_to
 from locc.runtime.progress import Progress
 from locc.runtime.ranks import Cost, measured
@@ -244,10 +245,14 @@ class Compiled(Placed):
     def costs(self, plan: Plan, values: list[Any]) -> dict[str, Cost]:
         """Return what each module takes of a step, which is undone."""
         programs = waves.ordered(module_programs(self.ir, plan))
-        with files.keeping(self.settings.files):
+        with files.keeping(self.settings.files or files.DISK):  # of what is in a file, that is
             undo = self._backup()
+        executor = self.built.executor
+        if executor.offload is None and any(map(files.lies, self.root.parameters())):
+            offload = OnDisk(files.DISK, self.ir, self.built.learners)
+            executor = replace(executor, offload=offload)
         try:
-            return measured(self.built.executor, plan, programs, values, self.steps)
+            return measured(executor, plan, programs, values, self.steps)
         finally:
             self._rest()
             undo()

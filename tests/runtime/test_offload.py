@@ -220,6 +220,23 @@ def test_gradients_that_wait_are_in_files() -> None:
     assert [in_file(made_of(made, name)[0].grad) for name in ("0", "1")] == [True, True]
 
 
+def test_what_is_in_files_is_timed_there_and_optimizer_state_returns_to_memory() -> None:
+    with locc.deferred():
+        model = network()
+    made = steps(program(model=model))
+    before, seen = everything(made), set()
+
+    def look(*_: Any) -> None:
+        seen.update(map(in_file, made_of(made, "0")))
+
+    hook = made.optimizers["1"].register_step_post_hook(look)
+    made.forecast(*batches()[0], ranks=2, batches=3)
+    hook.remove()
+    assert seen == {True}
+    assert list(map(in_file, made_of(made, "0"))) == [True, False, False]
+    assert same(before, everything(made))
+
+
 def test_tensors_in_one_storage_stay_so(tmp_path: Path) -> None:
     model = network()
     model[0].register_buffer("seen", model[0][0].weight.detach()[:1])
