@@ -1,9 +1,9 @@
 """Training that does not fit in memory: `compile(..., offload="disk")`.
 
-`python -m benchmarks.offload limited disk FOLDER` builds, compiles and trains a model, evaluates it, and
-saves and exports it to FOLDER, under a limit of an eighth of what parameters and optimizer state take. With
-`--resume` it goes on from there, with a model that is built on the meta device; `limited memory FOLDER` does
-without `offload=`. The limit is on what RLIMIT_DATA counts, memory that no file backs, beyond what the
+`python -m benchmarks.offload limited disk FOLDER` builds, compiles, trains, diagnoses and evaluates a model,
+and saves and exports it to FOLDER, under a limit of an eighth of what parameters and optimizer state take.
+With `--resume` it goes on from there, with a model that is built on the meta device; `limited memory FOLDER`
+does without `offload=`. The limit is on what RLIMIT_DATA counts, memory that no file backs, beyond what the
 process has after it has done the same with something small. RLIMIT_DATA counts freed memory that the C
 library keeps, too: run it with MALLOC_MMAP_THRESHOLD_=65536, which gives that back.
 
@@ -94,10 +94,17 @@ def _all_of_it(program: locc.Program, folder: Path, resume: bool) -> list[str]:
     if resume:
         program.load(folder / "state")
     said = [f"loss {float(program.step(*batch(program.steps)).loss)}" for _ in range(2)]
+    said += [diagnosed(program), f"evaluated: {program.evaluate([batch(-1)])}"]
+    program.forecast(*batch(-1), ranks=2, batches=10)
     program.save(folder / "state")
-    said.append(f"evaluated: {program.evaluate([batch(-1)])}")
     program.export_onnx_modules(folder / "modules")
+    program.export_onnx(folder / "model.onnx")
     return said
+
+
+def diagnosed(program: locc.Program) -> str:
+    """Return the angles that a step has to the true gradient."""
+    return f"angles: {[health.angle for health in program.diagnose([batch(-1)], steps=1).owners]}"
 
 
 def times(rounds: int) -> None:

@@ -194,10 +194,10 @@ def compile(
     the CPU. A module's files are let go when the next one's turn comes, and those of that one are asked for;
     gradients are in memory during a module's turn alone. The system reads and writes them, and keeps in
     memory what fits. With "wave" that is paid once for all batches of a wave; a step of `bp` pays it twice.
-    Checkpoints, `evaluate`, `predict` and `export_onnx_modules` read the files as they go. In memory are all
-    tensors under a page, what passes between modules, and one module's gradients; while compiling (the first
-    step, without `example_inputs`) copies of tensors and their gradients are in files, too.
-    `program.diagnose`, `program.forecast` and `export_onnx` keep a copy of the model while they run.
+    Checkpoints, `evaluate`, `predict` and exports read the files as they go. In memory are all tensors under
+    a page, what passes between modules, and one module's gradients; while compiling (the first step, without
+    `example_inputs`), and in `program.diagnose` and `program.forecast`, copies of tensors and the gradients
+    of the whole are in files, too.
 
     With `offload="cpu"` the model is one in the memory of the CPU (pinned), wherever it was, and its modules
     visit the GPU that it was on, or the current one: a module is copied there with its optimizer state and
@@ -206,9 +206,10 @@ def compile(
     calls (`predict`, `evaluate`) let modules visit as well, in eval mode and without gradients.
 
     A model that does not fit in memory is built within `locc.deferred()`, where its tensors are in files from
-    the beginning; or on the `meta` device. Then compiling gives it memory (files, with `offload=`) module by
-    module, submodules first: with the values in `weights`, or as each module's own `reset_parameters()` draws
-    them, which for PyTorch's modules are those that `seed` gives where the model is built.
+    the beginning; or on the `meta` device. Then compiling gives it memory (files, with `offload=`, and where
+    several processes will each hold a part of it) module by module, submodules first: with the values in
+    `weights`, or as each module's own `reset_parameters()` draws them, which for PyTorch's modules are those
+    that `seed` gives where the model is built.
 
     With `cache=True` a file is kept in the folder `$LOCC_CACHE` (by default `locc` in the user's folder of
     caches: `~/.cache/locc` on Linux). It is found by the source of locc and of the model's classes, the
@@ -291,13 +292,13 @@ def _replay(schedule: str, **given: Any) -> Replay | None:
 def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
     """Run the stages: capture, partition, rewrite, verify, and set up the runtime."""
     seed = torch.initial_seed() if request.settings.seed is None else request.settings.seed
-    place = request.settings.files
+    place, meanwhile = request.settings.files, request.meanwhile
     with (
         torch.random.fork_rng(),
         undone_on_failure(request.root),
         attempting(),
-        filled(request.root.model, request.weights, place, seed),
-        files.keeping(place, _tensors(request.root)),
+        filled(request.root.model, request.weights, meanwhile, seed),
+        files.keeping(meanwhile, () if place is None else _tensors(request.root)),
     ):
         device = device_for(program.device) if request.settings.visits else program.device
         recorder = recorder_for(device) if request.settings.backend == "cudagraphs" else None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from locc import files
 from locc.errors import LoccError, MethodError
 from locc.ir import Owner, gradient
 from locc.lower import Instruction, Plan, lower
@@ -27,6 +28,8 @@ from locc.snapshot import values_preserved
 
 ROWS = 2048
 """Rows of a boundary value (samples, or their positions) from which its rank is taken."""
+PIECE = 1 << 16
+"""Numbers that are in double precision at a time."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class _Seen:
         """Take one step, and look at it."""
         program, executor = self.program, self.program.built.executor
         for key, true in _true_gradient(program, x, y).items():
-            self.true[key] = self.true[key] + true if key in self.true else true
+            self.true[key] = files.put_away(self.true[key] + true) if key in self.true else true
         self.values = {}
         with program.in_phase():
             replace(executor, observe=self.observe, flags=[]).run(
@@ -181,7 +184,7 @@ class _Seen:
     def updated(self, owner: str, parameters: list[nn.Parameter]) -> None:
         """Look at what an optimizer has done."""
         before = self.before.pop(owner)
-        change = _length([p.detach() - b for p, b in zip(parameters, before, strict=True)])
+        change = _length(p.detach() - b for p, b in zip(parameters, before, strict=True))
         self.moved.setdefault(owner, []).append(change / max(_length(before), 1e-30))
 
     def _judge(self, owner: str, pairs: list[list[Any]]) -> None:
@@ -252,7 +255,7 @@ def _true_gradient(program: Compiled, x: Any, y: Any) -> dict[int, Tensor]:
     with values_preserved(program.root), preserved_rng(program.device), program.in_phase():
         with autocast(program.device, dtype):
             loss = program.loss_function(program.predict(x), program.moved(y))
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = files.gradients(loss, parameters)
     return {id(p): g.detach() for p, g in zip(parameters, found, strict=True) if g is not None}
 
 
@@ -281,12 +284,18 @@ def _angle(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
     lengths = [_length([pair[i] for pair in pairs]) for i in (0, 1)]
     if not all(0 < length < math.inf for length in lengths):
         return None
-    inner = sum(float((a.double() * b.double()).sum()) for a, b in pairs)
+    inner = sum(_inner(a, b) for a, b in pairs)
     return math.degrees(math.acos(max(-1.0, min(1.0, inner / math.prod(lengths)))))
 
 
-def _length(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+def _length(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(_inner(t, t) for t in tensors))
+
+
+def _inner(one: Tensor, other: Tensor) -> float:
+    """Return the inner product in double precision, of which a piece at a time is in memory."""
+    pieces = zip(*(t.to_dense().flatten().split(PIECE) for t in (one, other)), strict=True)
+    return float(sum(torch.dot(a.double(), b.double()) for a, b in pieces))
 
 
 def _mean(found: list[float] | None) -> float | None:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,9 +123,14 @@ def copy(tensor: Tensor, place: Place | None = None) -> Tensor:
     return tensor.detach().clone()
 
 
-def active() -> bool:
-    """Whether `keeping` is in force."""
-    return bool(_places)
+def gradients(of: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Return gradients, None of what is not used; within `keeping` each goes to a file as it is made."""
+    away = [tensor.register_hook(put_away) for tensor in tensors] if _places else []
+    try:
+        return torch.autograd.grad(of, tensors, allow_unused=True)
+    finally:
+        for hook in away:
+            hook.remove()
 
 
 def put_away(tensor: Tensor) -> Tensor:
@@ -158,11 +164,16 @@ def move(place: Place, tensors: Iterable[Tensor]) -> Callable[[], None]:
     if files:
         _libc().malloc_trim(0)  # between what is in use the C library keeps what was freed
 
-    def back() -> None:
-        for held in lying.values():
-            _put(held, held[0].untyped_storage().clone())
+    return partial(fetch, [tensor for held in lying.values() for tensor in held])
 
-    return back
+
+def fetch(tensors: Iterable[Tensor]) -> None:
+    """Take what is in files into memory, tensors that share a storage together."""
+    lying: dict[int, list[Tensor]] = {}  # by storage
+    for tensor in filter(lies, tensors):
+        lying.setdefault(memory_of(tensor), []).append(tensor)
+    for held in lying.values():
+        _put(held, held[0].untyped_storage().clone())
 
 
 def in_file(storage: torch.UntypedStorage) -> bool:
@@ -170,16 +181,20 @@ def in_file(storage: torch.UntypedStorage) -> bool:
     return (storage.filename or "").startswith(_FILES)
 
 
+def lies(tensor: Tensor) -> bool:
+    """Whether a tensor is in such a file."""
+    return why_not(tensor) is None and in_file(tensor.untyped_storage())
+
+
 def advise(tensors: Iterable[Tensor], advice: int) -> None:
     """Tell the system about the files of tensors.
 
     What a process does not need goes from its memory, and stays in the system's own until that is short.
     """
-    for tensor in tensors:
-        if why_not(tensor) is None and in_file(storage := tensor.untyped_storage()):
-            _libc().madvise(
-                ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), ctypes.c_int(advice)
-            )
+    for storage in (tensor.untyped_storage() for tensor in tensors if lies(tensor)):
+        _libc().madvise(
+            ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), ctypes.c_int(advice)
+        )
 
 
 def why_not(tensor: Tensor) -> str | None:

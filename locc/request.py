@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locc import files
 from locc.budget import Load, MemoryBudget, fewest
 from locc.capture import Dynamic, capture, marker_ancestors
 from locc.errors import CaptureError, MethodError, RunError, SplitError
+from locc.files import Place
 from locc.fitting import loads
 from locc.ir import Inputs, Root, TrainingGraph
 from locc.ir.captured import Captured
@@ -24,7 +27,7 @@ from locc.rewrite import Method, apply
 from locc.rewrite.local_loss import check_heads
 from locc.rewrite.passes import refuse_early
 from locc.rewrite.targets import examples, wanted
-from locc.runtime import Settings
+from locc.runtime import Settings, ranks
 from locc.snapshot import preserved
 from locc.tasks import tasks_of
 
@@ -50,6 +53,19 @@ class Request:
     prediction: str | int | None = None
     cache: bool = False
     weights: str | Path | None = None
+
+    @property
+    def meanwhile(self) -> Place | None:
+        """Where the model is while it is compiled.
+
+        That is in files, too, where this rank will hold a part of it and none of it is in memory yet.
+        """
+        settings = self.settings
+        shared = settings.schedule in ("pipelined", "replay") and ranks.several()
+        if settings.offload is not None or not shared or sys.platform != "linux":
+            return settings.files
+        tensors = (*self.root.parameters(), *self.root.buffers())
+        return files.DISK if any(t.is_meta or files.lies(t) for t in tensors) else None
 
 
 def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:

@@ -176,11 +176,7 @@ class Eager:
         wanted |= {f"input '{n}'": t for n, t in zip(self.call.names, leaves, strict=True) if t.requires_grad}
         if not wanted:
             return
-        # each leaves memory as soon as it is there, where the model does not fit in it
-        away = [t.register_hook(files.put_away) for t in wanted.values()] if files.active() else []
-        found = torch.autograd.grad(run.loss, list(wanted.values()), allow_unused=True)
-        for hook in away:
-            hook.remove()
+        found = files.gradients(run.loss, list(wanted.values()))
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         run.gradients = dict(zip(wanted, dense, strict=True))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor
@@ -25,8 +27,11 @@ TOLERANCES = {
 PROVIDER = "CPUExecutionProvider"
 
 
-def open_session(path: Path) -> Any:
+def open_session(path: Path, weights: Mapping[str, Any] | None = None) -> Any:
     """Return an onnxruntime session on the CPU.
+
+    It reads `weights`, if there are any, where they lie, and keeps nothing made of them; they have to live as
+    long as it does.
 
     Raises:
         ExportError: onnxruntime refuses the file.
@@ -36,6 +41,11 @@ def open_session(path: Path) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     # Idle threads that spin take the processor from whatever else runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if weights:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        for name, weight in weights.items():
+            options.add_initializer(name, weight)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
     except Exception as error:  # onnxruntime's errors have no common base below Exception
@@ -66,7 +76,8 @@ def compare(path: Path, network: Network, tolerance: float | None) -> float:
     Raises:
         ExportError: names the first output that differs, by how much, and the batch size.
     """
-    session = open_session(path)
+    weights = weights_beside(path)
+    session = open_session(path, weights)
     worst = 0.0
     for sample in network.samples:
         inputs = {name: to_numpy(t) for name, t in zip(network.inputs, sample.inputs, strict=True)}
@@ -76,6 +87,23 @@ def compare(path: Path, network: Network, tolerance: float | None) -> float:
             raise ExportError(f"at {sample.text}, {error}") from error
         worst = max(worst, agree(found, network.outputs, sample, tolerance))
     return worst
+
+
+def weights_beside(path: Path) -> dict[str, Any]:
+    """Return the weights that a model has in another file, mapped, where NumPy knows their dtype."""
+    found = {}
+    for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        if (
+            tensor.data_location == onnx.TensorProto.EXTERNAL
+            and dtype.isbuiltin == 1
+            and 0 not in tensor.dims
+        ):
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            file, offset = path.parent / place["location"], int(place.get("offset", 0))
+            lying = np.memmap(file, dtype, "r", offset, tuple(tensor.dims))
+            found[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(lying)
+    return found
 
 
 def agree(

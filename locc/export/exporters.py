@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -50,7 +50,8 @@ class Options:
         tolerance: the largest accepted difference; None for 1e-5 in float32, and as much less or more
             as the dtype asks for. It is relative to the largest output where that exceeds 1.
         exporter: None, or the only one of `EXPORTERS` to try.
-        external_data: whether the weights go into a file of their own; None when they exceed 1.5 GB.
+        external_data: whether the weights go into a file of their own; None where they exceed 1.5
+            GB, or are in files now.
     """
 
     opset: int | None = None
@@ -88,13 +89,15 @@ def write(network: Network, path: Path, options: Options, properties: dict[str, 
         ExportError: no exporter gives a valid file that computes the same; says why for each.
     """
     refusals: list[tuple[str, ExportError]] = []
+    external = network.large if options.external_data is None else options.external_data
+    options = replace(options, external_data=external)
     for name, attempt in _attempts(network, options):
         for debris in path.parent.glob(f"{path.name}*"):
             debris.unlink()
         try:
             with _quiet(), buffers_kept(network.module):
                 attempt(path)
-            data = proto.finish(path, network, {**properties, "locc.exporter": name}, options.external_data)
+            data = proto.finish(path, network, {**properties, "locc.exporter": name}, external)
             written = _checked(network, path, options, name, data)
         except ExportError as error:
             refusals.append((name, error))
@@ -111,7 +114,8 @@ def _attempts(network: Network, options: Options) -> Iterator[tuple[str, Callabl
     def exported() -> Any:
         return _exported(network, automatic=False)
 
-    if options.exporter is None and options.check and _only_the_batch_varies(network):
+    may_trace = options.exporter is None and options.check and not network.large  # a trace copies all weights
+    if may_trace and _only_the_batch_varies(network):
         yield EXPORTERS[1], lambda path: _vouched(network, path, options, exported)
     if options.exporter != EXPORTERS[1]:
         yield EXPORTERS[0], lambda path: _export(network, path, options, exported)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
+from locc import files
 from locc.errors import ExportError
 from locc.export.chain import FORMAT, VERSION, read_manifest, run_chain
 from locc.export.compare import agree, difference, to_numpy
@@ -66,7 +67,7 @@ def export_onnx_modules(
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"cannot export to '{folder}': it is a file; give a folder")
     with staging(folder if folder.is_dir() else folder.parent) as stage_folder:
-        with inference_mode_of(program.root, program):
+        with files.keeping(program.settings.files), inference_mode_of(program.root, program):
             manifest, names = _Chain(program, options).write(stage_folder)
         (stage_folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         stale = _earlier_files(folder) - set(names)

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from locc import files
 from locc.export.samples import Sample
 from locc.ir import TensorSpec
 from locc.markers import split
+
+LARGE = 1_500_000_000
+"""Bytes from which on weights go into a file of their own; protobuf ends at 2 GiB."""
 
 
 @dataclass
@@ -32,6 +36,12 @@ class Network:
     trace: list[Tensor]
     samples: list[Sample] = field(default_factory=list)
     dynamic: bool = True
+
+    @property
+    def large(self) -> bool:
+        """Whether the weights are not to be copied: they exceed `LARGE`, or are in files (`offload=`)."""
+        weights = [*self.module.parameters(), *self.module.buffers()]
+        return sum(t.nbytes for t in weights) > LARGE or any(map(files.lies, weights))
 
 
 def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

@@ -13,16 +13,13 @@ from locc.export.network import Network
 from locc.export.samples import onnx_shape
 from locc.ir import TensorSpec
 
-LARGE = 1_500_000_000
-"""Bytes from which on weights go into a file of their own; protobuf ends at 2 GiB."""
-
 
 def temporary(kind: str, names: Iterable[str]) -> list[str]:
     """Return names for an exporter to use, which nothing inside a network is called by."""
     return [f"locc_{kind}_{i}" for i, _ in enumerate(names)]
 
 
-def finish(path: Path, network: Network, properties: dict[str, str], external: bool | None) -> str | None:
+def finish(path: Path, network: Network, properties: dict[str, str], external: bool) -> str | None:
     """Give the file its final form in place; returns the name of its data file, if it has one.
 
     Inputs and outputs get their names and symbolic shapes, traces of the user's source files are
@@ -122,12 +119,11 @@ def _forget_sources(model: Any) -> None:
         del value.metadata_props[:]
 
 
-def _gather(model: Any, path: Path, external: bool | None) -> str | None:
+def _gather(model: Any, path: Path, external: bool) -> str | None:
     """Bring the weights to where they belong: into the model, or into one file beside it."""
     weights = [t for part in _graphs(model.graph) for t in part.initializer]
     files = {_location(t) for t in weights if t.data_location == onnx.TensorProto.EXTERNAL}
-    size = sum(len(t.raw_data) for t in weights)
-    if not files and not (external or (external is None and size > LARGE)):
+    if not files and not external:
         return None
     if len(files) != 1 or any(
         t.data_location != onnx.TensorProto.EXTERNAL and len(t.raw_data) > 1024 for t in weights

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from locc import files
 from locc.errors import ExportError
 from locc.export.names import follow, output_paths
 from locc.ir import BatchDim, Inputs, TensorSpec, TrainingGraph
@@ -73,7 +74,7 @@ def inference_mode_of(root: nn.Module, *others: nn.Module) -> Iterator[None]:
 @contextmanager
 def buffers_kept(root: nn.Module) -> Iterator[None]:
     """Undo, on exit, what a forward writes into buffers, so that every run starts from the same values."""
-    buffers = [(b, b.detach().clone()) for b in root.buffers()]
+    buffers = [(b, files.copy(b)) for b in root.buffers()]
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from locc import files
 from locc.errors import ExportError, LoccError
 from locc.export.exporters import Options, write
 from locc.export.files import publish, staging
@@ -42,9 +43,11 @@ def export_onnx(
         tolerance: largest accepted difference, relative to the largest output where that exceeds 1;
             None for 1e-5 in float32 (1e-9 in float64, 1e-2 in float16).
         exporter: "torch.export" or "TorchScript", or None to try both: the latter is faster, and is first
-            where `torch.export` shows that a trace is enough and `check` compares all that varies.
+            where `torch.export` shows that a trace is enough and `check` compares all that varies; it copies
+            all weights, and comes last where they are large.
         external_data: put the weights into a file of their own (`<name>.<digest>.data`); None to do so
-            for models of more than 1.5 GB.
+            for models of more than 1.5 GB, and for those that `offload=` keeps in files. Then one weight at a
+            time is read.
 
     Returns:
         The path.
@@ -61,7 +64,7 @@ def export_onnx(
         )
     network_properties = properties(program)
     with staging(path.parent) as folder:
-        with inference_mode_of(program.root, program):
+        with files.keeping(program.settings.files), inference_mode_of(program.root, program):
             network = network_of(program)
             written = write(network, folder / path.name, options, network_properties)
         old = _data_files(path)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locc import files
 from locc.optimizers import take_step
 
 
@@ -117,4 +118,4 @@ class Learner:
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    return files.copy(value) if isinstance(value, Tensor) else value

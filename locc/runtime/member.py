@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from locc import files
 from locc.errors import LoccError
 from locc.ir import Inputs, TrainingGraph
 from locc.lower import ModuleProgram, Plan, program_of
@@ -90,7 +91,8 @@ class Member:
     def take_place(self, values: list[Any]) -> None:
         """Share out the modules, if that has not been done, and let go of those of other ranks."""
         own, program = self.ranks, self._program
-        if not own.stages:
+        placed = not own.stages
+        if placed:
             chosen = program.settings.stages
             stages = chosen or own.shared_out(lambda: program.costs(program.plan(program.phase), values))
             ranks.place(own, program.ir, stages, program.device)
@@ -102,6 +104,9 @@ class Member:
         if not own.stale and len(own.stages) > 1:
             ranks.leave(own, program.ir)
             own.stale = True
+        if placed and program.settings.offload is None:  # in files while compiling, perhaps
+            every = (*program.ir.root.parameters(), *program.ir.root.buffers())
+            files.fetch(tensor for tensor in every if tensor not in own.away)
 
     def step(self, plan: Plan, values: list[Any]) -> StepReport:
         """Run this rank's modules on a batch."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locc import files
 from locc.errors import CaptureError, LoccError, MethodError, RunError, nearest
 from locc.ir import Inputs, Phase, Root
 from locc.ir.state import begin_all, states
@@ -22,6 +23,7 @@ from locc.runtime.compiled import BackendReport
 from locc.runtime.features import Features
 from locc.runtime.grouped import Groups
 from locc.runtime.member import Member
+from locc.runtime.offload import OnDisk
 from locc.runtime.placed import Placed, moved_to
 from locc.runtime.progress import Progress
 from locc.runtime.ranks import Cost, measured
@@ -243,9 +245,14 @@ class Compiled(Placed):
     def costs(self, plan: Plan, values: list[Any]) -> dict[str, Cost]:
         """Return what each module takes of a step, which is undone."""
         programs = waves.ordered(module_programs(self.ir, plan))
-        undo = self._backup()
+        with files.keeping(self.settings.files or files.DISK):  # of what is in a file, that is
+            undo = self._backup()
+        executor = self.built.executor
+        if executor.offload is None and any(map(files.lies, self.root.parameters())):
+            offload = OnDisk(files.DISK, self.ir, self.built.learners)
+            executor = replace(executor, offload=offload)
         try:
-            return measured(self.built.executor, plan, programs, values, self.steps)
+            return measured(executor, plan, programs, values, self.steps)
         finally:
             self._rest()
             undo()
@@ -406,7 +413,7 @@ class Compiled(Placed):
         self._follow_device()
         every = (*self.root.parameters(), *self.root.buffers())
         here = [t for t in every if self.ranks is None or t not in self.ranks.away]
-        tensors = [(t, t.detach().clone()) for t in here]
+        tensors = [(t, files.copy(t)) for t in here]
         held = [(state, state.value) for _, state in states(self.root)]  # another batch size replaces it
         learners = [learner.backup() for learner in self.built.learners.values()]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from locc import files
 from locc.runtime.program import Compiled
 from locc.snapshot import preserved
 
@@ -19,9 +20,9 @@ def untouched(program: Compiled) -> Iterator[None]:
     certificate = built.certificate
     gradients = [(p, p.grad) for p in program.parameters() if p.grad is not None]
     waiting = [(learner, learner.pending, learner.skip) for learner in built.learners.values()]
-    with preserved(program, program.optimizers.values()):
+    with files.keeping(program.settings.files), preserved(program, program.optimizers.values()):
         for parameter, gradient in gradients:  # half-accumulated ones are part of the state
-            parameter.grad = gradient.detach().clone()
+            parameter.grad = files.copy(gradient)
         if not (program.training and program.model.training):
             program.train()
         try:

@@ -361,6 +361,27 @@ def test_weights_in_a_file_of_their_own(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_large_weights_are_not_copied_into_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locc.export.network.LARGE", 100)
+    path = compiled().export_onnx(tmp_path / "m.onnx")
+    assert exporter_of(path) == "torch.export"
+    assert len(list(tmp_path.glob("m.onnx.*.data"))) == 1
+
+
+def test_weights_in_a_file_of_their_own_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = proto.finish
+
+    def spoiled(path: Path, *given: Any) -> str | None:
+        name = finish(path, *given)
+        assert name is not None
+        (path.parent / name).write_bytes(bytes((path.parent / name).stat().st_size))
+        return name
+
+    monkeypatch.setattr(proto, "finish", spoiled)
+    with pytest.raises(locc.ExportError, match="differs from PyTorch"):
+        compiled().export_onnx(tmp_path / "m.onnx", external_data=True)
+
+
 def test_batches_that_are_made_larger_hold_different_samples() -> None:
     program = compiled(x=torch.randn(2, 6))
     (x,) = resized(program.ir, [torch.randn(2, 6)], Point(7))

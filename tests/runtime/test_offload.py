@@ -176,6 +176,7 @@ def test_it_is_evaluated_exported_and_verified(place: str, tmp_path: Path, visit
     assert found.evaluate(batches()) == expected.evaluate(batches())
     locc.verify(found)
     found.export_onnx(tmp_path / "model.onnx")  # compares with the model
+    assert len(list(tmp_path.iterdir())) == (2 if place == "disk" else 1)  # what is in files stays in one
     assert all(in_file(t) == (place == "disk") for t in made_of(found, "0"))
     assert same(everything(expected), everything(found))
 
@@ -219,6 +220,23 @@ def test_gradients_that_wait_are_in_files() -> None:
     assert [in_file(made_of(made, name)[0].grad) for name in ("0", "1")] == [True, True]
 
 
+def test_what_is_in_files_is_timed_there_and_optimizer_state_returns_to_memory() -> None:
+    with locc.deferred():
+        model = network()
+    made = steps(program(model=model))
+    before, seen = everything(made), set()
+
+    def look(*_: Any) -> None:
+        seen.update(map(in_file, made_of(made, "0")))
+
+    hook = made.optimizers["1"].register_step_post_hook(look)
+    made.forecast(*batches()[0], ranks=2, batches=3)
+    hook.remove()
+    assert seen == {True}
+    assert list(map(in_file, made_of(made, "0"))) == [True, False, False]
+    assert same(before, everything(made))
+
+
 def test_tensors_in_one_storage_stay_so(tmp_path: Path) -> None:
     model = network()
     model[0].register_buffer("seen", model[0][0].weight.detach()[:1])
@@ -259,9 +277,12 @@ def test_eight_times_the_memory_there_is(tmp_path: Path) -> None:
     expected = []
     for _ in range(2):
         expected += [f"loss {float(plain.step(*larger.batch(plain.steps)).loss)}" for _ in range(2)]
-        expected.append(f"evaluated: {plain.evaluate([larger.batch(-1)])}")
-    assert re.findall(r"^(?:loss|evaluated:) .*", first.stdout + then.stdout, re.MULTILINE) == expected
+        expected += [larger.diagnosed(plain), f"evaluated: {plain.evaluate([larger.batch(-1)])}"]
+    assert (
+        re.findall(r"^(?:loss|angles:|evaluated:) .*", first.stdout + then.stdout, re.MULTILINE) == expected
+    )
     assert len(list((tmp_path / "large" / "modules").glob("*.onnx"))) == larger.DEPTH + 1
+    assert (tmp_path / "large" / "model.onnx").exists()
     without = run("memory", str(tmp_path))
     assert without.returncode == 1
     assert "can't allocate memory" in without.stderr

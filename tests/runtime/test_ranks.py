@@ -188,6 +188,36 @@ def test_a_rank_holds_the_parameters_of_its_modules_alone(offload: str | None, t
     assert same(load_file(one), load_file(three))
 
 
+def lean(rank: int, meta: bool, schedule: str = "pipelined") -> Any:
+    """Train what is built in files or on the meta device; return what is in files when, and the weights."""
+    torch.manual_seed(0)
+    with torch.device("meta") if meta else locc.deferred():
+        model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 3))
+    x, y = torch.randn(4, 40, generator=torch.Generator().manual_seed(1)), torch.arange(4) % 3
+    stages = [["0"], ["1", "2"]] if schedule == "pipelined" else None
+    options: dict[str, Any] = {"schedule": schedule, "stages": stages, "verify": False, "seed": 0}
+    program = locc.compile(model, "dgl", ["0", "1"], example_inputs=x, **options)
+    found = [in_files(model)]
+    for _ in range(2):
+        program.step(x, y)
+    found.append(in_files(model))
+    program.gather()
+    return [*found, in_files(model)], {n: t.clone() for n, t in program.state_dict().items()}
+
+
+def in_files(model: nn.Module) -> set[str]:
+    return {name for name, tensor in model.named_parameters() if files.lies(tensor)}
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["deferred", "meta"])
+def test_ranks_compile_in_files_what_is_not_in_memory_and_hold_their_own_there(meta: bool) -> None:
+    _, state = lean(0, meta, "lockstep")
+    large = {"0.weight", "1.weight"}
+    for (found, left), other in zip(together(2, lean, meta), ("1.weight", "0.weight"), strict=True):
+        assert found == [large, set(), {other}]
+        assert same(left, state)
+
+
 @pytest.mark.parametrize("filed", [False, True])
 def test_what_was_away_returns_to_where_it_was(filed: bool, tmp_path: Path) -> None:
     whole, kept = torch.rand(64, 64), torch.rand(4)

@@ -6,7 +6,7 @@ from .away import Away
 from .joint import check_size, count, forget, gather, homes, join, leave, lent, place
 from .pace import Pace
 from .placement import Cost, measured
-from .ranks import END, JUDGED, OVER, PASS, STOP, Ranks
+from .ranks import END, JUDGED, OVER, PASS, STOP, Ranks, several
 
 __all__ = [
     "END",
@@ -28,4 +28,5 @@ __all__ = [
     "lent",
     "measured",
     "place",
+    "several",
 ]

@@ -70,15 +70,11 @@ class Ranks(Group):
         Joins the process group that `torchrun` describes in the environment, if nobody has yet. `check` looks
         at the number of processes first: who left while others connect would be taken for dead by them.
         """
-        if not dist.is_available():
+        if not several():
             return None
         if not dist.is_initialized():
-            if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-                return None
             _init()
             atexit.register(dist.destroy_process_group)
-        if dist.get_world_size() < 2:
-            return None
         check(dist.get_world_size())
         return cls(dist.get_rank(), dist.get_world_size(), timeout, width)
 
@@ -290,6 +286,13 @@ class Ranks(Group):
         """
         source = self._rank(self.homes[instruction.source], self.column)
         return self._opened().receive(source, instruction.value, self.idle(f"'{instruction.value}'"))
+
+
+def several() -> bool:
+    """Whether this process is one of several, known to torch.distributed or started by `torchrun`."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    return dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _init() -> None:
