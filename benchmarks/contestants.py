@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 END_TO_END, LITTLE, HANDWRITTEN, LOCC = "end-to-end", "end-to-end, little memory", "handwritten", "locc dgl"
 CHEAP, SMALL = "locc dgl, cheap heads", "locc dgl, little memory"
 COMPILED, INDUCTOR = "end-to-end, compiled", "locc dgl, inductor"
+WAVE, BATCHES = "locc dgl, a wave of 4", 4
 
 
 def compiles() -> bool:
@@ -30,12 +31,16 @@ def compiles() -> bool:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to take a training step, and the parameters whose gradients it makes."""
+    """One way to take a training step, and the parameters whose gradients it makes.
+
+    `step` trains on so many `batches`.
+    """
 
     modules: int
     label: str
     step: Callable[[], object]
     parameters: Sequence[Tensor]
+    batches: int = 1
 
     @property
     def compiled(self) -> bool:
@@ -104,6 +109,9 @@ def through_locc(
 ) -> Contestant:
     """The loop by hand through locc."""
     program = local(workload, model, x, modules, label)
+    if label == WAVE:
+        wave = [(x, y)] * BATCHES
+        return Contestant(modules, label, lambda: program.wave(wave), gradients_of(program), BATCHES)
     return Contestant(modules, label, lambda: program.step(x, y), gradients_of(program))
 
 
@@ -197,7 +205,7 @@ def contestants(
         if modules > 1:
             enter(handwritten, modules)
         if modules == max(counts) and with_locc:
-            labels += [*([CHEAP] if workload.heads else []), SMALL]
+            labels += [WAVE, *([CHEAP] if workload.heads else []), SMALL]
         for label in labels:
             enter(through_locc, modules, label)
     return entered

@@ -4,11 +4,12 @@ Contestants train copies of one model on one batch, in turn: end-to-end backprop
 the faster of which the others are compared with; the same with checkpoints at every block and the optimizer
 inside of the backward pass, which is how one trains end to end in little memory; a detach loop written by
 hand; and locc's `dgl` with the same heads, eager and compiled (at the largest K alone, unless told: compiling
-takes most of the time), and at the largest K with cheaper heads where there are some, and with these in
-little memory (updates in the backward pass, and some activations computed again where that pays). All have
-Adam, fused. Times are the median of the rounds, with the fastest and the slowest; a ratio is taken within
-each round. Beside it is the arithmetic: the ratio of the floating-point operations in matrix products,
-convolutions and attention, which is what the time would be if nothing else took any.
+takes most of the time), and at the largest K in waves (a module after the other on some batches), with
+cheaper heads where there are some, and with these in little memory (updates in the backward pass, and some
+activations computed again where that pays). All have Adam, fused. Times are the median of the rounds, with
+the fastest and the slowest; a ratio is taken within each round. Beside it is the arithmetic: the ratio of
+the floating-point operations in matrix products, convolutions and attention, which is what the time would be
+if nothing else took any.
 """
 
 from __future__ import annotations
@@ -70,8 +71,10 @@ def measure(workload: Workload, given: argparse.Namespace, until: float) -> list
     times = interleave(
         dict(zip(names, [c.step for c in entered], strict=True)), given.rounds, 1, until, clock
     )
+    for name, one in zip(names, entered, strict=True):
+        times[name] = [taken / one.batches for taken in times[name]]
     peaks = dict(zip(names, [c.peak() for c in entered], strict=True))
-    operations = [None if c.compiled else flops(c.step) for c in entered]
+    operations = [None if c.compiled else flops(c.step) / c.batches for c in entered]
     usual = {False: f"{END_TO_END} K=1", True: f"{COMPILED} K=1"}
     fastest = min((n for n in usual.values() if n in times), key=lambda name: Timing.of(times[name]).median)
     little = f"{LITTLE} K=1"
