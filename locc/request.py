@@ -97,6 +97,7 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
     refuse_early(request.method, request.name, request.root.model)
+    refuse_unusable(inputs)
     if isinstance(request.splits, MemoryBudget):
         request = replace(request, splits=fitting(request, request.splits, inputs))
     captured, cuts = captured_with(request, inputs)
@@ -185,6 +186,23 @@ def _gives_tokens(ir: TrainingGraph) -> bool:
     """Whether the output is one of Hugging Face's, whose `logits` are [B, T, V] where they have a T."""
     structure = ir.output_structure()
     return isinstance(structure, Mapping) and hasattr(structure, "logits")
+
+
+def refuse_unusable(inputs: Inputs) -> None:
+    """Refuse example inputs without a tensor, or without a sample.
+
+    Raises:
+        CaptureError: they are such.
+    """
+    tensors = inputs.tensors()
+    if not tensors:
+        found = ", ".join(type(value).__name__ for value in (*inputs.args, *inputs.kwargs.values()))
+        raise CaptureError(
+            f"the example inputs hold no tensor, but {found or 'nothing'}; give a batch as the model takes "
+            "it: a tensor, a tuple of arguments, or a dict of keywords"
+        )
+    if tensors[0].dim() and not len(tensors[0]):
+        raise CaptureError("the example inputs have 0 samples; give two or more")
 
 
 def refuse_lazy(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -162,9 +163,11 @@ def of_tasks(o: Any, y: Any) -> Tensor:
 def test_each_task_has_a_head_and_the_loss_reads_them_together(as_tuple: bool) -> None:
     model = Tasks(as_tuple).double()
     y: Any = (SEG, DEPTH) if as_tuple else {"seg": SEG, "depth": DEPTH}
-    program = locc.compile(
-        model, "dgl", ["body"], loss=of_tasks, example_inputs=X, optimizer=sgd(), head="linear"
-    )
+    with warnings.catch_warnings(record=True) as warned:
+        program = locc.compile(
+            model, "dgl", ["body"], loss=of_tasks, example_inputs=X, optimizer=sgd(), head="linear"
+        )
+    assert not warned  # of targets that were made up
     seg, depth = program.root.aux.values()
     h = model.body(X)
     given = {"seg": seg(h), "depth": depth(h)}
