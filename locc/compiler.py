@@ -27,7 +27,7 @@ from locc.program import Program
 from locc.proof import prove
 from locc.quiet import attempting
 from locc.recipes import Recipe
-from locc.request import Request, Splits, on_device, refuse_lazy, rewrite
+from locc.request import Request, Splits, on_device, rewrite
 from locc.rewrite import Method, configure, options
 from locc.rewrite.targets import misfit
 from locc.runtime import Built, Compiled, Executor, Settings, waves, within
@@ -227,7 +227,6 @@ def compile(
         raise LoccError(f"model must be a torch.nn.Module; found {type(model).__name__}")
     if isinstance(model, Compiled):
         raise LoccError("this is a program already; pass program.model to compile its model anew")
-    refuse_lazy(model)
     chosen, name = _method(method, method_options)
     order = schedule or chosen.schedule
     settings = Settings(

@@ -51,6 +51,9 @@ class Request:
     cache: bool = False
     weights: str | Path | None = None
 
+    def __post_init__(self) -> None:
+        refuse_unready(self.root.model)
+
 
 def rewrite(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture and cut the model, and apply the method."""
@@ -205,12 +208,20 @@ def refuse_unusable(inputs: Inputs) -> None:
         raise CaptureError("the example inputs have 0 samples; give two or more")
 
 
-def refuse_lazy(model: nn.Module) -> None:
-    """Refuse a model with a parameter that has no shape yet.
+def refuse_unready(model: nn.Module) -> None:
+    """Refuse a model with TorchScript in it, which fails on tensors once it has run on shapes alone.
+
+    And one with a parameter that has no shape yet.
 
     Raises:
-        CaptureError: it has one.
+        CaptureError: it has such.
     """
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"'{path}'" if path else "the model"
+            raise CaptureError(
+                f"{what} is TorchScript, which cannot be opened; give the nn.Module that it was made from"
+            )
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise CaptureError(
