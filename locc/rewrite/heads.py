@@ -14,7 +14,7 @@ from locc.errors import MethodError
 from locc.ir import Owner, Task, TensorSpec, TrainingGraph, node_parameters
 from locc.nn import Factory, build_head, build_pred_head, guess_layout
 from locc.rewrite.building import build, build_custom
-from locc.rewrite.crossing import has_rows
+from locc.rewrite.crossing import has_rows, in_blocks
 from locc.rewrite.dropout import before_dropout
 from locc.rewrite.layouts import layout_at, output_layout, spec_of
 from locc.rewrite.local_loss import LossLike, head_loss, heads_of
@@ -79,6 +79,8 @@ class AttachHeads(Pass):
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Every module but the last sends a value that it can train on."""
         yield from untrained(ir)
+        if isinstance(self.head, str):  # a network of the user's may know what to do
+            yield from blocked(ir)
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Build the heads and call them on the modules' outputs."""
@@ -172,6 +174,13 @@ def untrained(ir: TrainingGraph) -> Iterator[str]:
                 f"module '{owner.name}' sends no floating-point value that its own parameters compute, so no "
                 "local loss can train it; move the split"
             )
+
+
+def blocked(ir: TrainingGraph) -> Iterator[str]:
+    """Yield a sentence for each value of `local_values` that has its samples in blocks, for `requires`."""
+    for owner, value in local_values(ir, undropped=False):
+        if why := in_blocks(ir, value):
+            yield f"module '{owner}': {why}"
 
 
 def local_modules(ir: TrainingGraph) -> list[Owner]:

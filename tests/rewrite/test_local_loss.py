@@ -159,6 +159,34 @@ def of_tasks(o: Any, y: Any) -> Tensor:
     )
 
 
+class Views(nn.Module):
+    """Two views of a sample through one encoder, in one batch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.encoder, self.more, self.kind = nn.Linear(4, 6), nn.Linear(6, 3), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = {
+            "cat": lambda: torch.cat([x, -x]),
+            "repeat": lambda: x.repeat(2, 1),
+            "stack": lambda: torch.stack([x, -x], 1).flatten(0, 1),
+        }[self.kind]()
+        h = self.more(torch.tanh(self.encoder(both)))
+        a, b = h.unflatten(0, (-1, 2)).unbind(1) if self.kind == "stack" else h.chunk(2)
+        return a * b
+
+
+@pytest.mark.parametrize("method", ["dgl", "predsim", "dfa"])
+def test_samples_in_blocks_are_not_taken_for_each_other(method: str) -> None:
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    for kind in ("cat", "repeat"):
+        with pytest.raises(MethodError, match=rf"the samples in blocks.* since '{kind}'.*torch\.stack"):
+            locc.compile(Views(kind), method, ["encoder"], example_inputs=x)
+    locc.compile(Views("stack"), method, ["encoder"], example_inputs=x).step(x, y)
+    locc.compile(Views("cat"), "bp", ["encoder"], example_inputs=x).step(x, y)
+
+
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_each_task_has_a_head_and_the_loss_reads_them_together(as_tuple: bool) -> None:
     model = Tasks(as_tuple).double()
