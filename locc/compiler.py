@@ -29,6 +29,7 @@ from locc.quiet import attempting
 from locc.recipes import Recipe
 from locc.request import Request, Splits, on_device, rewrite
 from locc.rewrite import Method, configure, options
+from locc.rewrite.heads import strangers
 from locc.rewrite.targets import misfit
 from locc.runtime import Built, Compiled, Executor, Settings, waves, within
 from locc.runtime import replicas as replication
@@ -312,7 +313,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         if request.settings.replay is not None:
             training = f"{training}; {request.settings.replay}"
         rates = {name: learner.rate for name, learner in learners.items()}
-        advice = tuple(request.method.advise(ir, rates))
+        advice = (*request.method.advise(ir, rates), *strangers(ir))
         certificate = None
         if request.verify:
             real = None if place is None else False  # real tensors would take what training does

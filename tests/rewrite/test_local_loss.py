@@ -159,6 +159,34 @@ def of_tasks(o: Any, y: Any) -> Tensor:
     )
 
 
+class Towers(nn.Module):
+    """Two inputs through one encoder, an output each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.more = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.more(torch.tanh(self.encoder(a))), self.more(torch.tanh(self.encoder(b)))
+
+
+def contrast(output: Any, _: Any) -> Tensor:
+    a, b = output
+    return F.cross_entropy(a @ b.T, torch.arange(len(a)))
+
+
+def test_a_head_for_an_output_that_does_not_read_its_value_is_told_of() -> None:
+    inputs = (torch.randn(5, 4), torch.randn(5, 4))
+    advice = {
+        method: " ".join(
+            locc.compile(Towers(), method, ["encoder"], loss=contrast, example_inputs=inputs).built.advice
+        )
+        for method in ("dgl", "dtp")
+    }
+    assert "a local head of module 'encoder' predicts output '1' from 'encoder'" in advice["dgl"]
+    assert "local head" not in advice["dtp"]
+
+
 class Views(nn.Module):
     """Two views of a sample through one encoder, in one batch."""
 
