@@ -27,8 +27,9 @@ from locc.program import Program
 from locc.proof import prove
 from locc.quiet import attempting
 from locc.recipes import Recipe
-from locc.request import Request, Splits, on_device, refuse_lazy, rewrite
+from locc.request import Request, Splits, on_device, rewrite
 from locc.rewrite import Method, configure, options
+from locc.rewrite.heads import strangers
 from locc.rewrite.targets import misfit
 from locc.runtime import Built, Compiled, Executor, Settings, waves, within
 from locc.runtime import replicas as replication
@@ -228,7 +229,6 @@ def compile(
         raise LoccError(f"model must be a torch.nn.Module; found {type(model).__name__}")
     if isinstance(model, Compiled):
         raise LoccError("this is a program already; pass program.model to compile its model anew")
-    refuse_lazy(model)
     chosen, name = _method(method, method_options)
     order = schedule or chosen.schedule
     settings = Settings(
@@ -314,7 +314,7 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         if request.settings.replay is not None:
             training = f"{training}; {request.settings.replay}"
         rates = {name: learner.rate for name, learner in learners.items()}
-        advice = tuple(request.method.advise(ir, rates))
+        advice = (*request.method.advise(ir, rates), *strangers(ir))
         certificate = None
         if request.verify:
             real = None if place is None else False  # real tensors would take what training does

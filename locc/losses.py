@@ -107,6 +107,8 @@ class Loss:
                 known = (*NAMED, MODEL)
                 raise LoccError(f"there is no loss '{given}'; {nearest(given, known)}, or pass a callable")
             self.name: str | None = given
+        elif isinstance(given, type):
+            raise LoccError(f"loss={given.__name__} is a class; give an instance, {given.__name__}()")
         elif callable(given):
             self.name = None
         else:

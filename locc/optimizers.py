@@ -58,14 +58,26 @@ def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def take_step(optimizer: torch.optim.Optimizer) -> None:
-    """Run a step, without fused kernels where a tensor is not contiguous.
+    """Run a step, past two faults of PyTorch's fused kernels (2.13).
 
-    Those of PyTorch for the CPU (2.13) read and write a parameter, its gradient and its state as if all were
-    contiguous: elements are mixed up, and where the memory of parameters interleaves, others change.
+    Those for the CPU read and write a parameter, its gradient and its state as if all were contiguous:
+    elements are mixed up, and where the memory of parameters interleaves, others change. That of SGD refuses
+    parameters that have their first gradient after others (an expert that no sample had come to), and after
+    a first step that it skips, it goes on from a momentum that nobody has set.
     """
     for group in optimizer.param_groups:
-        if group.get("fused") and not all(
-            p.is_contiguous() and (p.grad is None or p.grad.is_contiguous()) for p in group["params"]
-        ):
+        if not group.get("fused"):
+            continue
+        moving = [p for p in group["params"] if p.grad is not None]
+        new = _without_momentum(optimizer, moving) if group.get("momentum") else []
+        contiguous = all(p.is_contiguous() for p in group["params"])
+        if not contiguous or not all(p.grad.is_contiguous() for p in moving) or (new and group["dampening"]):
             group["fused"] = False
+            continue
+        for parameter in new:  # from a momentum of zero, a step that is not dampened is the first one
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     optimizer.step()
+
+
+def _without_momentum(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> list[Tensor]:
+    return [p for p in parameters if optimizer.state[p].get("momentum_buffer") is None]

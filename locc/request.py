@@ -54,6 +54,9 @@ class Request:
     cache: bool = False
     weights: str | Path | None = None
 
+    def __post_init__(self) -> None:
+        refuse_unready(self.root.model)
+
     @property
     def meanwhile(self) -> Place | None:
         """Where the model is while it is compiled.
@@ -113,6 +116,7 @@ def check_local_losses(ir: TrainingGraph, inputs: Inputs) -> None:
 def cut(request: Request, inputs: Inputs, policy: TiedPolicy) -> TrainingGraph:
     """Capture the model and cut it into modules, as the method finds it."""
     refuse_early(request.method, request.name, request.root.model)
+    refuse_unusable(inputs)
     if isinstance(request.splits, MemoryBudget):
         request = replace(request, splits=fitting(request, request.splits, inputs))
     captured, cuts = captured_with(request, inputs)
@@ -203,12 +207,37 @@ def _gives_tokens(ir: TrainingGraph) -> bool:
     return isinstance(structure, Mapping) and hasattr(structure, "logits")
 
 
-def refuse_lazy(model: nn.Module) -> None:
-    """Refuse a model with a parameter that has no shape yet.
+def refuse_unusable(inputs: Inputs) -> None:
+    """Refuse example inputs without a tensor, or without a sample.
 
     Raises:
-        CaptureError: it has one.
+        CaptureError: they are such.
     """
+    tensors = inputs.tensors()
+    if not tensors:
+        found = ", ".join(type(value).__name__ for value in (*inputs.args, *inputs.kwargs.values()))
+        raise CaptureError(
+            f"the example inputs hold no tensor, but {found or 'nothing'}; give a batch as the model takes "
+            "it: a tensor, a tuple of arguments, or a dict of keywords"
+        )
+    if tensors[0].dim() and not len(tensors[0]):
+        raise CaptureError("the example inputs have 0 samples; give two or more")
+
+
+def refuse_unready(model: nn.Module) -> None:
+    """Refuse a model with TorchScript in it, which fails on tensors once it has run on shapes alone.
+
+    And one with a parameter that has no shape yet.
+
+    Raises:
+        CaptureError: it has such.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"'{path}'" if path else "the model"
+            raise CaptureError(
+                f"{what} is TorchScript, which cannot be opened; give the nn.Module that it was made from"
+            )
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise CaptureError(

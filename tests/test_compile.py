@@ -47,6 +47,10 @@ def compile_(**changes: Any) -> locc.Program:
             {"loss": "cross_entrpy"},
             "there is no loss 'cross_entrpy'; nearest: 'cross_entropy', or pass a callable",
         ),
+        ({"loss": nn.CrossEntropyLoss}, r"loss=CrossEntropyLoss is a class; give .* CrossEntropyLoss\(\)"),
+        ({"example_inputs": X.numpy()}, "hold no tensor, but ndarray; give a batch as the model takes it"),
+        ({"example_inputs": X[:0]}, "the example inputs have 0 samples"),
+        ({"method": "dtp", "sigma": "a"}, "method 'dtp' cannot be made with sigma='a': '>' not supported"),
         ({"loss": 3}, r"loss must be a name or a callable\(output, target\); found int"),
         ({"optimizer": 3}, "optimizer must be a callable that builds one from parameters.*found int"),
         ({"optimizer": torch.optim.SGD(mlp().parameters())}, "optimizer must be a callable.*found SGD"),
@@ -107,9 +111,19 @@ def test_arguments_that_make_no_sense(changes, message):
 def test_example_inputs_on_which_the_model_fails(example):
     model = mlp()
     before = snapshot(model)
-    with pytest.raises(locc.CaptureError, match=r"the model itself fails on the example inputs"):
+    with pytest.raises(locc.CaptureError, match=r"fails on the example inputs|hold no tensor, but "):
         compile_(model=model, example_inputs=example)
     assert same(before, snapshot(model))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused():
+    inner = torch.jit.script(nn.Linear(3, 3))
+    model = nn.Sequential(nn.Linear(4, 3), inner, nn.Linear(3, 3))
+    for given, what in ((model, "'1' is TorchScript"), (inner, "the model is TorchScript")):
+        with pytest.raises(locc.CaptureError, match=what):
+            compile_(model=given, splits=["0"])
+        assert what in str(locc.examine(given, "bp", ["0"], example_inputs=X))
 
 
 def test_a_lazy_module_is_refused_until_it_has_run():

@@ -108,6 +108,22 @@ def test_no_layout_is_trained_otherwise(name, place):
     assert torch.allclose(*ends, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"nesterov": True, "weight_decay": 0.1}, {"dampening": 0.5}])
+def test_what_has_its_first_gradient_later_is_trained_alike_fused(options):
+    gradients = torch.randn(3, 2, 5).unbind()
+    ends = []
+    for fused in (False, True):
+        parameters = [nn.Parameter(torch.linspace(0, 1, 5)) for _ in range(2)]
+        spec = OptimizerSpec("sgd", 0.1, {"momentum": 0.9, "fused": fused, **options})
+        optimizer = spec.build(parameters)
+        for step, pair in enumerate(gradients):
+            parameters[0].grad = pair[0].clone()
+            parameters[1].grad = pair[1].clone() if step else None
+            take_step(optimizer)
+        ends.append(torch.stack(list(parameters)).detach())
+    assert torch.allclose(*ends, atol=1e-6)
+
+
 def test_sparse_gradients_of_a_recipe():
     model = nn.Sequential(nn.Embedding(11, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
     tokens = torch.randint(11, (5, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    return "a tensor" if isinstance(value, Tensor) else repr(value)
+    return "a tensor" if isinstance(value, Tensor) else reprlib.repr(value)
 
 
 def _count(leaves: list[Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import typer
@@ -58,7 +59,7 @@ class MethodCommand(TyperCommand):
 def _method_in(args: list[str]) -> str | None:
     """Return the method that a command line chooses; the last one counts, as for any option."""
     found = None
-    for token, after in zip(args, [*args[1:], ""], strict=True):
+    for token, after in itertools.pairwise([*args, ""]):
         if token in ("--method", "-m"):
             found = after
         elif token.startswith("--method="):

@@ -26,6 +26,8 @@ from unittest.mock import patch
 import onnx
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from locc.errors import ExportError
 from locc.export import proto
@@ -37,6 +39,7 @@ from locc.ir import BatchDim, TensorSpec
 from locc.ir.spec import FreeDim
 
 EXPORTERS = ("torch.export", "TorchScript")
+_DECIDES = (GuardOnDataDependentSymNode.__name__, DataDependentOutputException.__name__)
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -219,6 +222,11 @@ def _note_fallback(refusals: list[tuple[str, ExportError]]) -> None:
     refused = [error for name, error in refusals if name == EXPORTERS[0]]
     if refused:
         used, other, reason = EXPORTERS[1], EXPORTERS[0], str(refused[0]).splitlines()[0]
+        if reason.startswith(_DECIDES):
+            reason += (
+                ". The model decides on data there, and a trace holds the side that the example inputs take: "
+                "compare the file on your own data, or export a model without that decision"
+            )
         warnings.warn(
             f"exported by the {used} exporter, since the one built on {other} failed: {reason}", stacklevel=4
         )

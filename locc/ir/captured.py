@@ -62,12 +62,16 @@ class Inputs:
             return cls(tuple(x), {})
         return cls((x,), {})
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors in it; the first dimension of the first one is the batch."""
+        return [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
+
     def head(self, samples: int) -> Inputs:
         """Return the first samples of the batch; the batch is the first tensor's first dimension.
 
         There are a few more where another tensor, that has no batch, has that first dimension.
         """
-        tensors = [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
+        tensors = self.tensors()
         if not tensors or tensors[0].dim() == 0 or tensors[0].shape[0] <= samples:
             return self
         size = tensors[0].shape[0]

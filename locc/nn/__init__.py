@@ -17,6 +17,7 @@ from locc.nn.contrast import (
     matrix_loss,
     pair_kernel,
     pair_loss,
+    patch_grid,
     supervised_contrast,
 )
 from locc.nn.conv_heads import CascadeHead, GreedyHead, InfoProHead
@@ -93,6 +94,7 @@ __all__ = [
     "orthogonal_",
     "pair_kernel",
     "pair_loss",
+    "patch_grid",
     "plan_readout",
     "pool",
     "positions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -118,6 +119,12 @@ def matrix_loss(kernel: Tensor, labels: Tensor, objective: str) -> Tensor:
     return -F.cosine_similarity(kernel.flatten(), wanted.flatten(), dim=0)
 
 
+def patch_grid(patches: int) -> tuple[int, int]:
+    """Return the rows and columns of so many patches, as near to a square as their number allows."""
+    rows = next(n for n in range(math.isqrt(patches), 0, -1) if patches % n == 0)
+    return rows, patches // rows
+
+
 class PredictiveCoding(nn.Module):
     """InfoNCE between positions of a map or a sequence: the loss of a module without labels.
 
@@ -126,7 +133,7 @@ class PredictiveCoding(nn.Module):
     The loss is the mean of -log p over positions and j. Lowe, O'Connor & Veeling, "Putting an end to
     end-to-end" (2019), released code. z is the boundary itself: a map averaged to at most `grid` x `grid`
     positions and predicted downwards, or a sequence predicted forwards. Patches that are folded into the
-    batch, [B*P,...] with P square, give the mean of each map.
+    batch, [B*P,...], are a grid (`patch_grid`), and give the mean of each map.
     """
 
     def __init__(
@@ -148,8 +155,7 @@ class PredictiveCoding(nn.Module):
         width = self.layout.channels(spec)
         sizes = self.layout.sizes(spec)
         if self.patches > 1:
-            side = round(self.patches**0.5)
-            self.rows: tuple[int, ...] = (side, self.patches // side)
+            self.rows: tuple[int, ...] = patch_grid(self.patches)
         else:
             limit = grid if self.layout.kind == "image" else max(sizes, default=1)
             self.rows = tuple(min(n, limit) for n in sizes)

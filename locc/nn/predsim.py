@@ -168,7 +168,7 @@ def similarity_matrix(v: Tensor) -> Tensor:
     # direction: what a normalisation by eps would pass back of them is a million times any other gradient.
     norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
     rounding = 4 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v.detach(), dim=1, keepdim=True)
-    alive = norm > rounding
+    alive = ~(norm <= rounding)  # so that nan stays nan, and the step is stopped
     unit = torch.where(alive, centred / torch.where(alive, norm, 1), 0)
     return (unit @ unit.t()).clamp(-1, 1)
 

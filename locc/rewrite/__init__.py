@@ -11,7 +11,16 @@ A pass emits nodes with the verbs of `locc.ir.TrainingGraph`.
 from locc.recipes import OptimizerSpec, Recipe
 from locc.rewrite.building import Given, build, build_custom, given_for
 from locc.rewrite.chain import GradientChain, handed_down, returning
-from locc.rewrite.crossing import LentGradients, activations, advised, has_rows, read_by, rows, unreached
+from locc.rewrite.crossing import (
+    LentGradients,
+    activations,
+    advised,
+    has_rows,
+    in_blocks,
+    read_by,
+    rows,
+    unreached,
+)
 from locc.rewrite.dropout import before_dropout, give_copy, in_place, is_dropout
 from locc.rewrite.heads import (
     LAYOUT,
@@ -20,6 +29,7 @@ from locc.rewrite.heads import (
     RANK,
     AttachHeads,
     LocalLoss,
+    blocked,
     local_modules,
     local_values,
     untrained,
@@ -64,6 +74,7 @@ __all__ = [
     "averages_positions",
     "before_dropout",
     "before_nonlinearity",
+    "blocked",
     "build",
     "build_custom",
     "configure",
@@ -79,6 +90,7 @@ __all__ = [
     "has_rows",
     "head_loss",
     "heads_of",
+    "in_blocks",
     "in_place",
     "is_dropout",
     "is_rectified",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from locc.ir import Boundary, TensorSpec, TrainingGraph, node_parameters, strip
+from locc.ir import BatchDim, Boundary, TensorSpec, TrainingGraph, node_parameters, strip
 from locc.rewrite.chain import handed_down
 from locc.rewrite.objectives import add_all
 from locc.rewrite.passes import Pass
@@ -34,6 +34,41 @@ def rows(value: fx.Node) -> int:
     dim = value.meta["spec"].batch_dim
     assert isinstance(dim, int)
     return dim
+
+
+def in_blocks(ir: TrainingGraph, value: fx.Node) -> str | None:
+    """Say why what belongs to a sample cannot be read off a value of several rows a sample, if it cannot.
+
+    Whoever compares it with an output of one row a sample takes rows that follow each other for one sample's,
+    as `x.flatten(0, 1)` leaves them. `torch.cat([a, b])` puts all samples of `b` behind those of `a`.
+    """
+    if all(_rows_a_sample(task.value) == _rows_a_sample(value) for task in ir.tasks):
+        return None
+    todo, seen = [value], {value}
+    while todo:
+        node = todo.pop()
+        named = getattr(node.target, "__name__", node.target) in _IN_BLOCKS
+        if named and all(_rows_a_sample(n) < _rows_a_sample(node) for n in node.all_input_nodes):
+            return (
+                f"its output has the samples in blocks, one behind the other, since '{node.name}', and what "
+                "is one sample's would be taken from others; keep them together, as in torch.stack([a, b], 1)"
+                ".flatten(0, 1) and .unflatten(0, (-1, 2)) for torch.cat([a, b]) and .chunk(2), or call the "
+                "modules once for each block"
+            )
+        new = [n for n in node.all_input_nodes if n not in seen and _rows_a_sample(n) > 1]
+        seen.update(new)
+        todo.extend(new)
+    return None
+
+
+_IN_BLOCKS = {"cat", "concat", "concatenate", "vstack", "repeat", "tile"}
+
+
+def _rows_a_sample(node: fx.Node) -> int:
+    """Return how many entries of its first dimension a sample has, 1 where that is not the batch."""
+    spec = node.meta.get("spec")
+    dim = spec.shape[0] if isinstance(spec, TensorSpec) and spec.shape else None
+    return dim.rows() if isinstance(dim, BatchDim) else 1
 
 
 def read_by(ir: TrainingGraph, module: str) -> list[Boundary]:

@@ -14,13 +14,14 @@ from locc.errors import MethodError
 from locc.ir import Owner, Task, TensorSpec, TrainingGraph, node_parameters
 from locc.nn import Factory, build_head, build_pred_head, guess_layout
 from locc.rewrite.building import build, build_custom
-from locc.rewrite.crossing import has_rows
+from locc.rewrite.crossing import has_rows, in_blocks
 from locc.rewrite.dropout import before_dropout
 from locc.rewrite.layouts import layout_at, output_layout, spec_of
 from locc.rewrite.local_loss import LossLike, head_loss, heads_of
 from locc.rewrite.objectives import add_all
 from locc.rewrite.passes import Pass
 from locc.rewrite.positions import part_of
+from locc.rewrite.reach import leads_to
 from locc.rewrite.unembedding import LENS, lens
 
 POSITIONS: Mapping[str, Any] = {
@@ -79,6 +80,8 @@ class AttachHeads(Pass):
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Every module but the last sends a value that it can train on."""
         yield from untrained(ir)
+        if isinstance(self.head, str):  # a network of the user's may know what to do
+            yield from blocked(ir)
 
     def rewrite(self, ir: TrainingGraph) -> None:
         """Build the heads and call them on the modules' outputs."""
@@ -172,6 +175,32 @@ def untrained(ir: TrainingGraph) -> Iterator[str]:
                 f"module '{owner.name}' sends no floating-point value that its own parameters compute, so no "
                 "local loss can train it; move the split"
             )
+
+
+def blocked(ir: TrainingGraph) -> Iterator[str]:
+    """Yield a sentence for each value of `local_values` that has its samples in blocks, for `requires`."""
+    for owner, value in local_values(ir, undropped=False):
+        if why := in_blocks(ir, value):
+            yield f"module '{owner}': {why}"
+
+
+def strangers(ir: TrainingGraph) -> Iterator[str]:
+    """Yield advice where a head predicts an output that is not computed from what the head reads."""
+    found = []
+    for owner in local_modules(ir):
+        for heads in heads_of(ir, owner.name):
+            value = heads[0].meta["reads"] if "reads" in heads[0].meta else heads[0].all_input_nodes[0]
+            strange = [task.name for task in ir.tasks if not leads_to(value, task.value)]
+            found += [(owner.name, name, value.name) for name in strange if len(heads) == len(ir.tasks) > 1]
+    if found:
+        owner_name, output, read = found[0]
+        modules = ", ".join(f"'{name}'" for name in dict.fromkeys(name for name, _, _ in found))
+        yield (
+            f"a local head of module '{owner_name}' predicts output '{output}' from '{read}', of which that "
+            f"is not computed (and so in {modules}), so a loss that compares outputs (two views, two "
+            "towers) teaches it nothing; use a method without heads ('dtp'), or name one output, as in "
+            "prediction='0'"
+        )
 
 
 def local_modules(ir: TrainingGraph) -> list[Owner]:

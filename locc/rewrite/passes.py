@@ -146,8 +146,11 @@ def configure(name: str, method: type[Method], given: dict[str, Any]) -> Method:
             )
     try:
         return method(**given)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise MethodError(f"method '{name}': {error}") from error
+    except TypeError as error:
+        values = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise MethodError(f"method '{name}' cannot be made with {values}: {error}") from error
 
 
 def refuse_early(method: Method, name: str, model: nn.Module) -> None:

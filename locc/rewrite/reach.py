@@ -24,6 +24,16 @@ def learned(ir: TrainingGraph, frozen: bool = False) -> set[fx.Node]:
     return found
 
 
+def leads_to(value: fx.Node, prediction: fx.Node) -> bool:
+    """Whether a prediction is computed from a value, across boundaries too."""
+    todo, seen = [prediction], {prediction}
+    while todo:
+        new = [n for n in todo.pop().all_input_nodes if n not in seen]
+        seen.update(new)
+        todo.extend(new)
+    return value in seen
+
+
 def trained(ir: TrainingGraph, value: fx.Node) -> bool:
     """Whether a gradient of a value reaches a parameter that trains, in the value's own module."""
     return any(p.requires_grad for node in tape_of(value) for _, p in node_parameters(ir.root, node))

@@ -41,6 +41,13 @@ def batch_of(batch: Any, within: bool = False) -> tuple[Any, Any]:
     )
 
 
+def check_iterable(loader: Any, name: str) -> None:
+    """Raise LoccError unless a loader can be iterated."""
+    if not isinstance(loader, Iterable):
+        hint = ", such as a DataLoader of it" if hasattr(loader, "__getitem__") else ""
+        raise LoccError(f"{name} must be an iterable of batches{hint}; found {type(loader).__name__}")
+
+
 @torch.no_grad()
 def evaluate(program: Compiled, loader: Iterable[Any]) -> Evaluation:
     """Evaluate the inference path in eval mode, and return to the mode of before.
@@ -49,9 +56,10 @@ def evaluate(program: Compiled, loader: Iterable[Any]) -> Evaluation:
     modules only, all ranks call it, and batches pass from one to the next as they do in training.
 
     Raises:
-        LoccError: the loader yields nothing.
+        LoccError: the loader is none, or yields nothing.
         RunError: it yields a batch without samples, or a rank has stopped.
     """
+    check_iterable(loader, "loader")
     member = program.member
     if member is None or not member.ranks.stale:
         return _evaluated(program, loader, None)

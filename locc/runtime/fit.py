@@ -13,7 +13,7 @@ from locc.callbacks import Callback, Fit, ProgressBar
 from locc.errors import CheckpointError, LoccError
 from locc.facts.traffic import couplings
 from locc.runtime.checkpoint import exists, load
-from locc.runtime.evaluation import batch_of
+from locc.runtime.evaluation import batch_of, check_iterable
 from locc.runtime.features import Keeping, Storage
 from locc.runtime.history import History
 from locc.runtime.interrupts import Interrupts
@@ -81,11 +81,12 @@ def fit(
     if scheduler_interval not in ("epoch", "step"):
         raise LoccError(f"scheduler_interval={scheduler_interval!r}: choose 'epoch' or 'step'")
     if type(epochs) is not int or epochs < 0:
-        raise LoccError(f"epochs={epochs}: give a number of at least 0")
+        raise LoccError(f"epochs={epochs!r}: give a number of at least 0")
     if every is not None and (type(every) is not int or every < 1 or checkpoint is None):
         raise LoccError(f"every={every!r}: give a number of steps, at least 1, and checkpoint=")
-    if not isinstance(loader, Iterable):
-        raise LoccError(f"loader must be iterable; found {type(loader).__name__}")
+    check_iterable(loader, "loader")
+    if validation is not None:
+        check_iterable(validation, "validation")
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise LoccError(f"callbacks must be instances of locc.callbacks.Callback; found {callback!r}")

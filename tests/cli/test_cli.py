@@ -43,6 +43,10 @@ def test_the_package_runs_as_a_module() -> None:
     assert done.stdout == f"locc {locc.__version__}\n"
 
 
+def test_a_command_alone_says_what_it_lacks() -> None:
+    assert "Missing argument 'MODEL'" in run("train", code=2).output
+
+
 def test_help_of_a_command_lists_the_options_of_its_method() -> None:
     assert "--sigma" in run("train", "--help", "--method", "dtp").output
     assert "takes no options of its own" in run("train", "--help", "--method", "bp").output

@@ -47,6 +47,12 @@ def test_sim_loss_of_tokens_leaves_ignored_ones_out():
     assert sim_loss(z, torch.zeros(2, 5, 4)) == 0
 
 
+def test_features_that_are_not_finite_have_no_finite_loss():
+    z, y = torch.randn(4, 5), torch.eye(4)
+    z[1] = torch.nan
+    assert sim_loss(z, y).isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("level", [0.0, 0.1, 300.0])
 @pytest.mark.parametrize("shape", [(4, 7), (4, 7, 3, 3)])

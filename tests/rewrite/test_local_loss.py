@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -158,13 +159,71 @@ def of_tasks(o: Any, y: Any) -> Tensor:
     )
 
 
+class Towers(nn.Module):
+    """Two inputs through one encoder, an output each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.more = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.more(torch.tanh(self.encoder(a))), self.more(torch.tanh(self.encoder(b)))
+
+
+def contrast(output: Any, _: Any) -> Tensor:
+    a, b = output
+    return F.cross_entropy(a @ b.T, torch.arange(len(a)))
+
+
+def test_a_head_for_an_output_that_does_not_read_its_value_is_told_of() -> None:
+    inputs = (torch.randn(5, 4), torch.randn(5, 4))
+    advice = {
+        method: " ".join(
+            locc.compile(Towers(), method, ["encoder"], loss=contrast, example_inputs=inputs).built.advice
+        )
+        for method in ("dgl", "dtp")
+    }
+    assert "a local head of module 'encoder' predicts output '1' from 'encoder'" in advice["dgl"]
+    assert "local head" not in advice["dtp"]
+
+
+class Views(nn.Module):
+    """Two views of a sample through one encoder, in one batch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.encoder, self.more, self.kind = nn.Linear(4, 6), nn.Linear(6, 3), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = {
+            "cat": lambda: torch.cat([x, -x]),
+            "repeat": lambda: x.repeat(2, 1),
+            "stack": lambda: torch.stack([x, -x], 1).flatten(0, 1),
+        }[self.kind]()
+        h = self.more(torch.tanh(self.encoder(both)))
+        a, b = h.unflatten(0, (-1, 2)).unbind(1) if self.kind == "stack" else h.chunk(2)
+        return a * b
+
+
+@pytest.mark.parametrize("method", ["dgl", "predsim", "dfa"])
+def test_samples_in_blocks_are_not_taken_for_each_other(method: str) -> None:
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    for kind in ("cat", "repeat"):
+        with pytest.raises(MethodError, match=rf"the samples in blocks.* since '{kind}'.*torch\.stack"):
+            locc.compile(Views(kind), method, ["encoder"], example_inputs=x)
+    locc.compile(Views("stack"), method, ["encoder"], example_inputs=x).step(x, y)
+    locc.compile(Views("cat"), "bp", ["encoder"], example_inputs=x).step(x, y)
+
+
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_each_task_has_a_head_and_the_loss_reads_them_together(as_tuple: bool) -> None:
     model = Tasks(as_tuple).double()
     y: Any = (SEG, DEPTH) if as_tuple else {"seg": SEG, "depth": DEPTH}
-    program = locc.compile(
-        model, "dgl", ["body"], loss=of_tasks, example_inputs=X, optimizer=sgd(), head="linear"
-    )
+    with warnings.catch_warnings(record=True) as warned:
+        program = locc.compile(
+            model, "dgl", ["body"], loss=of_tasks, example_inputs=X, optimizer=sgd(), head="linear"
+        )
+    assert not warned  # of targets that were made up
     seg, depth = program.root.aux.values()
     h = model.body(X)
     given = {"seg": seg(h), "depth": depth(h)}

@@ -115,7 +115,13 @@ def test_a_generator_serves_one_epoch_and_loses_no_batch():
         ({"epochs": -1}, "epochs=-1: give a number"),
         ({"epochs": 1.5}, "epochs=1.5: give a number"),
         ({"scheduler_interval": "batch"}, "scheduler_interval='batch': choose 'epoch' or 'step'"),
-        ({"loader": None}, "loader must be iterable; found NoneType"),
+        ({"epochs": "1"}, "epochs='1': give a number"),
+        ({"loader": None}, "loader must be an iterable of batches; found NoneType"),
+        (
+            {"loader": TensorDataset(X, Y)},
+            "loader must be .*, such as a DataLoader of it; found TensorDataset",
+        ),
+        ({"validation": 5}, "validation must be an iterable of batches; found int"),
     ],
 )
 def test_unusable_arguments(options, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -140,7 +141,9 @@ def _of_spec(ir: TrainingGraph, spec: Any, size: int) -> Iterator[tuple[str, Any
 def accepts(ir: TrainingGraph, size: int, target: Any) -> bool:
     """Whether the user's loss takes a target, tried on random outputs of the model's shape."""
     try:
-        value = ir.loss_function(outputs_of(ir, size), target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a target that is not the user's
+            value = ir.loss_function(outputs_of(ir, size), target)
         return isinstance(value, Tensor) and value.dim() == 0 and bool(torch.isfinite(value))
     except Exception:  # whatever the user's loss raises, the candidate does not fit
         return False

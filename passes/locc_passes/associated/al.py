@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
 from locc.ir import TrainingGraph
+from locc.losses import Loss
 from locc.nn import Factory
 from locc.rewrite import (
     CLASS_IDS,
@@ -23,7 +26,7 @@ from locc.rewrite import (
 from locc_passes.associated.bridges import Bridges
 from locc_passes.associated.dense import DenseLabels
 from locc_passes.associated.fold import FoldedLabels, MergeMiddle
-from locc_passes.associated.labels import LabelsAhead
+from locc_passes.associated.labels import LabelsAhead, ends_in
 
 DECODERS = ("own", "dense")
 
@@ -117,7 +120,13 @@ class AL(Method):
                 raise ValueError(f"{name}={getattr(self, name)}: give a number above 0")
 
     def advise(self, ir: TrainingGraph, rates: Mapping[str, float]) -> Iterator[str]:
-        """Warn of modules that decode labels badly."""
+        """Warn of modules that decode labels badly, and of a loss that reads scores as numbers."""
+        loss = Loss.of(ir.loss_function).name
+        if loss in ("mse", "l1") and not ends_in(ir, ir.prediction, (nn.Sigmoid,), ("sigmoid", "sigmoid_")):
+            yield (
+                f"loss '{loss}' reads the output as numbers, and what is trained to meet the target is its "
+                "sigmoid; end the model in nn.Sigmoid and give targets within 0 and 1, or use 'dtp' or 'dgl'"
+            )
         codes = {
             node.meta["feeds"]: str(node.meta["owner"]) for node in ir.graph.nodes if "feeds" in node.meta
         }

@@ -20,6 +20,7 @@ from locc.rewrite import (
     Recipe,
     add_all,
     has_rows,
+    in_blocks,
     option,
     output_error,
     unreached,
@@ -49,6 +50,8 @@ class DirectFeedback(Pass):
         yield from unreached(ir)
         for module in ir.modules[:-1]:
             for value in taught(ir, module.name):
+                if why := in_blocks(ir, value):
+                    yield f"module '{module.name}': {why}"
                 for task in ir.tasks:
                     try:
                         plan_readout(value.meta["spec"], task.spec)

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from locc.errors import MethodError
 from locc.ir import BatchDim, TensorSpec, TrainingGraph
-from locc.nn import PredictiveCoding, guess_layout
+from locc.nn import PredictiveCoding, guess_layout, patch_grid
 from locc.rewrite import Method, OptimizerSpec, OutputLoss, Pass, Recipe, layout_at, option, spec_of
 from locc_passes.proxy.terms import LocalTerm
 
@@ -32,7 +32,12 @@ class Predictive(LocalTerm):
         layout = guess_layout(spec, layout_at(ir, value))
         dim = spec.shape[layout.batch_dim]
         if isinstance(dim, BatchDim) and dim.rows() > 1:
-            return None
+            if patch_grid(dim.rows())[0] > 1:
+                return None
+            return (
+                f"its output {spec} has {dim.rows()} rows a sample in the batch, and patches to predict from "
+                "others are a grid of two rows or more; give another number of patches"
+            )
         if not layout.position_dims or layout.sizes(spec)[0] < 2:
             return (
                 f"its output {spec} has no positions (rows of a map, steps in time, patches) to predict from "

@@ -28,6 +28,7 @@ from locc.rewrite import (
     LossLike,
     Pass,
     add_all,
+    blocked,
     build,
     build_custom,
     head_loss,
@@ -67,6 +68,7 @@ class AttachSimilarityHeads(Pass):
     def requires(self, ir: TrainingGraph) -> Iterator[str]:
         """Every output's samples can be compared as the labels' are."""
         yield from untrained(ir)
+        yield from blocked(ir)
         for owner, value in local_values(ir, undropped=False):
             for task in ir.tasks:
                 try:

@@ -16,6 +16,7 @@ from locc.rewrite import (
     LossLike,
     Pass,
     add_all,
+    blocked,
     build,
     divided,
     head_loss,
@@ -55,6 +56,7 @@ class LocalTerm(Pass):
         if self.single:
             yield from divided(ir)
         yield from untrained(ir)
+        yield from blocked(ir)
         for owner, value in local_values(ir, undropped=False):
             reason = self.refusal(ir, value)
             if reason:

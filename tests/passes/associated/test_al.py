@@ -517,6 +517,16 @@ def test_it_says_where_the_upper_modules_are_bad_decoders(model, splits, what):
         assert re.match(what, found["own"][0])
 
 
+def test_it_says_where_the_loss_reads_scores_as_numbers():
+    def advice(model, loss):
+        program = locc.compile(model, "al", SPLITS, loss=loss, example_inputs=torch.randn(5, 12))
+        return program.built.advice
+
+    bounded = nn.Sequential(*mlp(), nn.Sigmoid())
+    assert not any("sigmoid" in text for text in (*advice(mlp(), "bce"), *advice(bounded, "mse")))
+    assert any("end the model in nn.Sigmoid" in text for text in advice(mlp(), "mse"))
+
+
 def test_options_are_checked():
     wrong = {"label_lr": 0, "warmup": -1, "width": 0, "decoders": "sparse"}
     for name, value in wrong.items():

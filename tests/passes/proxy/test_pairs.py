@@ -22,6 +22,7 @@ from locc.nn import (
     matrix_loss,
     pair_kernel,
     pair_loss,
+    patch_grid,
 )
 from support import batch, compiled, mlp, sgd, snapshot
 
@@ -210,6 +211,23 @@ def test_predictive_coding_equals_the_formula(shape: tuple[int, ...], rows: int,
         assert float(network(h[:, :2])) == 0
 
 
+class Views(nn.Module):
+    """Two views of each sample in one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.probe = nn.Linear(100, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        views = torch.cat([x, x.flip(3)]).flatten(1)
+        return sum(self.probe(self.encoder(views).relu()).chunk(2))
+
+
+@pytest.mark.parametrize(("patches", "grid"), [(1, (1, 1)), (3, (1, 3)), (8, (2, 4)), (49, (7, 7))])
+def test_patches_are_a_grid_that_holds_them_all(patches: int, grid: tuple[int, int]) -> None:
+    assert patch_grid(patches) == grid
+
+
 def test_gim_reads_no_label_before_the_last_module() -> None:
     """Patches of an image folded into the batch, as published; labels change the last module alone."""
 
@@ -231,5 +249,7 @@ def test_gim_reads_no_label_before_the_last_module() -> None:
         results.append(snapshot(program.model))
     assert torch.equal(results[0]["encoder.weight"], results[1]["encoder.weight"])
     assert not torch.equal(results[0]["probe.weight"], results[1]["probe.weight"])
+    with pytest.raises(MethodError, match="has 2 rows a sample in the batch"):
+        compiled(Views(), "gim", ["encoder"], example_inputs=x)
     with pytest.raises(MethodError, match="no positions"):
         compiled(mlp(), "gim", ["first"], example_inputs=batch()[0])
