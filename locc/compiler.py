@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from locc import files, registry
 from locc.capture import Dynamic
-from locc.errors import LoccError, LoccWarning, MethodError
+from locc.errors import LoccError, MethodError, warn
 from locc.filling import filled
 from locc.ir import Inputs, Root
 from locc.losses import MODEL, Loss
@@ -41,8 +39,6 @@ from locc.runtime.recompute import computed_again
 from locc.runtime.replay import Replay
 from locc.runtime.visits import InHostMemory, device_for
 from locc.snapshot import undone_on_failure
-
-_HOME = os.path.dirname(__file__) + os.sep
 
 _log = logging.getLogger("locc")
 _told: WeakValueDictionary[tuple[int, str], nn.Module] = WeakValueDictionary()
@@ -383,13 +379,10 @@ def _note(model: nn.Module, notes: Sequence[str]) -> None:
 
 
 def _tell(name: str, training: str, advice: Sequence[str]) -> None:
-    """Log by what a program trains, and warn, at the caller's line, where it may do so badly."""
+    """Log by what a program trains, and warn where it may do so badly."""
     _log.info("method '%s' trains with %s", name, training)
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.startswith(_HOME):
-        level, frame = level + 1, frame.f_back
     for text in advice:
-        warnings.warn(f"method '{name}' may train badly: {text}", LoccWarning, stacklevel=level)
+        warn(f"method '{name}' may train badly: {text}")
 
 
 def _method(method: str | Method, given: dict[str, Any]) -> tuple[Method, str]:

@@ -6,9 +6,14 @@ A message states what was asked, what was found and the remedy, in the user's ow
 from __future__ import annotations
 
 import difflib
+import inspect
+import os
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
+
+_HOME = os.path.dirname(__file__) + os.sep
 
 
 class LoccError(Exception):
@@ -16,7 +21,15 @@ class LoccError(Exception):
 
 
 class LoccWarning(UserWarning):
-    """What locc says of a program that compiles and may still train badly; the certificate says it, too."""
+    """What locc says of a program that compiles and may still train badly, or has trained badly."""
+
+
+def warn(text: str) -> None:
+    """Warn, at the line of whoever has called locc."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_HOME):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, LoccWarning, stacklevel=level)
 
 
 class CaptureError(LoccError):

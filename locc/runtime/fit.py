@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from locc.callbacks import Callback, Fit, ProgressBar
-from locc.errors import CheckpointError, LoccError
+from locc.errors import CheckpointError, LoccError, warn
 from locc.facts.traffic import couplings
+from locc.losses import Loss
 from locc.runtime.checkpoint import exists, load
 from locc.runtime.evaluation import batch_of, check_iterable
 from locc.runtime.features import Keeping, Storage
@@ -22,6 +24,11 @@ from locc.runtime.progress import Pass, Progress, Rest, passes
 from locc.runtime.ranks import STOP, Ranks
 from locc.runtime.records import LIMIT
 from locc.runtime.run import Run, length_of, random_of
+
+GUESSING = 0.98
+"""The share of the loss of a guess above which a classifier has learnt nothing."""
+STEPS = 50
+"""After which that is worth a word."""
 
 
 def fit(
@@ -128,6 +135,8 @@ def fit(
                 if gather:
                     program.gather()
             program.progress = None
+            if ranks is None or ranks.leads:
+                _tell_of_guessing(program, state.history)
         except KeyboardInterrupt:  # Ctrl-C, or a callback
             if ranks is not None:
                 _stop_together(program, ranks, state.history)
@@ -142,6 +151,22 @@ def fit(
             if not training:
                 program.eval()
     return state.history
+
+
+def _tell_of_guessing(program: Compiled, history: History) -> None:
+    """Warn where some passes have left a classifier as good as one that guesses."""
+    losses = [epoch.loss for epoch in history.epochs if epoch.loss is not None]
+    loss = Loss.of(program.loss_function)
+    classes = loss.spec.shape[loss.dims[0]] if loss.name == "cross_entropy" and loss.spec else None
+    if not losses or not isinstance(classes, int) or program.steps < STEPS:
+        return
+    if min(losses) > GUESSING * math.log(classes):
+        warn(
+            f"after {program.steps} steps the loss is {losses[-1]:.4g}, and that of a guess among {classes} "
+            f"classes {math.log(classes):.4g}: the network has learnt nothing so far. It trains with "
+            f"{program.built.training}; try other rates (a published recipe was made for the networks of its "
+            "paper; optimizer=locc.Recipe() is Adam at 1e-3), more passes, or fewer splits"
+        )
 
 
 def _keeping(program: Compiled) -> Keeping | None:

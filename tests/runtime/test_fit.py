@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -216,3 +217,18 @@ def test_under_the_sequential_schedule_only_the_module_in_training_advances():
     )
     program.fit([(X, Y)], epochs=2, progress=False)
     assert {o.param_groups[0]["lr"] for o in program.optimizers.values()} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("rate", "loss", "warned"), [(0.0, "cross_entropy", 1), (1.0, "cross_entropy", 0), (0.0, "mse", 0)]
+)
+def test_a_classifier_that_still_guesses_is_told_of(rate, loss, warned):
+    program = compiled(mlp(), "dgl", ["relu1"], optimizer=sgd(rate), loss=loss)
+    torch.nn.init.zeros_(list(program.model.parameters())[-2])
+    x, y = X, (X[:, 0] > 0).long()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        program.fit([(x, y)], epochs=50, progress=False)
+    found = [w for w in told if "a guess among 3 classes" in str(w.message)]
+    assert len(found) == warned
+    assert all(w.filename == __file__ for w in found)
