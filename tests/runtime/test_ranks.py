@@ -309,6 +309,29 @@ def test_one_that_fails_ends_all_with_its_name_and_cause(kind: str, own: str | N
         assert re.search("training stopped on every rank: .*" + told, str(text)), text
 
 
+def slow_and_failing(rank: int) -> float:
+    """Return for how long this rank trains until it knows that rank 1, for which it waits, has failed."""
+    program = program_of("dgl", "pipelined", stages=[["0"], ["1", "2", "3"]])
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(20):
+            time.sleep(0.5 * rank)
+            if number == 5 and rank == 1:
+                raise ValueError("a file is missing")
+            yield batch(4)
+
+    started = time.monotonic()
+    with pytest.raises((RunError, ValueError), match="a file is missing"):
+        program.fit(batches(), progress=False)
+    found = time.monotonic() - started
+    time.sleep(4 * rank)  # whose connections are open for as long
+    return found
+
+
+def test_one_that_waits_looks_around() -> None:
+    assert max(together(2, slow_and_failing)) < 6  # and does not only when a connection ends
+
+
 @pytest.mark.slow
 def test_a_replica_that_dies_ends_the_others() -> None:
     text, died = together(2, partial(failing, replicas=2), "killed")

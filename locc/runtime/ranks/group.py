@@ -173,9 +173,10 @@ class Group:
     def _wait(self, started: float, what: str, rank: int) -> None:
         """Look around while waiting for a rank."""
         now, broken = time.monotonic(), self._opened().errors.get(rank)
-        if (now > self._looked + 1.0 or broken is not None) and (cause := self._cause()):
-            raise self._stopped(cause)
-        self._looked = now
+        if now > self._looked + 1.0 or broken is not None:
+            self._looked = now
+            if cause := self._cause():
+                raise self._stopped(cause)
         if broken is not None:
             if now < self._broken.setdefault(rank, now) + GRACE:
                 time.sleep(0.1)
