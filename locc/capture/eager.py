@@ -19,7 +19,7 @@ from locc.capture.source import user_code
 from locc.capture.state import seed_all
 from locc.capture.targets import unchanging
 from locc.capture.tree import LEAF, Path, Structure, flatten
-from locc.errors import CaptureError
+from locc.errors import CaptureError, LoccError
 from locc.ir.captured import Root, strip
 from locc.ir.spec import Dim, FreeDim, Point, fit
 from locc.snapshot import preserved, values_preserved
@@ -293,10 +293,11 @@ def eager_run(eager: Eager, training: bool, point: Point, backward: bool = True)
 
     Raises:
         CaptureError: the model itself fails.
+        LoccError: there is no room for what it makes.
     """
     try:
         return eager.run(training, point, backward)
-    except CaptureError:
+    except LoccError:
         raise
     except Exception as error:
         mode = "train" if training else "eval"

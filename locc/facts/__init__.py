@@ -4,7 +4,7 @@
 Nothing here runs a step: what the checks of `locc.proof` saw is added by them.
 """
 
-from locc.facts.certificate import Certificate, graph_hash
+from locc.facts.certificate import Certificate, graph_hash, graph_text
 from locc.facts.derive import derive
 from locc.facts.locking import NOT, STRICT, WEAK, Locking
 from locc.facts.records import CheckRun, Memory, ObjectiveFacts, OwnerFacts, TableRow
@@ -24,4 +24,5 @@ __all__ = [
     "TableRow",
     "derive",
     "graph_hash",
+    "graph_text",
 ]

@@ -108,15 +108,20 @@ def _tuples(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def graph_hash(ir: TrainingGraph) -> str:
-    """Return a hash of the training graph: its text, the functions and modules in it, its tensors' shapes."""
-    digest = hashlib.sha256()
+    """Return a hash of the training graph: of `graph_text`."""
+    return hashlib.sha256(graph_text(ir).encode()).hexdigest()
+
+
+def graph_text(ir: TrainingGraph) -> str:
+    """Return the training graph's text, the functions and modules in it, and its tensors' shapes."""
+    lines = []
     functions = [_qualified(n.target) for n in ir.graph.nodes if n.op == "call_function"]
     for text in (str(ir), repr(ir.root), *functions):
         # An object's address is not part of the program.
-        digest.update(re.sub(r" at 0x[0-9a-f]+", "", text).encode() + b"\n")
+        lines.append(re.sub(r" at 0x[0-9a-f]+", "", text))
     for path, tensor in sorted({**dict(ir.root.named_parameters()), **dict(ir.root.named_buffers())}.items()):
-        digest.update(f"{strip(path)} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}\n".encode())
-    return digest.hexdigest()
+        lines.append(f"{strip(path)} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _qualified(function: Any) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from locc.losses import Loss
 from locc.runtime.checkpoint import exists, load
 from locc.runtime.evaluation import batch_of, check_iterable
 from locc.runtime.features import Keeping, Storage
+from locc.runtime.folder import is_meant
 from locc.runtime.history import History
 from locc.runtime.interrupts import Interrupts
 from locc.runtime.program import FEW, Compiled
@@ -98,6 +99,12 @@ def fit(
         if not isinstance(callback, Callback):
             raise LoccError(f"callbacks must be instances of locc.callbacks.Callback; found {callback!r}")
     first = _complete(program, loader)
+    if program.ranks is not None:
+        asked = {"epochs": epochs, "scheduler_interval": scheduler_interval, "resume": resume, "every": every}
+        asked |= {"gather": gather, "validation": None if validation is None else "given"}
+        asked["checkpoint"] = checkpoint and ("a folder" if is_meant(checkpoint) else "a file")
+        asked["callbacks"] = [type(one).__name__ for one in callbacks if one.everywhere]
+        program.ranks.agree({f"{name}= of fit": value for name, value in asked.items()})
     if checkpoint is not None and _restarted() and program.steps == 0 and exists(checkpoint):
         load(program, Path(checkpoint))
     if every is not None and program.ranks is not None and program.settings.replay is not None:
@@ -139,7 +146,7 @@ def fit(
                 _tell_of_guessing(program, state.history)
         except KeyboardInterrupt:  # Ctrl-C, or a callback
             if ranks is not None:
-                _stop_together(program, ranks, state.history)
+                _stop_together(program, ranks, state.history, run.interrupts.cut)
                 if gather:
                     program.gather()
             state.history.interrupted = state.history.stopped is None
@@ -183,14 +190,17 @@ def _restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def _stop_together(program: Compiled, ranks: Ranks, history: History) -> None:
-    """Stop on all ranks after the same batch."""
+def _stop_together(program: Compiled, ranks: Ranks, history: History, cut: bool) -> None:
+    """Stop on all ranks after the same batch; one that Ctrl-C has cut asks rank 0."""
     if ranks.failed or not ranks.stages:
         error = KeyboardInterrupt()
         ranks.fail(error)
         raise error
     if ranks.leads:
         ranks.follow(STOP, program.steps)
+    elif cut:
+        with ranks.failing(), suppress(KeyboardInterrupt):
+            ranks.follow(STOP, program.steps)
     program.count()
     history.stopped = ranks.told(history.stopped)
 

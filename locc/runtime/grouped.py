@@ -190,10 +190,16 @@ class Groups:
                 left = self.budget
             runs[-1].append(member)
             left -= size
-        for place, unit in enumerate(self.units):
+        units = list(self.units)
+        for place, unit in enumerate(units):
             if isinstance(unit, Group) and len(unit.members) == 1:
                 part = self.units[place] = unit.members[0].program
-                self.alone[part.name] = f"a group with a neighbour allocates more than group={self.budget}"
+                beside = units[max(0, place - 1) : place + 2]
+                self.alone[part.name] = "no module beside it can join"
+                if sum(isinstance(one, Group) for one in beside) > 1:
+                    self.alone[part.name] = (
+                        f"a group with a neighbour allocates more than group={self.budget}"
+                    )
         if self.strict and self.alone:
             name, why = next(iter(self.alone.items()))
             raise RunError(

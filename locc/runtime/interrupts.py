@@ -12,13 +12,14 @@ from types import FrameType
 class Interrupts:
     """Lets the first Ctrl-C wait until a step is over; a second one interrupts at once.
 
-    With `held` the first one is only noted, for whoever looks at `noted` where it may be heeded.
+    With `held` the first one is only noted, for whoever looks at `noted` where it may be heeded; `cut` says
+    that one has interrupted.
     Only in the main thread, and only where Ctrl-C would raise KeyboardInterrupt: a handler that somebody
     else has set stays in charge.
     """
 
     def __init__(self, held: bool = False) -> None:
-        self.noted = False
+        self.noted = self.cut = False
         self.held = held
         self._busy = False
 
@@ -37,6 +38,7 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.noted or not (self._busy or self.held):
+            self.cut = True
             raise KeyboardInterrupt
         self.noted = True
 

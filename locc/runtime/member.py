@@ -21,6 +21,9 @@ from locc.runtime.replay import Workers
 from locc.runtime.report import StepReport
 from locc.runtime.settings import TIMEOUT, Settings
 
+_OWN = ("params", "fused", "foreach", "capturable")
+"""What a rank may have otherwise in its optimizers' groups: how they compute, on its device."""
+
 
 class _Program(Protocol):
     """What a member needs of the program, which is `locc.Program`."""
@@ -44,6 +47,20 @@ class _Program(Protocol):
     def moved(self, value: Any) -> Any: ...
     def in_phase(self) -> AbstractContextManager[None]: ...
     def workers(self, phase: str | None) -> Workers: ...
+
+
+def _facts(program: _Program) -> dict[str, Any]:
+    """Return what trains another network where a rank has it otherwise, beside the graph."""
+    settings = program.settings
+    facts: dict[str, Any] = {"steps done": program.steps, "autocast=": settings.dtype}
+    names = ("schedule", "replicas", "stages", "accumulate", "clip", "replay")
+    facts |= {f"{name}=": getattr(settings, name) for name in names}
+    for owner, learner in program.built.learners.items():
+        facts[f"the optimizer of '{owner}'"] = type(learner.optimizer).__name__
+        for group in learner.optimizer.param_groups:
+            facts |= {f"{k} of the optimizer of '{owner}'": v for k, v in group.items() if k not in _OWN}
+    kinds = {owner: type(one).__name__ for owner, one in program.built.schedulers.items()}
+    return facts | {"scheduler=": kinds}
 
 
 class Member:
@@ -84,7 +101,7 @@ class Member:
             ranks.check_size(program.ir, size, replicas, settings.stages)
 
         own, executor.seed = ranks.join(
-            program.ir, settings.timeout or TIMEOUT, replicas, program.steps, executor.seed, check
+            program.ir, settings.timeout or TIMEOUT, replicas, _facts(program), executor.seed, check
         )
         return None if own is None else cls(program, own)
 

@@ -78,7 +78,9 @@ class _Linear(torch.autograd.Function):
         shape, rows = x.shape, gradient.reshape(-1, gradient.shape[-1])
         of_x, of_weight, of_bias = ctx.needs_input_grad
         found = rows.t().mm(x.reshape(-1, shape[-1])) if of_weight else None
-        summed = rows.sum(0) if of_bias else None
+        # PyTorch makes a matrix of an input that lies in one piece alone, and sums as it has multiplied.
+        added = rows if x.is_contiguous() else gradient
+        summed = added.sum(tuple(range(added.dim() - 1))) if of_bias else None
         del x
         ctx.maybe_clear_saved_tensors()
         return rows.mm(weight).reshape(shape) if of_x else None, found, summed

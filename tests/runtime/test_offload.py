@@ -432,6 +432,21 @@ def test_a_full_disk_is_met_before_anything_moves(monkeypatch: pytest.MonkeyPatc
     assert not any(map(in_file, model.parameters()))
 
 
+def test_a_disk_that_is_full_while_compiling_is_no_fault_of_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backward = torch.autograd.grad
+
+    def with_gradients_of(*args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            return backward(*args, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", with_gradients_of)
+    with pytest.raises(LoccError, match=r"^offload='disk' needs files"):
+        program(offload="disk")
+
+
 def test_a_disk_that_gets_full_stops_the_step_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     made = program(offload="disk")
     with monkeypatch.context() as patch:

@@ -299,6 +299,9 @@ def failing(rank: int, kind: str, **options: Any) -> Any:
                     time.sleep(8.0)
                 if kind == "raises":
                     raise ValueError("a file is missing")
+                if kind == "cut":
+                    for _ in range(2):
+                        signal.raise_signal(signal.SIGINT)
                 if kind == "fewer":
                     return
             yield (x + 1 if kind == "other" and rank == 1 and number == 10 else x), y
@@ -321,6 +324,7 @@ def failing(rank: int, kind: str, **options: Any) -> Any:
             marks=pytest.mark.slow,
         ),
         ("raises", "a file is missing", r"rank 1 \('1'\) stopped at step 9: ValueError: a file is missing"),
+        ("cut", "rank 0 goes on to a batch, and rank 1 to stop", "rank 1 .* after 10 steps"),
         ("fewer", "rank 0 goes on to a batch, and rank 1 to the end of a pass", "rank 1 .* after 10 steps"),
         ("other", "rank 0 and rank 1 have read different batches for step 10", "different batches"),
     ],
@@ -333,6 +337,29 @@ def test_one_that_fails_ends_all_with_its_name_and_cause(kind: str, own: str | N
         assert re.search(own, str(middle)), middle
     for text in (first, last):
         assert re.search("training stopped on every rank: .*" + told, str(text)), text
+
+
+def slow_and_failing(rank: int) -> float:
+    """Return for how long this rank trains until it knows that rank 1, for which it waits, has failed."""
+    program = program_of("dgl", "pipelined", stages=[["0"], ["1", "2", "3"]])
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(20):
+            time.sleep(0.5 * rank)
+            if number == 5 and rank == 1:
+                raise ValueError("a file is missing")
+            yield batch(4)
+
+    started = time.monotonic()
+    with pytest.raises((RunError, ValueError), match="a file is missing"):
+        program.fit(batches(), progress=False)
+    found = time.monotonic() - started
+    time.sleep(4 * rank)  # whose connections are open for as long
+    return found
+
+
+def test_one_that_waits_looks_around() -> None:
+    assert max(together(2, slow_and_failing)) < 6  # and does not only when a connection ends
 
 
 @pytest.mark.slow
@@ -513,6 +540,10 @@ def misfit(rank: int, kind: str) -> str:
     model = network(3)
     if kind == "model" and rank:
         model[1][1] = nn.Tanh()
+    if kind == "clip" and rank:
+        options["clip"] = 0.5
+    if kind == "lr" and rank:
+        options["optimizer"] = lambda params: torch.optim.SGD(params, lr=0.5)
     if kind == "stages":
         options["stages"] = [["0", "1", "2", "3"]]
     if kind == "odd":
@@ -524,17 +555,28 @@ def misfit(rank: int, kind: str) -> str:
     splits = SPLITS[: 0 if kind == "few" else 3]
     options = {"schedule": "pipelined", "timeout": 20.0} | options
     compiler.device_for = lambda model: torch.device("cpu")  # where modules could visit
-    if kind != "model":  # every rank knows by itself: none may leave while others connect
+    if kind not in (
+        "model",
+        "clip",
+        "lr",
+        "fit",
+    ):  # every rank knows by itself: none may leave while others connect
         torch.distributed.new_group = None
-    with pytest.raises(LoccError) as caught:
-        locc.compile(model, "dgl", splits, example_inputs=batch(4)[0], **options)
-    return str(caught.value)
+    try:
+        program = locc.compile(model, "dgl", splits, example_inputs=batch(4)[0], **options)
+        program.fit(loader(), progress=False, validation=None if rank else loader())
+    except LoccError as error:
+        return str(error)
+    return "no error"
 
 
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("model", "rank 0 and rank 1 do not run the same program: the program's graph is '"),
+        ("model", "do not run the same program: what differs first in graph or model is '.*ReLU.*Tanh"),
+        ("clip", "rank 0 and rank 1 do not run the same program: clip= is None on rank 0 and 0.5 on rank 1"),
+        ("lr", "lr of the optimizer of '0' is 0.1 on rank 0 and 0.5 on rank 1"),
+        ("fit", "validation= of fit is 'given' on rank 0 and None on rank 1"),
         ("few", "2 processes were started, and the program has 1 modules: start at most 1, or split"),
         ("stages", "stages=.* is for 1 ranks, and 2 were started"),
         ("odd", "2 processes were started, and replicas=3 of each .* start a multiple of 3"),

@@ -82,6 +82,18 @@ def test_a_linear_layer_that_lets_go_of_its_input_has_the_same_bits(shape, bias)
     assert torch.func.vmap(forward)(torch.randn(2, 4, 24)).shape == (2, 4, 16)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=["whole", "strided"])
+def test_the_gradient_of_a_bias_is_summed_as_pytorch_sums_it(order):
+    layer = nn.Linear(16, 16)
+    back = tuple(order.index(i) for i in range(4))
+    x, gradient = (torch.randn(4, 8, 8, 16).permute(order).contiguous().permute(back) for _ in range(2))
+    layer_as_it_is, ours = (
+        torch.autograd.grad(forward(x), [*layer.parameters()], gradient)
+        for forward in (layer.forward, weight_first(layer, layer.forward))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(layer_as_it_is, ours, strict=True))
+
+
 def test_a_wide_value_goes_before_its_gradient_comes():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64))

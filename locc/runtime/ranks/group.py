@@ -78,12 +78,13 @@ class Group:
         mine = {**facts, "the version of PyTorch": torch.__version__, "Python": platform.python_version()}
         every = self.gathered(mine)
         for other, theirs in enumerate(every):
-            what = next((what for what, value in every[0].items() if theirs[what] != value), None)
+            what = next((what for what, value in every[0].items() if theirs.get(what) != value), None)
             if what is not None:
+                first, own = every[0][what], theirs.get(what)
                 raise LoccError(
-                    f"rank 0 and rank {other} do not run the same program: {what} is {every[0][what]!r} on "
-                    f"rank 0 and {theirs[what]!r} on rank {other}; start every rank with the same script, "
-                    "model, splits and options"
+                    f"rank 0 and rank {other} do not run the same program: {what} is {first!r} on rank 0 and "
+                    f"{own!r} on rank {other}; start every rank with the same script, model, splits and "
+                    "options"
                 )
 
     def gathered(self, value: Any) -> list[Any]:
@@ -172,9 +173,10 @@ class Group:
     def _wait(self, started: float, what: str, rank: int) -> None:
         """Look around while waiting for a rank."""
         now, broken = time.monotonic(), self._opened().errors.get(rank)
-        if (now > self._looked + 1.0 or broken is not None) and (cause := self._cause()):
-            raise self._stopped(cause)
-        self._looked = now
+        if now > self._looked + 1.0 or broken is not None:
+            self._looked = now
+            if cause := self._cause():
+                raise self._stopped(cause)
         if broken is not None:
             if now < self._broken.setdefault(rank, now) + GRACE:
                 time.sleep(0.1)

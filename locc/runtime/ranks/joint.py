@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from locc.errors import LoccError
-from locc.facts import graph_hash
+from locc.facts import graph_hash, graph_text
 from locc.facts.names import Names
 from locc.ir import TrainingGraph
 from locc.ir.state import State, states
@@ -21,11 +23,17 @@ from locc.runtime.ranks.ranks import Ranks
 
 
 def join(
-    ir: TrainingGraph, timeout: float, replicas: int, steps: int, seed: int, check: Callable[[int], None]
+    ir: TrainingGraph,
+    timeout: float,
+    replicas: int,
+    facts: Mapping[str, Any],
+    seed: int,
+    check: Callable[[int], None],
 ) -> tuple[Ranks | None, int]:
     """Take this process's place among the ranks, each with the tensors and the seed of rank 0.
 
-    `check` refuses a number of processes before they connect.
+    `check` refuses a number of processes before they connect; `facts` have to be those of rank 0, beside the
+    graph.
 
     Returns:
         The place, None where this process is alone, and the seed.
@@ -36,7 +44,12 @@ def join(
     ranks = Ranks.join(timeout, replicas, check)
     if ranks is None:
         return None, seed
-    ranks.agree({"the program's graph": graph_hash(ir), "steps done": steps})
+    text, hashed = graph_text(ir).splitlines(), graph_hash(ir)
+    if len(set(ranks.gathered(hashed))) > 1:
+        every = zip_longest(*ranks.gathered(text), fillvalue="")
+        line = next(number for number, one in enumerate(every) if len(set(one)) > 1)
+        ranks.agree({"what differs first in graph or model": "".join(text[line : line + 1])})
+    ranks.agree(facts)
     ranks.share([(tensor, 0) for tensor in _tensors(ir.root)])
     return ranks, ranks.told(seed)
 
