@@ -8,17 +8,18 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.filesize import decimal
 
 import locc
-from benchmarks.reference import BEFORE, Facts, facts, size, yes
+from benchmarks.reference import BEFORE, facts, size, yes
 from locc.catalogue import Option
 from locc.registry import load
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
+_TABLE = r"^\|.*(\n\|.*)*"
 
 
 def page(name: str) -> str:
@@ -52,14 +53,27 @@ def page(name: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def index(text: str, names: Iterable[str]) -> str:
-    """Return the text of the index with its two tables anew: Table I and the costs of some methods."""
-    made = []
-    for part in (Facts.table_one, Facts.costs):
-        found = {f"[`{n}`]({n}.md)": part(facts(n)) for n in names}
-        header = ["id", *next(iter(found.values()))]
-        made.append(table(header, [(link, *entries.values()) for link, entries in found.items()]))
-    return re.sub(r"^\|.*(\n\|.*)*", lambda _: made.pop(0), text, flags=re.M)
+def index(text: str, pages: Mapping[str, str]) -> str:
+    """Return the text of the index with the rows of its two tables anew: what the methods' pages say."""
+    known = {name: dict(_cells(line) for line in _first_table(page)) for name, page in pages.items()}
+
+    def filled(found: re.Match[str]) -> str:
+        header = _cells(found[0].splitlines()[0])
+        return table(
+            header, [(f"[`{n}`]({n}.md)", *(f[key] for key in header[1:])) for n, f in known.items()]
+        )
+
+    return re.sub(_TABLE, filled, text, flags=re.M)
+
+
+def _first_table(page: str) -> list[str]:
+    """Return the rows under "Facts": an entry of the index and its value."""
+    found = re.search(_TABLE, page.partition("\n## Facts\n")[2], flags=re.M)
+    return found[0].splitlines()[2:] if found else []
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.replace("\\|", "|") for cell in line[2:-2].split(" | ")]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -85,12 +99,16 @@ def _linked(text: str, own: str) -> str:
 
 
 def main(names: Sequence[str]) -> None:
-    """Write the pages of some methods, or all of them and the index."""
+    """Write the pages of some methods, or all of them, and the index, which is read off the pages."""
     for name in names or locc.methods():
         (FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
-    if not names:
-        text = (FOLDER / "README.md").read_text(encoding="utf-8")
-        (FOLDER / "README.md").write_text(index(text, locc.methods()), encoding="utf-8")
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    (FOLDER / "README.md").write_text(index(text, written()), encoding="utf-8")
+
+
+def written() -> dict[str, str]:
+    """Return the pages of all methods as they lie in the folder."""
+    return {name: (FOLDER / f"{name}.md").read_text(encoding="utf-8") for name in locc.methods()}
 
 
 if __name__ == "__main__":

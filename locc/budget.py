@@ -27,9 +27,10 @@ def fit(memory: int | str, batch: int) -> MemoryBudget:
 
     Within it stay parameters and buffers (auxiliary networks included), optimizer state, activations and
     gradients, as estimated for `Certificate.memory`, the last two with 2 % more, by which the estimate may
-    be wrong; not what operators and optimizers allocate and free inside one call, nor PyTorch itself. With
-    `offload=`, parameters and state are those of one module at a time ("cpu": and of the largest other one).
-    Cuts fall between the blocks that `splits=K` would cut between.
+    be wrong; not what operators and optimizers allocate and free inside one call, nor PyTorch itself, nor
+    what the schedules "wave", "pipelined" and "replay" keep of several batches. With `offload=`, parameters
+    and state are those of one module at a time ("cpu": and of the largest other one). Cuts fall between the
+    blocks that `splits=K` would cut between.
 
     Args:
         memory: in bytes, or as "500MB", "2GiB".

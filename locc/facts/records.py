@@ -98,7 +98,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one step needs, in bytes.
+    """What one step in lockstep needs, in bytes; what other schedules keep of several batches comes on top.
 
     Attributes:
         batch: number of samples of the step.

@@ -36,6 +36,8 @@ from locc.testing.families import FAMILIES, ModelSpec, family_of
 
 SEEDS = st.integers(0, 2**16)
 WIDTHS = (4, 2, 3, 8)
+TRIES = 10
+"""Models that are drawn for one example: a method may be undefined on nine of ten."""
 
 T = TypeVar("T")
 
@@ -152,7 +154,7 @@ def cases(
 ) -> Case:
     """Draw model, method, splits, batch size, optimizer, schedule and what may vary together.
 
-    Where a method is undefined on a model, another example is drawn; a schedule that the method does not
+    Where a method is undefined on a model, another model is drawn; a schedule that the method does not
     admit gives way to "lockstep", and dimensions that vary to fixed ones.
 
     Args:
@@ -162,15 +164,24 @@ def cases(
         schedules: schedules to choose from.
     """
     name = draw(_strategy(method, methods))
-    spec = draw(_strategy(model, models))
+    tries = (draw(_cases_of(name, _strategy(model, models), tuple(schedules))) for _ in range(TRIES))
+    return next((case for case in tries if case is not None), None) or reject()
+
+
+@st.composite
+def _cases_of(
+    draw: st.DrawFn, method: str, model: st.SearchStrategy[ModelSpec], schedules: tuple[str, ...]
+) -> Case | None:
+    """Draw the rest of a case; None where the method is undefined on the model."""
+    spec = draw(model)
     case = Case(
         spec,
-        name,
-        draw(_options(name)),
+        method,
+        draw(_options(method)),
         draw(splits(spec) | st.integers(2, spec.parts) if spec.parts > 1 else splits(spec)),
         draw(st.integers(2, 5)),
         draw(st.sampled_from(list(OPTIMIZERS))),
-        draw(st.sampled_from(list(schedules))),
+        draw(st.sampled_from(schedules)),
         draw(SEEDS),
         draw(st.sampled_from(["owner", "copy"])),
         family_of(spec.family).grows and draw(st.booleans()),
@@ -179,7 +190,7 @@ def cases(
         return case
     other = replace(case, schedule="lockstep", dynamic=False)
     if other == case or other.schedule not in schedules or other.refusal() is not None:
-        reject()
+        return None
     return other
 
 

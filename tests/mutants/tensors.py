@@ -85,6 +85,10 @@ class Peek(nn.Module):
         super().__init__()
         self.inner, self.other, self.name = inner, [other], name
 
+    def __getattr__(self, name: str) -> Any:
+        """Formulas read a layer's own weight and bias."""
+        return super().__getattr__(name) if name in ("inner", "training") else getattr(self.inner, name)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.inner(x * (1 + 0.1 * getattr(self.other[0], self.name).mean()), *args, **kwargs)
 

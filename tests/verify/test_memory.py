@@ -42,8 +42,8 @@ def _compile(method: str, shape: str, **options: Any) -> locc.Program:
 @pytest.mark.parametrize("shape", ["residual", "convolutional"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_peak_is_that_of_a_real_step(method: str, shape: str) -> None:
-    """Not on recurrent layers: their CPU kernels keep a workspace that shapes do not tell."""
-    program = _compile(method, shape)
+    """In lockstep; not on recurrent layers: their CPU kernels keep a workspace that shapes do not tell."""
+    program = _compile(method, shape, schedule="lockstep")
     memory = program.certificate.memory
     assert program.certificate.complete
     assert memory is not None
