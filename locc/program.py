@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from locc import report
 from locc.diagnosis import Diagnosis, diagnose
 from locc.runtime import Compiled, checkpoint
 from locc.runtime.evaluation import evaluate
@@ -18,11 +19,17 @@ class Program(Compiled):
 
     Calling it runs the inference path; `train()`, `eval()` and `to()` work as for any module. The
     model's own parameters are trained in place.
+
+    Attributes:
+        history: of the last `fit`.
     """
+
+    history: History | None = None
 
     def fit(self, loader: Iterable[Any], epochs: int = 1, **options: Any) -> History:
         """Train for some epochs; see `locc.runtime.fit.fit`."""
-        return fit(self, loader, epochs, **options)
+        self.history = fit(self, loader, epochs, **options)
+        return self.history
 
     def evaluate(self, loader: Iterable[Any]) -> Evaluation:
         """Return loss and accuracy of the inference path; see `locc.runtime.evaluation`."""
@@ -31,6 +38,10 @@ class Program(Compiled):
     def diagnose(self, loader: Iterable[Any], steps: int = 10) -> Diagnosis:
         """Train for some steps, look at every module, and undo it all; see `locc.diagnosis.diagnose`."""
         return diagnose(self, loader, steps)
+
+    def report(self, path: str | Path) -> Path:
+        """Write a page of what was proved, of the modules, and of the last `fit`; see `locc.report`."""
+        return report.write(self, Path(path), self.history)
 
     def save(self, path: str | Path) -> None:
         """Write everything that training needs to go on bit for bit; see `locc.runtime.checkpoint`."""

@@ -90,6 +90,9 @@ def train(
     save: Annotated[Path | None, typer.Option(help="write a checkpoint at the end, and on Ctrl-C")] = None,
     resume: Annotated[Path | None, typer.Option(help="go on from this checkpoint")] = None,
     onnx: Annotated[Path | None, typer.Option(help="export the trained network to this file")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="write an HTML page of the training to this file")
+    ] = None,
     progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
     cache: CacheOption = False,
     debug: DebugOption = False,
@@ -116,7 +119,7 @@ def train(
         raise MisuseError(
             "there is nothing to train on: give --data digits, or --data package.module:factory"
         )
-    for path in (save, onnx):
+    for path in (save, onnx, report):
         if path is not None and not path.parent.is_dir():
             raise MisuseError(f"the folder '{path.parent}' of '{path}' does not exist; create it first")
     torch.manual_seed(seed)
@@ -146,11 +149,17 @@ def train(
     out().print(Text(f"trains with {program.built.training}"), soft_wrap=True)
     if resume is not None:
         program.load(resume)
-    _train(program, loaders, epochs, progress, save, onnx)
+    _train(program, loaders, epochs, progress, save, onnx, report)
 
 
 def _train(
-    program: Program, data: Data, epochs: int, progress: bool, save: Path | None, onnx: Path | None
+    program: Program,
+    data: Data,
+    epochs: int,
+    progress: bool,
+    save: Path | None,
+    onnx: Path | None,
+    report: Path | None,
 ) -> None:
     console = out()
     history = program.fit(data.training, epochs, validation=data.validation, progress=progress)
@@ -160,6 +169,8 @@ def _train(
     if save is not None:
         program.save(save)
         console.print(Text(f"saved {save}"), soft_wrap=True)
+    if report is not None and leads():
+        console.print(Text(f"wrote {program.report(report)}"), soft_wrap=True)
     if history.interrupted:
         console.print(f"interrupted after {program.steps} steps")
         raise typer.Exit(130)
