@@ -360,7 +360,10 @@ def build(request: Request, program: Compiled, inputs: Inputs) -> Built:
         return next(filter(None, of_method), None) or Loss.of(ir.loss_function).misfit(target, batch)
 
     given = fingerprint(request.loss.given)
-    return Built(ir, certificate, learners, schedulers, executor, phases, unreadable, given, training, advice)
+    asked = request.words()
+    return Built(
+        ir, certificate, learners, schedulers, executor, phases, unreadable, given, training, advice, asked
+    )
 
 
 def _tensors(root: nn.Module) -> list[tuple[str, Tensor]]:

@@ -21,7 +21,7 @@ class Program(Compiled):
     model's own parameters are trained in place.
 
     Attributes:
-        history: of the last `fit`.
+        history: what the last `fit` returned; None before the first one.
     """
 
     history: History | None = None
@@ -39,9 +39,25 @@ class Program(Compiled):
         """Train for some steps, look at every module, and undo it all; see `locc.diagnosis.diagnose`."""
         return diagnose(self, loader, steps)
 
-    def report(self, path: str | Path) -> Path:
-        """Write a page of what was proved, of the modules, and of the last `fit`; see `locc.report`."""
-        return report.write(self, Path(path), self.history)
+    def report(self, path: str | Path, history: History | None = None) -> Path:
+        """Write a page of HTML to look at: the verdict, the curves of the training, the modules, the setup.
+
+        Folded away in it are the certificate, the warnings, each module's program and the training graph. It
+        is one file that needs no network, whole or not there. In several processes rank 0 writes it, and the
+        others may call this or not.
+
+        Args:
+            path: the file; one that exists is replaced.
+            history: whose curves to draw; None: those of the last `fit`, without one a page without curves.
+
+        Returns:
+            The path.
+
+        Raises:
+            LoccError: the file cannot be written, or `history` is none; what was there before is unharmed.
+            RunError: the program is not complete yet, or was compiled with verify=False.
+        """
+        return report.write(self, Path(path), self.history if history is None else history)
 
     def save(self, path: str | Path) -> None:
         """Write everything that training needs to go on bit for bit; see `locc.runtime.checkpoint`."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from locc.losses import MODEL, Loss, own_loss
 from locc.partition import Cut, TiedPolicy, opened_by, partition, places, resolve
 from locc.proof.experiment.batch import accepts, made_up, small_batch
 from locc.quiet import attempting
-from locc.rewrite import Method, apply
+from locc.rewrite import Method, apply, options
 from locc.rewrite.local_loss import check_heads
 from locc.rewrite.passes import refuse_early
 from locc.rewrite.targets import examples, wanted
@@ -56,6 +57,17 @@ class Request:
 
     def __post_init__(self) -> None:
         refuse_unready(self.root.model)
+
+    def words(self) -> dict[str, str]:
+        """Return what was asked for and the training graph does not tell."""
+        method = self.method
+        given = {name: getattr(method, name) for name in options(type(method))}
+        splits = self.splits if isinstance(self.splits, (int, str, MemoryBudget)) else ", ".join(self.splits)
+        return {
+            "method": f"{self.name} ({method.family}; {method.reference})",
+            "options": ", ".join(f"{name}={shorten(repr(v), 120)}" for name, v in given.items()) or "none",
+            "splits": str(splits) or "none",
+        }
 
     @property
     def meanwhile(self) -> Place | None:

@@ -111,14 +111,15 @@ def _owner(certificate: Statement, owner: OwnerFacts) -> Iterator[str]:
         ("enters", certificate.entering(owner.name), "producer"),
         ("leaves", certificate.leaving(owner.name), "consumer"),
     ):
-        for text in _flows(flows, end):
+        for text in flow_lines(flows, end):
             yield f"  {word}    {text}"
-    yield f"  locking   {_locking(owner)}"
+    yield f"  locking   {locking_text(owner)}"
     if owner.peak_memory is not None:
         yield f"  memory    {size(owner.peak_memory)} at most while its code runs"
 
 
-def _flows(flows: tuple[Flow, ...], end: str) -> Iterator[str]:
+def flow_lines(flows: tuple[Flow, ...], end: str) -> Iterator[str]:
+    """Yield a line for each value that passes, which names its other end ("producer" or "consumer")."""
     preposition = "from" if end == "producer" else "to"
     for flow in flows[:10]:
         other = flow.producer if end == "producer" else flow.consumer
@@ -131,7 +132,8 @@ def _flows(flows: tuple[Flow, ...], end: str) -> Iterator[str]:
         yield f"and {len(flows) - 10} more"
 
 
-def _locking(owner: OwnerFacts) -> str:
+def locking_text(owner: OwnerFacts) -> str:
+    """Return what an owner's update waits for."""
     backward = "no"
     if owner.backward_locked:
         backward = f"yes, waits for {_listed(owner.backward_waits_for, 4)}"

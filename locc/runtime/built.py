@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ class Built:
 
     `misfit` returns a sentence for a target that method or loss cannot read, in a batch of that size;
     `loss` tells the user's loss from others; `training` says by which optimizers it trains, `advice` why it
-    may do so badly.
+    may do so badly, `asked` what was asked for and the graph does not tell, by "method", "options", "splits".
     """
 
     ir: TrainingGraph
@@ -40,6 +40,7 @@ class Built:
     loss: Fingerprint
     training: str = ""
     advice: tuple[str, ...] = ()
+    asked: Mapping[str, str] = field(default_factory=dict)
     plans: dict[str | None, Plan] = field(default_factory=dict)
     parts: dict[str | None, list[ModuleProgram]] = field(default_factory=dict)
     shares: dict[str | None, Plan] = field(default_factory=dict)

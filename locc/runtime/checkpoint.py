@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ from locc.errors import CheckpointError
 from locc.ir.memory import memory_of
 from locc.ir.state import states
 from locc.losses import NAMED
+from locc.publishing import replacing
 from locc.runtime import folder
 from locc.runtime.mapped import Stored, read
 from locc.runtime.plain import plain, restored
@@ -145,23 +145,16 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> No
         raise CheckpointError(f"cannot save to '{path}': the folder '{path.parent}' does not exist")
     text = json.dumps(header)
     metadata = {"locc": text, "digest": _digest(tensors, text)}
-    # Beside the target, not in a temporary folder: only within one file system is a rename atomic.
-    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        name.touch()
-        mode = name.stat().st_mode  # what the user's umask says; safetensors writes files for the owner alone
-        save_file(tensors, name, metadata=metadata)
-        os.chmod(name, mode)
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(name, path)
+        with replacing(path) as name:
+            name.touch()
+            mode = name.stat().st_mode  # what the umask says; safetensors writes files for the owner alone
+            save_file(tensors, name, metadata=metadata)
+            os.chmod(name, mode)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot save to '{path}': {error}; a file that was there before is unharmed"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
 
 
 def load(program: Compiled, path: Path) -> None:

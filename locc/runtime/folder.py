@@ -11,12 +11,12 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from locc.errors import CheckpointError
+from locc.publishing import replacing
 from locc.runtime.ranks import Ranks
 
 CURRENT = "current"
@@ -98,18 +98,11 @@ def _stored(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks | None) ->
 def _pointed(folder: Path) -> str | None:
     """Make a complete folder the current one, and remove the others; return what is wrong."""
     home = folder.parent
-    name = home / f".{CURRENT}.{secrets.token_hex(4)}.tmp"
     try:
-        with open(name, "w") as file:
-            file.write(folder.name)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, home / CURRENT)
+        with replacing(home / CURRENT) as name:
+            name.write_text(folder.name)
     except OSError as error:
         return str(error)
-    finally:
-        with suppress(OSError):
-            os.unlink(name)
     for other in home.glob(f"{_STEP}*"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
