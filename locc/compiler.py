@@ -25,7 +25,7 @@ from locc.program import Program
 from locc.proof import prove
 from locc.quiet import attempting
 from locc.recipes import Recipe
-from locc.request import Request, Splits, on_device, rewrite
+from locc.request import Request, Splits, on_device, refuse_empty, rewrite
 from locc.rewrite import Method, configure, options
 from locc.rewrite.heads import strangers
 from locc.rewrite.targets import misfit
@@ -268,6 +268,7 @@ def compile(
     TiedPolicy(tied)
     program = Program(request.root, name, settings, lambda program, x: build(request, program, x))
     if example_inputs is not None:
+        refuse_empty(Inputs.of(model, example_inputs))
         program.complete(example_inputs)
     return program
 

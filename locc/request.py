@@ -220,7 +220,7 @@ def _gives_tokens(ir: TrainingGraph) -> bool:
 
 
 def refuse_unusable(inputs: Inputs) -> None:
-    """Refuse example inputs without a tensor, or without a sample.
+    """Refuse example inputs without a tensor.
 
     Raises:
         CaptureError: they are such.
@@ -232,7 +232,16 @@ def refuse_unusable(inputs: Inputs) -> None:
             f"the example inputs hold no tensor, but {found or 'nothing'}; give a batch as the model takes "
             "it: a tensor, a tuple of arguments, or a dict of keywords"
         )
-    if tensors[0].dim() and not len(tensors[0]):
+
+
+def refuse_empty(inputs: Inputs) -> None:
+    """Refuse example inputs without a sample; a first batch without one is a step's own matter.
+
+    Raises:
+        CaptureError: they are such.
+    """
+    tensors = inputs.tensors()
+    if tensors and tensors[0].dim() and not len(tensors[0]):
         raise CaptureError("the example inputs have 0 samples; give two or more")
 
 

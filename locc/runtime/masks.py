@@ -1,8 +1,8 @@
 """What a compiled forward pass keeps for its backward pass, on a CPU: the sign of an activation.
 
 A mask of a value that is handed on (a ReLU's, say) is smaller than the value, so the compiler keeps the mask.
-To store booleans takes its code on a CPU longer than all else that it does with the value, which is kept by
-whoever reads it; so the mask is made again.
+To store booleans takes its code on a CPU longer than all else that a forward pass does with the value, which
+is kept by whoever reads it; so the mask is made again.
 """
 
 from __future__ import annotations
