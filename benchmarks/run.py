@@ -202,9 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(
-        True
-    )  # after many steps on one batch gradients are so small that they slow the CPU
+    # After many steps on one batch gradients are so small that they slow the CPU.
+    torch.set_flush_denormal(True)
     console = Console()
     console.width = max(console.width, 240)  # a narrow terminal would cut the figures off
     console.print(

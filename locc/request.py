@@ -66,7 +66,7 @@ class Request:
         return {
             "method": f"{self.name} ({method.family}; {method.reference})",
             "options": ", ".join(f"{name}={shorten(repr(v), 120)}" for name, v in given.items()) or "none",
-            "splits": str(splits) or "none",
+            "splits": str(splits) or "none given: as the model marks them",
         }
 
     @property

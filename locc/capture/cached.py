@@ -17,7 +17,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from locc.capture.graphs import Trace
 from locc.capture.targets import InRegion, Region, printable
 from locc.ir.captured import Root
 from locc.ir.spec import Point
+from locc.publishing import replacing
 
 _FORMAT = 1
 _log = logging.getLogger("locc")
@@ -139,7 +139,6 @@ def read(key: str) -> Record | None:
 def write(key: str, record: Record) -> None:
     """Keep a record; one that cannot be written is noted and costs nothing else."""
     place = folder()
-    part = place / f"{key}.{os.getpid()}.part"
     try:
         kept = {
             "origin": record.origin,
@@ -150,12 +149,10 @@ def write(key: str, record: Record) -> None:
         }
         text = json.dumps({"format": _FORMAT, "key": key, "check": _digest(kept), "record": kept})
         place.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, place / f"{key}.json")
+        with replacing(place / f"{key}.json") as part:
+            part.write_text(text, encoding="utf-8")
     except (OSError, TypeError) as error:
         _log.warning("locc: the capture cannot be kept in '%s': %s", place, error)
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _settings(module: nn.Module) -> list[str]:

@@ -39,22 +39,20 @@ def test_verification_leaves_a_live_program_as_it_was(method: str, shape: str) -
     assert first.complete
 
 
-class Late(AssertionError):
-    """The checks hold, and take two seconds or more."""
-
-
 # As long as their steps: targets run blocks and inverses again at each cut, ifa and np-sg open the blocks.
-LONG = {"dtp-drl": "3.5 s", "np-sg": "2.8 s", "ddtp-linear": "2.6 s", "ddtp-rhl": "2.5 s", "ifa": "2.3 s"}
-"""Methods whose checks take longer on the GPT, and how long, on an x86-64 core shared with other work."""
+LONG = {"dtp-drl": 3.5, "np-sg": 2.8, "ddtp-linear": 2.6, "ddtp-rhl": 2.5, "ifa": 2.3}
+"""Methods whose checks take longer on the GPT, and seconds on an x86-64 core shared with other work."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(locc.methods()))
 @pytest.mark.parametrize("name", ["resnet50", "gpt24"])
-def test_the_checks_take_under_two_seconds(method: str, name: str, request: pytest.FixtureRequest) -> None:
-    """ResNet-50 and a GPT of 24 layers, about 20 million parameters each; others may run beside: CPU time."""
-    if name == "gpt24" and method in LONG:
-        request.applymarker(pytest.mark.xfail(raises=Late, reason=f"takes {LONG[method]}", strict=False))
+def test_the_checks_take_under_two_seconds(method: str, name: str) -> None:
+    """ResNet-50 and a GPT of 24 layers, about 20 million parameters each; others may run beside: CPU time.
+
+    Methods that are known to take longer there may take a second more than they do now.
+    """
+    limit = LONG[method] + 1.0 if name == "gpt24" and method in LONG else 2.0
     torch.manual_seed(0)
     if name == "resnet50":
         model: nn.Module = ResNet(Bottleneck, (3, 4, 6, 3), 152)
@@ -68,15 +66,14 @@ def test_the_checks_take_under_two_seconds(method: str, name: str, request: pyte
         pytest.skip(str(refusal))
     assert len(program.ir.modules) == modules - program.ir.folded  # al: an odd middle one joins its neighbour
     spent = []
-    while len(spent) < 3 and min(spent, default=2.0) >= 2.0:  # what others do at the time only adds
+    while len(spent) < 3 and min(spent, default=limit) >= limit:  # what others do at the time only adds
         start = time.process_time()
         certificate = locc.verify(program)
         spent.append(time.process_time() - start)
     assert certificate.complete
     assert certificate.memory is not None
+    assert min(spent) < limit, certificate.checks
     assert all((check.seconds or 0) > 0 for check in certificate.checks)
-    if min(spent) >= 2.0:
-        raise Late(f"{min(spent):.1f} s: {certificate.checks}")
 
 
 @pytest.mark.parametrize(
